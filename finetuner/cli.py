@@ -1,0 +1,87 @@
+"""The command line: parse, call run, and turn a FinetunerError into a message and an exit code."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetuner.errors import FinetunerError
+
+app = typer.Typer(
+    name="finetuner",
+    help="Fine-tune language models from one YAML recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Recipe keys to set, such as learning_rate=1e-4.", show_default=False
+    ),
+]
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train as the recipe says (several devices: accelerate launch -m finetuner.train RECIPE)."""
+    from finetuner.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    from finetuner import run  # imports torch: only once the recipe is known to be right
+
+    run.train(loaded, recipe)
+
+
+@app.command()
+def merge(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Merge the trained adapter into its base model, to OUTPUT_DIR/merged."""
+    from finetuner.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    from finetuner import run
+
+    run.merge(loaded, recipe)
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check a recipe and name every mistake in it, without loading anything."""
+    from finetuner.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    for note in loaded.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"{recipe}: no mistakes")
+
+
+@app.command("import-gguf")
+def import_gguf(
+    source: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that holds one.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="The model folder to write.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+) -> None:
+    """Turn a GGUF file into an ordinary safetensors model folder."""
+    from finetuner.models.gguf import import_gguf as convert
+
+    convert(source, output, dtype, typer.echo)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 2 the input is wrong, 1 the run failed."""
+    try:
+        app(arguments)
+    except FinetunerError as error:
+        if _speaks_for_all_ranks():
+            sys.stderr.write(f"\n{error}\n")
+        sys.exit(error.exit_code)
+
+
+def _speaks_for_all_ranks() -> bool:
+    from finetuner.world import launched_rank
+
+    return launched_rank() == 0

@@ -1,0 +1,45 @@
+"""What can go wrong, and whose turn it is to act.
+
+    FinetunerError
+    ├── RecipeError       the YAML says something it cannot mean          exit 2
+    ├── PlanError         the recipe does not fit this machine            exit 2
+    ├── DataError         a dataset or one of its rows cannot be used     exit 2
+    ├── ModelError        a model, tokenizer or adapter cannot be used    exit 2
+    ├── CheckpointError   a checkpoint or output folder cannot be used    exit 2
+    └── TrainingError     the run itself went wrong (NaN, no progress)    exit 1
+
+Every message says what is wrong, where, shows both values and says what to type. Commands print it without a
+traceback. A failure that is not one of these is a bug of ours and keeps its traceback.
+"""
+
+
+class FinetunerError(Exception):
+    """A mistake that the user can mend; the message says how."""
+
+    exit_code = 2
+
+
+class RecipeError(FinetunerError):
+    """The recipe, or an override of it, is not valid."""
+
+
+class PlanError(FinetunerError):
+    """The recipe is valid, but cannot run on this world (devices, ranks, launcher)."""
+
+
+class DataError(FinetunerError):
+    """A dataset is missing, empty, or holds a row that cannot become tokens."""
+
+
+class ModelError(FinetunerError):
+    """A model, tokenizer or adapter is missing, of the wrong kind, or does not fit the other parts."""
+
+
+class CheckpointError(FinetunerError):
+    """A checkpoint is damaged or of another run, or the output folder cannot be used."""
+
+
+class TrainingError(FinetunerError):
+    """Training cannot go on; what was saved before stays valid."""
+
+    exit_code = 1

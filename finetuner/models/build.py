@@ -1,0 +1,86 @@
+"""Hugging Face causal language models, ready to train."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from finetuner.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_model(
+    base_model: str, *, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """A causal LM with its weights in `dtype`, on the CPU. Only safetensors: pickled weights can run code."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            base_model,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot load a causal language model from '{base_model}': {first}\n"
+            "Give a folder with config.json and model.safetensors, or a hub id (and a network)."
+        ) from error
+
+
+def grow_embeddings(model: "PreTrainedModel", vocab_size: int) -> int:
+    """Give every token id a row, new rows being the mean of the old ones (arXiv:2111.07408 motivates the mean: the new
+    token starts out neither likely nor unlikely). Returns the number of rows added.
+
+    Deterministic, so that all ranks and every later start of the run have the same rows.
+    """
+    embedding = _weight(model.get_input_embeddings())
+    old = embedding.shape[0]
+    if vocab_size <= old:
+        return 0
+    means = [_weight(m).detach().float().mean(dim=0) for m in _vocabulary_modules(model)]
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    for module, mean in zip(_vocabulary_modules(model), means, strict=True):
+        with torch.no_grad():
+            _weight(module)[old:] = mean
+    return vocab_size - old
+
+
+def _vocabulary_modules(model: "PreTrainedModel") -> list[nn.Module]:
+    """The embedding, and the head unless it is the same tensor."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or _weight(head) is _weight(embedding):
+        return [embedding]
+    return [embedding, head]
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    weight: Any = module.weight
+    return weight
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """name -> parameter that is trained. A tied tensor appears once, under its first name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train_in_fp32(model: nn.Module) -> None:
+    """A step of AdamW at a small rate is below half a bf16 ulp of most weights: they would not move at all."""
+    for parameter in trainable_parameters(model).values():
+        parameter.data = parameter.data.float()
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """All weights to `dtype`, for storing: no step may follow."""
+    model.to(dtype=dtype)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) elements; tied tensors count once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

@@ -1,0 +1,268 @@
+"""A GGUF file turned into an ordinary model folder, which `from_pretrained(folder)` loads.
+
+transformers reads the tensors; this module finds the file, refuses what would come out silently wrong, and writes the
+folder so that it is either whole or absent.
+
+SmolLM2-135M (98 MB, Q4_1) takes 14 to 18 s on one core, of which unpacking the weights is 1.3 s. gguf's reader builds
+numpy views of each of 100,000 vocabulary strings, 3 s a time, once each for config, tokenizer and weights; transformers
+rebuilds gguf's table of tensor names for every submodule (397 times, 4 to 5 s).
+"""
+
+import importlib.util
+import io
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from finetuner.errors import ModelError
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+# https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "File structure". Everything is little-endian.
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+# llama.cpp splits off every single digit before GPT-2's pattern for these values of `tokenizer.ggml.pre`. transformers
+# 5.23 does not know them and keeps GPT-2's pattern alone: two spaces before a digit then become other tokens than the
+# ones the model was trained on.
+SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva"})
+
+
+def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", report: Callable[[str], None] = print) -> Path:
+    """Write the model, tokenizer and generation settings in `source` to the folder `output`; return its full path.
+
+    `source` is a .gguf file, or a folder with exactly one. `output` must be absent or empty, and appears only when
+    complete. Weights are unpacked and rounded to `dtype`, so nothing is gained over the quantised file but the format.
+    `report` receives three lines: reading, writing, done. Raises ModelError.
+    """
+    file, output = find_gguf(source).resolve(), output.resolve()
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not one that weights are stored in; write one of {', '.join(DTYPES)}")
+    _require_free(output)
+    header = read_header(file)
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"reading {file} needs the package gguf, which is missing: pip install 'finetuner[gguf]'")
+
+    report(f"reading {file} ({header.architecture}, {_megabytes([file])})")
+    with _quiet_transformers():
+        tokenizer, model = _load(file, header, dtype)
+
+    report(f"writing {output} ({dtype})")
+    with _complete_or_absent(output) as folder, _quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    report(f"done: {output} ({_megabytes(output.iterdir())})")
+    return output
+
+
+def find_gguf(source: Path) -> Path:
+    """The file that `source` is, or the only .gguf file in it. Raises ModelError for none and for several."""
+    if not source.is_dir():
+        if not source.is_file():
+            raise ModelError(f"{source} does not exist; give a .gguf file, or a folder that holds one")
+        return source
+    files = sorted(path for path in source.iterdir() if path.suffix.lower() == ".gguf" and path.is_file())
+    if not files:
+        raise ModelError(f"the folder {source} holds no .gguf file; give the file, or the folder that holds it")
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise ModelError(f"the folder {source} holds {len(files)} .gguf files ({names}); name one, such as {files[0]}")
+    return files[0]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says about itself: `values` without its arrays, and the names of its tensors."""
+
+    values: dict[str, str | int | float | bool]
+    tensors: frozenset[str]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.values.get("general.architecture", "unknown"))
+
+    @property
+    def scales_rope(self) -> bool:
+        """Whether positions are rotated other than by plain powers of one base, as Llama 3.1 and Phi-3 do."""
+        kind = self.values.get(f"{self.architecture}.rope.scaling.type", "none")
+        factors = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+        return kind != "none" or not factors.isdisjoint(self.tensors)
+
+
+def read_header(file: Path) -> Header:
+    """Read the metadata in milliseconds (gguf's own reader takes seconds). Raises ModelError if it is not whole."""
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+        if magic != MAGIC:
+            raise ModelError(f"{file} is not a GGUF file: it starts with {magic!r}, not {MAGIC!r}; give a .gguf file")
+        try:
+            (version,) = _unpack(stream, "I")
+            if version not in VERSIONS:
+                raise ModelError(f"{file} is GGUF version {version}; versions 2 and 3 can be read. Convert it anew")
+            num_tensors, num_values = _unpack(stream, "QQ")
+            pairs = ((_string(stream), _value(stream, *_unpack(stream, "I"))) for _ in range(num_values))
+            values = {key: value for key, value in pairs if value is not None}
+            tensors = frozenset(_tensor_name(stream) for _ in range(num_tensors))
+        except (EOFError, OverflowError, MemoryError, UnicodeDecodeError, KeyError) as error:
+            raise ModelError(f"{file} is damaged: its header does not parse ({error!r}). Get the file again") from error
+    if int(values.get("split.count", 1)) > 1:
+        command = f"llama-gguf-split --merge {file} whole.gguf"
+        raise ModelError(f"{file} is one of {values['split.count']} parts; join them first: {command}")
+    return Header(values, tensors)
+
+
+def _unpack(stream: BinaryIO, layout: str) -> tuple[Any, ...]:
+    return struct.unpack(f"<{layout}", _exactly(stream, struct.calcsize(f"<{layout}")))
+
+
+def _exactly(stream: BinaryIO, num_bytes: int) -> bytes:
+    data = stream.read(num_bytes)
+    if len(data) < num_bytes:
+        raise EOFError(f"the file ends {num_bytes - len(data)} bytes early")
+    return data
+
+
+def _string(stream: BinaryIO) -> str:
+    return _exactly(stream, *_unpack(stream, "Q")).decode()
+
+
+def _value(stream: BinaryIO, kind: int) -> str | int | float | bool | None:
+    """The next value; an array is skipped and gives None."""
+    if kind == STRING:
+        return _string(stream)
+    if kind != ARRAY:
+        return _unpack(stream, SCALARS[kind])[0]
+    item_kind, length = _unpack(stream, "IQ")
+    if item_kind in SCALARS:
+        stream.seek(length * struct.calcsize(f"<{SCALARS[item_kind]}"), io.SEEK_CUR)
+    else:
+        for _ in range(length):
+            _value(stream, item_kind)
+    return None
+
+
+def _tensor_name(stream: BinaryIO) -> str:
+    name = _string(stream)
+    (num_dims,) = _unpack(stream, "I")
+    _unpack(stream, f"{num_dims}QIQ")
+    return name
+
+
+def _load(file: Path, header: Header, dtype: str) -> tuple[Any, Any]:
+    """The tokenizer and the dense model in `file`. Raises ModelError for whatever transformers cannot read whole."""
+    import transformers
+
+    model_class: Any = transformers.AutoModelForCausalLM  # its declared result is not the pair it returns here
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        config = transformers.AutoConfig.from_pretrained(**where)
+        _require_same_rope(file, header, config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        model, loaded = model_class.from_pretrained(
+            **where, config=config, dtype=dtype, output_loading_info=True, **_dense()
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # the readers have no error of their own: ValueError, KeyError, IndexError, ...
+        raise ModelError(
+            f"{file}: transformers {transformers.__version__} cannot read this GGUF file of architecture "
+            f"{header.architecture!r} ({type(error).__name__}: {error}). If its download was cut short, get it again; "
+            "otherwise start from the model's safetensors folder, or try: pip install -U transformers"
+        ) from error
+    if missing := sorted({*loaded["missing_keys"], *loaded["mismatched_keys"]}):
+        # transformers warns and fills such weights with random numbers.
+        raise ModelError(f"{file} lacks {len(missing)} of the model's weights, such as {missing[0]}; get a whole file")
+
+    if header.values.get("tokenizer.ggml.pre") in SINGLE_DIGITS:
+        tokenizer.backend_tokenizer.pre_tokenizer = _single_digits()
+    if hasattr(model.config, "_model_name_or_path"):
+        del model.config._model_name_or_path  # the file's title, which would pass for a place to load from
+    assert "quantization_config" not in model.config.to_dict(), "the weights are still packed and cannot be saved"
+    return tokenizer, model
+
+
+def _require_same_rope(file: Path, header: Header, config: Any) -> None:
+    """Refuse a file whose scaled positions did not reach the config: the model would be wrong, at length above all."""
+    if header.scales_rope and not _scales_rope(config.to_dict().get("rope_parameters") or {}):
+        raise ModelError(
+            f"{file} scales its rotary positions, but transformers reads {header.architecture!r} from GGUF without "
+            "that scaling, so the model would differ. Start from the model's safetensors folder instead"
+        )
+
+
+def _scales_rope(parameters: dict[str, Any]) -> bool:
+    """Whether any rope in `parameters`, which may hold one set for each type of layer, is not the default one."""
+    nested = (value for value in parameters.values() if isinstance(value, dict))
+    return parameters.get("rope_type", "default") != "default" or any(map(_scales_rope, nested))
+
+
+def _dense() -> dict[str, Any]:
+    """The option that unpacks the weights. transformers before GgufConfig always unpacks them."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _single_digits() -> Any:
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+
+
+def _require_free(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ModelError(f"{output} is a file; give a folder that does not exist yet")
+    if output.is_dir() and any(output.iterdir()):
+        raise ModelError(f"the folder {output} exists and is not empty; give another one, or delete it: rm -r {output}")
+
+
+@contextmanager
+def _complete_or_absent(output: Path) -> Iterator[Path]:
+    """Yield a folder beside `output` that takes its name at the end, and vanishes if the body raises.
+
+    A killed process leaves the hidden folder behind; the next import to `output` clears it away.
+    """
+    from safetensors import SafetensorError
+
+    aside = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        for file in aside.iterdir():  # safetensors writes 0600 whatever the umask: others could not load the weights
+            shutil.copymode(aside / "config.json", file)
+        if output.exists():
+            output.rmdir()
+        aside.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot write the folder {output}: {error}. Give another folder, or make room") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' warnings and progress bars; the user's settings are back afterwards, also on an error."""
+    from transformers.utils import logging
+
+    with ExitStack() as undo:
+        undo.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity_error()
+        if logging.is_progress_bar_enabled():
+            undo.callback(logging.enable_progress_bar)
+            logging.disable_progress_bar()
+        # One bar, over the GGUF tensors, is tqdm's own and does not heed the switch above.
+        undo.enter_context(redirect_stderr(io.StringIO()))
+        yield
+
+
+def _megabytes(files: Iterable[Path]) -> str:
+    return f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB"

@@ -1,0 +1,102 @@
+"""From hidden states to the summed loss, without (tokens x vocabulary) logits in memory.
+
+The head is composed around the decoder, not patched into it: `TokenLoss` calls the decoder, keeps the positions that
+are trained on, and takes the cross entropy of the head's logits in chunks that are recomputed in backward.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812  (its usual name)
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+# fp32 logits of one chunk. Larger chunks are no faster; smaller ones launch more kernels.
+CHUNK_BYTES = 2**28
+
+
+class TokenLoss(nn.Module):
+    """The outermost module: batch in, sum of the trained tokens' losses out.
+
+    Being the only module that DDP or FSDP wraps, it is where they gather what its forward uses, the head included.
+    """
+
+    def __init__(self, model: "PreTrainedModel | PeftModel", *, composed: bool) -> None:
+        """`composed`: what head_is_composable said of the model before it was adapted."""
+        super().__init__()
+        self.model = model
+        self.composed = composed
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over the trained tokens of -log p(target), in fp32.
+
+        input_ids, attention_mask: (rows, length), padded on the right. positions, targets: (trained,), see Batch.
+        With no trained token the result is 0 and still connected to every parameter, as DDP needs.
+        """
+        model = _bare(self.model)
+        if not self.composed:
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            return F.cross_entropy(logits.flatten(0, 1)[positions].float(), targets, reduction="sum")
+        hidden = decoder_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        hidden = hidden.flatten(0, 1)[positions]
+        head = model.get_output_embeddings()
+        soft_cap = _soft_cap(model)
+        rows_per_chunk = max(1, CHUNK_BYTES // (4 * _vocab_size(model)))
+        if len(targets) <= rows_per_chunk:
+            return _chunk_loss(head, hidden, targets, soft_cap)
+        losses = [
+            checkpoint(_chunk_loss, head, h, t, soft_cap, use_reentrant=False)
+            for h, t in zip(hidden.split(rows_per_chunk), targets.split(rows_per_chunk), strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+def _chunk_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
+    return F.cross_entropy(_cap(head(hidden).float(), soft_cap), targets, reduction="sum")
+
+
+def decoder_of(model: "PreTrainedModel") -> nn.Module:
+    """The model without its head: token ids in, hidden states (rows, length, width) out."""
+    return getattr(model, model.base_model_prefix)
+
+
+def _bare(model: "PreTrainedModel | PeftModel") -> "PreTrainedModel":
+    from peft import PeftModel
+
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner
+
+
+def _soft_cap(model: "PreTrainedModel") -> float | None:
+    return getattr(model.config, "final_logit_softcapping", None)
+
+
+def _cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return logits if cap is None else torch.tanh(logits / cap) * cap  # Gemma 2, arXiv:2408.00118, section 2
+
+
+def _vocab_size(model: "PreTrainedModel") -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+@torch.no_grad()
+def head_is_composable(model: "PreTrainedModel") -> bool:
+    """Whether head(decoder(ids)) is what the model itself answers. Some models scale or shift their logits in ways of
+    their own; those keep their own forward, with all its logits."""
+    head = model.get_output_embeddings()
+    if head is None or not isinstance(getattr(model, model.base_model_prefix, None), nn.Module):
+        return False
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device).reshape(1, 8) % _vocab_size(model)
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    composed = _cap(head(decoder_of(model)(input_ids=ids, use_cache=False)[0]).float(), _soft_cap(model))
+    model.train(was_training)
+    return composed.shape == expected.shape and torch.allclose(composed, expected, rtol=1e-3, atol=1e-3)

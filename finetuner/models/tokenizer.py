@@ -1,0 +1,49 @@
+"""The tokenizer, with the tokens that the recipe adds to it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finetuner.errors import ModelError
+from finetuner.recipe.sections import TokenizerSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer, and the ids of the tokens that were new to it."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    new_ids: tuple[int, ...] = ()
+
+
+def load_tokenizer(section: TokenizerSection, base_model: str, trust_remote_code: bool) -> Vocabulary:
+    """Raises ModelError if there is no tokenizer, or none that can say which characters a token stands for."""
+    from transformers import AutoTokenizer
+
+    name = section.tokenizer or base_model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(_no_tokenizer(name, error)) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer '{name}' ({type(tokenizer).__name__}) has no fast version, which is needed to find the "
+            "trained tokens of a row. Name another with `tokenizer: ...`."
+        )
+    before = len(tokenizer)
+    roles = {role: token for role, token in section.special_tokens.model_dump().items() if token is not None}
+    if roles:
+        tokenizer.add_special_tokens(roles)
+    if section.tokens:
+        tokenizer.add_tokens(list(section.tokens))
+    tokenizer.padding_side = "right"
+    return Vocabulary(tokenizer, tuple(range(before, len(tokenizer))))
+
+
+def _no_tokenizer(name: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"cannot load a tokenizer from '{name}': {first}\nCheck base_model or tokenizer, and the network for a hub id."
+    )

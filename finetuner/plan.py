@@ -1,0 +1,186 @@
+"""What the recipe means on this world: the arithmetic of a run, derived once and printed at its start.
+
+Nothing here touches a model or a dataset; facts that are known late (rows) are arguments of `Plan.schedule`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from finetuner.errors import PlanError
+from finetuner.recipe import Recipe
+from finetuner.recipe.sections import EvaluationSection, OutputSection, PrecisionSection, ScheduleSection
+from finetuner.world import World
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Batch and precision. `micro_batch` rows per rank and forward pass, `grad_accum` passes per rank and step."""
+
+    data_parallel: int
+    rank: int
+    micro_batch: int
+    grad_accum: int
+    eval_batch: int
+    precision: Precision
+    seed: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.data_parallel * self.micro_batch * self.grad_accum
+
+    @property
+    def batch_equation(self) -> str:
+        return (
+            f"{self.global_batch} rows = {self.data_parallel} {'rank' if self.data_parallel == 1 else 'ranks'}"
+            f" x {self.micro_batch} micro-batch x {self.grad_accum} accumulation"
+        )
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, world: World) -> "Plan":
+        """Raises PlanError if this world cannot do what the recipe asks for."""
+        batch = recipe.batch
+        return cls(
+            data_parallel=world.size,
+            rank=world.rank,
+            micro_batch=batch.micro_batch_size,
+            grad_accum=batch.gradient_accumulation_steps,
+            eval_batch=batch.eval_batch_size or batch.micro_batch_size,
+            precision=choose_precision(recipe.precision, world),
+            seed=recipe.output.seed,
+        )
+
+    def schedule(self, recipe: Recipe, num_rows: int) -> "Schedule":
+        """Steps and learning rates for `num_rows` training rows (at least 1)."""
+        return Schedule.from_sections(
+            recipe.schedule, recipe.evaluation, recipe.output, num_rows=num_rows, global_batch=self.global_batch
+        )
+
+
+def choose_precision(section: PrecisionSection, world: World) -> Precision:
+    """The number format of forward and backward.
+
+    `bf16: true` needs a GPU that has it; on a CPU it is allowed, since it is right there and only slow where the
+    processor emulates it. `auto` takes bf16 only where the device multiplies it natively.
+    """
+    if section.fp16:
+        if world.device != "cuda":
+            raise PlanError(f"fp16 needs a GPU, and this rank runs on {world.device}. Write `fp16: false`.")
+        return "fp16"
+    if section.bf16 is True and world.device == "cuda" and not world.bf16:
+        raise PlanError("this GPU has no bfloat16. Write `bf16: auto` (fp32 here), or `bf16: false` and `fp16: true`.")
+    use_bf16 = world.bf16 if section.bf16 == "auto" else section.bf16
+    return "bf16" if use_bf16 else "fp32"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When things happen. A *step* is one optimizer update; `step` counts the steps done before, from 0;
+    `done` counts the steps done, from 1. Every epoch ends with a step of the rows that are left, so that each row
+    is seen exactly once an epoch."""
+
+    num_rows: int
+    global_batch: int
+    total_steps: int
+    warmup_steps: int
+    peak_lr: float
+    shape: Literal["constant", "linear", "cosine"]
+    min_lr_ratio: float
+    logging_steps: int
+    eval_steps: int | None
+    evals_per_epoch: int | None
+    eval_on_start: bool
+    save_steps: int | None
+    saves_per_epoch: int | None
+
+    @classmethod
+    def from_sections(
+        cls,
+        section: ScheduleSection,
+        evaluation: EvaluationSection,
+        output: OutputSection,
+        *,
+        num_rows: int,
+        global_batch: int,
+    ) -> "Schedule":
+        steps_per_epoch = math.ceil(num_rows / global_batch)
+        total = section.max_steps or math.ceil(section.num_epochs * steps_per_epoch)
+        warmup = section.warmup_steps
+        if warmup is None:
+            warmup = math.ceil(total * section.warmup_ratio) if section.warmup_ratio else 0
+        if warmup > total:
+            raise PlanError(
+                f"the warmup of {warmup} steps is longer than the run of {total} steps.\n"
+                f"Write `warmup_steps: {total // 10}`, or train longer (num_epochs, max_steps)."
+            )
+        return cls(
+            num_rows=num_rows,
+            global_batch=global_batch,
+            total_steps=total,
+            warmup_steps=warmup,
+            peak_lr=section.learning_rate,
+            shape=section.lr_scheduler,
+            min_lr_ratio=section.cosine_min_lr_ratio,
+            logging_steps=output.logging_steps,
+            eval_steps=evaluation.eval_steps,
+            evals_per_epoch=evaluation.evals_per_epoch,
+            eval_on_start=evaluation.eval_on_start,
+            save_steps=output.save_steps,
+            saves_per_epoch=output.saves_per_epoch,
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_rows / self.global_batch)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the update that follows `step` updates.
+
+        Linear from 0 over the warmup (so the first warmup step does not move the weights), then with
+        t = (step - warmup) / (total - warmup): constant 1, linear 1 - t, or cosine
+        m + (1 - m) (1 + cos(pi t)) / 2 with m = cosine_min_lr_ratio; times the peak. The same as transformers'
+        get_*_schedule_with_warmup, so that curves of other tools can be laid over ours.
+        """
+        if step < self.warmup_steps:
+            return self.peak_lr * step / self.warmup_steps
+        t = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        if self.shape == "constant":
+            return self.peak_lr
+        if self.shape == "linear":
+            return self.peak_lr * max(0.0, 1.0 - t)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, t)))
+        return self.peak_lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine)
+
+    def rows_at(self, step: int) -> tuple[int, int, int]:
+        """(epoch, start, stop): the step learns positions start..stop-1 of that epoch's order."""
+        epoch, nth = divmod(step, self.steps_per_epoch)
+        start = nth * self.global_batch
+        return epoch, start, min(start + self.global_batch, self.num_rows)
+
+    def epoch_at(self, done: int) -> float:
+        """Epochs done after `done` steps, as a fraction."""
+        epoch, nth = divmod(done, self.steps_per_epoch)
+        return epoch + nth * self.global_batch / self.num_rows
+
+    def rows_seen(self, done: int) -> int:
+        """Rows learned from in the first `done` steps."""
+        epoch, nth = divmod(done, self.steps_per_epoch)
+        return epoch * self.num_rows + nth * self.global_batch
+
+    def logs_at(self, done: int) -> bool:
+        return done == 1 or done % self.logging_steps == 0 or done == self.total_steps
+
+    def evaluates_at(self, done: int) -> bool:
+        return done == self.total_steps or self._due(done, self.eval_steps, self.evals_per_epoch)
+
+    def saves_at(self, done: int) -> bool:
+        return done == self.total_steps or self._due(done, self.save_steps, self.saves_per_epoch)
+
+    def _due(self, done: int, every: int | None, per_epoch: int | None) -> bool:
+        if every is not None:
+            return done % every == 0
+        # n times an epoch: whenever a further n-th of the epoch is complete
+        times = per_epoch or 1
+        return done * times // self.steps_per_epoch > (done - 1) * times // self.steps_per_epoch

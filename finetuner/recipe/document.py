@@ -1,0 +1,156 @@
+"""YAML text -> plain values, and the place in the text of every key and value.
+
+YAML 1.2, so that `2e-4` is a number and `no` is text. Duplicate keys, other tags than the core ones, several documents
+and texts that would grow without bound are refused.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from finetuner.recipe.problems import KeyPath, Origin, Problem
+
+MAX_RECIPE_BYTES = 1_000_000
+# An alias may be expanded many times over ("billion laughs"): bound what comes out, not only what goes in.
+MAX_NODES = 50_000
+MAX_DEPTH = 40
+
+
+@dataclass
+class Document:
+    """A parsed recipe: its values, and where each key and each value stands."""
+
+    source: str
+    values: dict[str, Any] = field(default_factory=dict)
+    keys: dict[KeyPath, Origin] = field(default_factory=dict)
+    places: dict[KeyPath, Origin] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def origin(self, path: KeyPath, *, of_key: bool = False) -> Origin | None:
+        """The nearest place known for `path`: itself, else the block it is missing from."""
+        table = self.keys if of_key else self.places
+        for end in range(len(path), 0, -1):
+            if path[:end] in table:
+                return table[path[:end]]
+            if path[:end] in self.keys:
+                return self.keys[path[:end]]
+        return None
+
+
+def parse_yaml(text: str, source: str) -> Document:
+    """Parse one YAML mapping; problems are collected in the result, never raised."""
+    document = Document(source)
+    if len(text.encode()) > MAX_RECIPE_BYTES:
+        document.problems.append(
+            Problem(
+                f"{source} has {len(text.encode()):,} bytes; a recipe may have {MAX_RECIPE_BYTES:,}. Is it a recipe?"
+            )
+        )
+        return document
+    try:
+        root = YAML(typ="safe", pure=True).compose(text)
+    except MarkedYAMLError as error:
+        document.problems.append(_syntax_problem(error, text, source))
+        return document
+    except YAMLError as error:
+        document.problems.append(Problem(f"{source} is not YAML text: {str(error).splitlines()[0]}"))
+        return document
+    if root is None:
+        return document
+    if not isinstance(root, MappingNode):
+        document.problems.append(
+            Problem("a recipe is a list of `key: value` lines; this is not one.", Origin(source, 1, 1, _line(text, 1)))
+        )
+        return document
+    document.values = _Builder(document, text.splitlines()).mapping(root, (), 0)
+    return document
+
+
+def parse_value(text: str) -> Any:
+    """One YAML value, as written behind `key=` on the command line. Raises ValueError with the reason."""
+    document = parse_yaml("value: " + text if "\n" not in text else "value:\n" + text, "override")
+    if document.problems:
+        raise ValueError(document.problems[0].message)
+    return document.values.get("value")
+
+
+class _Builder:
+    """Walks the node tree once, counting as it goes."""
+
+    def __init__(self, document: Document, lines: list[str]) -> None:
+        self.document, self.lines, self.num_nodes = document, lines, 0
+        self.constructor = YAML(typ="safe", pure=True).constructor
+
+    def value(self, node: Node, path: KeyPath, depth: int) -> Any:
+        self.num_nodes += 1
+        if depth > MAX_DEPTH or self.num_nodes > MAX_NODES:
+            if self.num_nodes <= MAX_NODES or not any("nested" in p.message for p in self.document.problems):
+                self.problem("nested too deep, or aliases that grow without bound", node)
+            self.num_nodes = MAX_NODES + 1
+            return None
+        if isinstance(node, MappingNode):
+            return self.mapping(node, path, depth)
+        if isinstance(node, SequenceNode):
+            items = []
+            for i, child in enumerate(node.value):
+                if self.num_nodes > MAX_NODES:
+                    break
+                self.document.places[(*path, i)] = self.origin(child)
+                items.append(self.value(child, (*path, i), depth + 1))
+            return items
+        assert isinstance(node, ScalarNode)
+        return self.scalar(node)
+
+    def mapping(self, node: MappingNode, path: KeyPath, depth: int) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if self.num_nodes > MAX_NODES:
+                break
+            key = key_node.value if isinstance(key_node, ScalarNode) else "?"
+            here = (*path, key)
+            if key in out:
+                first = self.document.keys[here]
+                self.problem(f"'{key}' is given twice; line {first.line} has it already. Remove one.", key_node)
+                continue
+            self.document.keys[here] = self.origin(key_node)
+            self.document.places[here] = self.origin(value_node)
+            out[key] = self.value(value_node, here, depth + 1)
+        return out
+
+    def scalar(self, node: ScalarNode) -> Any:
+        kind = str(node.tag).rpartition(":")[2]
+        if kind == "timestamp":  # 2024-01-01 is a name here, not a date
+            return node.value
+        if kind not in ("str", "int", "float", "bool", "null"):
+            self.problem(f"the tag {node.tag} is not supported; write the value plainly.", node)
+            return None
+        return self.constructor.construct_object(node)
+
+    def origin(self, node: Node) -> Origin:
+        mark = node.start_mark
+        text = self.lines[mark.line] if mark.line < len(self.lines) else ""
+        return Origin(self.document.source, mark.line + 1, mark.column + 1, text)
+
+    def problem(self, message: str, node: Node) -> None:
+        self.document.problems.append(Problem(message, self.origin(node)))
+
+
+def _syntax_problem(error: MarkedYAMLError, text: str, source: str) -> Problem:
+    mark = error.problem_mark or error.context_mark
+    line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+    shown = _line(text, line)
+    what = str(error.problem or error.context or "not valid YAML").rstrip(".")
+    hint = (
+        " Indent with spaces, not tabs."
+        if "\t" in shown
+        else " Check the indentation and the quotes here and one line above."
+    )
+    return Problem(f"not valid YAML: {what}.{hint}", Origin(source, line, column, shown.replace("\t", " ")))
+
+
+def _line(text: str, number: int) -> str:
+    lines = text.splitlines()
+    return lines[number - 1] if 0 < number <= len(lines) else ""

@@ -1,0 +1,28 @@
+"""Recipe -> YAML that loads to the same Recipe."""
+
+import io
+from typing import Any
+
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+
+from finetuner.recipe.schema import Recipe
+
+
+def flat_values(recipe: Recipe) -> dict[str, Any]:
+    """key -> plain value (bool, number, text, list or dict), for every key that is set."""
+    out: dict[str, Any] = {}
+    for name in type(recipe).model_fields:
+        section: BaseModel = getattr(recipe, name)
+        out |= section.model_dump(mode="json", exclude_none=True)
+    return {key: value for key, value in out.items() if value != {}}
+
+
+def dump_recipe(recipe: Recipe, heading: str) -> str:
+    """The resolved recipe as YAML text under a comment; every default is written out."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the sections' order
+    stream = io.StringIO()
+    yaml.dump(flat_values(recipe), stream)
+    return f"# {heading}\n{stream.getvalue()}"

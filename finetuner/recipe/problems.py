@@ -1,0 +1,52 @@
+"""What is wrong with a recipe, where it stands, and how that is shown."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a key or value was written: a place in a file, or an override on the command line."""
+
+    source: str
+    line: int = 0  # 1-based; 0 for an override
+    column: int = 0  # 1-based
+    text: str = ""  # the whole line
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}:{self.column}" if self.line else f"<{self.source}>"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: what is wrong and what to write instead."""
+
+    message: str
+    origin: Origin | None = None
+
+    def render(self) -> str:
+        if self.origin is None:
+            return self.message
+        lines = [f"{self.origin}: {self.message}"]
+        if self.origin.text:
+            margin = f"{self.origin.line:>6} | " if self.origin.line else "         "
+            lines.append(margin + self.origin.text[:160])
+            if self.origin.line and self.origin.column <= 160:
+                lines.append(" " * (len(margin) - 2) + "| " + " " * (self.origin.column - 1) + "^")
+        return "\n".join(lines)
+
+
+def render_problems(name: str, problems: Iterable[Problem]) -> str:
+    """All mistakes in one message, in the order in which they stand in the file."""
+    ordered = sorted(problems, key=lambda p: (p.origin.line, p.origin.column) if p.origin else (10**9, 0))
+    count = "1 mistake" if len(ordered) == 1 else f"{len(ordered)} mistakes"
+    return f"{name}: {count}\n\n" + "\n\n".join(problem.render() for problem in ordered)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'x'?" for the nearest known word, or "" if none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,73 @@
+"""The whole recipe, and the one table of its keys."""
+
+from pydantic.fields import FieldInfo
+
+from finetuner.recipe.sections import (
+    AdapterSection,
+    BatchSection,
+    DataSection,
+    EvaluationSection,
+    ModelSection,
+    OptimizerSection,
+    OutputSection,
+    PrecisionSection,
+    ScheduleSection,
+    Section,
+    TokenizerSection,
+)
+
+
+class Recipe(Section):
+    """What the user said. Frozen; what it means on a machine is the Plan's business."""
+
+    model: ModelSection
+    tokenizer: TokenizerSection
+    data: DataSection
+    adapter: AdapterSection
+    batch: BatchSection
+    schedule: ScheduleSection
+    optimizer: OptimizerSection
+    precision: PrecisionSection
+    evaluation: EvaluationSection
+    output: OutputSection
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "tokenizer": TokenizerSection,
+    "data": DataSection,
+    "adapter": AdapterSection,
+    "batch": BatchSection,
+    "schedule": ScheduleSection,
+    "optimizer": OptimizerSection,
+    "precision": PrecisionSection,
+    "evaluation": EvaluationSection,
+    "output": OutputSection,
+}
+
+# key -> (section, field); a key that stood in two sections would be a mistake of ours
+KEYS: dict[str, tuple[str, FieldInfo]] = {
+    key: (name, info) for name, section in SECTIONS.items() for key, info in section.model_fields.items()
+}
+assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values()), "a key stands in two sections"
+
+# Other spellings of our keys, each accepted with one note.
+ALIASES = {"sequence_length": "sequence_len", "tokenizer_config": "tokenizer", "max_seq_length": "sequence_len"}
+
+# What people write for capabilities that are not built yet: named, so that nobody wonders about the spelling.
+NOT_YET = {
+    "bnb_config": "4-bit bases",
+    "chat_template": "chat templates other than the tokenizer's own",
+    "deepspeed": "DeepSpeed",
+    "fsdp": "FSDP",
+    "fsdp_config": "FSDP",
+    "load_in_4bit": "4-bit bases",
+    "load_in_8bit": "8-bit bases",
+    "lora_modules_to_save": "training whole modules beside an adapter",
+    "peft_use_dora": "DoRA",
+    "pretraining_dataset": "streaming corpora",
+    "rl": "preference and reinforcement learning",
+    "sample_packing": "packing",
+    "torch_compile": "compilation",
+    "wandb_project": "experiment trackers",
+}

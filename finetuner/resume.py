@@ -1,0 +1,49 @@
+"""May a run go on from a checkpoint of that recipe? What must be equal, what may change, and what is said."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetuner.errors import CheckpointError
+
+# Without these equal, the weights would not fit or the order of the rows would not be the same.
+MUST_MATCH = (
+    "base_model", "tokenizer", "special_tokens", "tokens", "datasets", "test_datasets", "val_set_size", "sequence_len",
+    "excess_length_strategy", "train_on_inputs", "adapter", "lora_r", "lora_alpha", "lora_target_linear",
+    "lora_target_modules", "seed",
+)  # fmt: skip
+
+# These have no part in what is learned; micro-batches and ranks are compared through the global batch.
+NO_MATTER = (
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "saves_per_epoch", "save_total_limit",
+    "logging_steps", "eval_steps", "evals_per_epoch", "eval_on_start", "eval_batch_size", "micro_batch_size",
+    "gradient_accumulation_steps", "trust_remote_code",
+)  # fmt: skip
+
+
+def resume_facts(recipe_values: Mapping[str, Any], *, num_rows: int, global_batch: int) -> dict[str, Any]:
+    """What a checkpoint records, to be compared with what a later run would do."""
+    return {"recipe": dict(recipe_values), "num_rows": num_rows, "global_batch": global_batch}
+
+
+def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Notes on keys that changed and may. Raises CheckpointError for those that may not."""
+    before, after = saved["recipe"], now["recipe"]
+    refused = [
+        f"{key}: {before.get(key)} -> {after.get(key)}" for key in MUST_MATCH if before.get(key) != after.get(key)
+    ]
+    if saved["num_rows"] != now["num_rows"]:
+        refused.append(f"training rows: {saved['num_rows']} -> {now['num_rows']} (a data file has changed)")
+    if saved["global_batch"] != now["global_batch"]:
+        refused.append(
+            f"rows per step: {saved['global_batch']} -> {now['global_batch']} (keep ranks x micro_batch_size x "
+            "gradient_accumulation_steps equal)"
+        )
+    if refused:
+        raise CheckpointError(
+            "the checkpoint is of another run; these differ:\n  "
+            + "\n  ".join(refused)
+            + "\nSet them back, or start anew with another output_dir."
+        )
+    free = [*MUST_MATCH, *NO_MATTER]
+    changed = [key for key in sorted({*before, *after}) if key not in free and before.get(key) != after.get(key)]
+    return [f"changed since the checkpoint: {key} {before.get(key)} -> {after.get(key)}" for key in changed]

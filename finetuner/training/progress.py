@@ -1,0 +1,143 @@
+"""What a person sees of a long run: a bar on a terminal, plain lines elsewhere; only on one rank."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from finetuner.world import stream_is_terminal
+
+
+def duration(seconds: float) -> str:
+    """0:42, 12:05 or 1:02:33."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Screen:
+    """Prints on the main rank and is silent on the others."""
+
+    def __init__(self, *, speaks: bool) -> None:
+        self.speaks = speaks
+        self.terminal = stream_is_terminal(sys.stdout)
+        self.console = Console(highlight=False, soft_wrap=not self.terminal)
+
+    def line(self, text: str = "") -> None:
+        if self.speaks:
+            self.console.print(text, markup=False)
+
+    def table(self, rows: list[tuple[str, str]]) -> None:
+        """A short two-column table."""
+        table = Table.grid(padding=(0, 2))
+        for name, value in rows:
+            table.add_row(Text(name, style="bold"), Text(value))
+        if self.speaks:
+            self.console.print(table)
+
+    @contextmanager
+    def work(self, what: str, unit: str) -> Iterator["Work"]:
+        """Progress of one long piece of work whose size becomes known later."""
+        with Work(self, what, unit) as work:
+            yield work
+
+
+class _Remaining(ProgressColumn):
+    """Time left at the average pace of this run, without the pauses for evaluation."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields.get("left")
+        return Text(f"{duration(left)} left" if left is not None else "", style="cyan")
+
+
+class Work:
+    """A bar that vanishes when done (terminal), or a line every ten seconds."""
+
+    def __init__(self, screen: Screen, what: str, unit: str) -> None:
+        self.screen, self.what, self.unit = screen, what, unit
+        self.started = self.spoken = time.monotonic()
+        self.done, self.total = 0, 0
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            _Remaining(),
+            console=screen.console,
+            transient=True,
+            disable=not (screen.speaks and screen.terminal),
+        )
+        self.task = self.bar.add_task(what, total=None, unit=unit, left=None)
+
+    def __enter__(self) -> "Work":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def at(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+        now = time.monotonic()
+        left = (now - self.started) / done * (total - done) if done else None
+        self.bar.update(self.task, completed=done, total=total, left=left)
+        if not self.screen.terminal and now - self.spoken > 10 and left is not None:
+            self.spoken = now
+            self.screen.line(f"{self.what}: {done:,} of {total:,} {self.unit}, {duration(left)} left")
+
+    def advance(self, count: int) -> None:
+        self.at(self.done + count, max(self.total, self.done + count))
+
+
+class TrainingProgress:
+    """Loss, learning rate, tokens per second and time left, for every step or every logged step."""
+
+    def __init__(self, screen: Screen, total_steps: int, done: int) -> None:
+        self.screen, self.total_steps = screen, total_steps
+        self.seconds, self.steps, self.first = 0.0, 0, done
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[facts]}"),
+            _Remaining(),
+            console=screen.console,
+            disable=not (screen.speaks and screen.terminal),
+        )
+        self.task = self.bar.add_task("train", total=total_steps, completed=done, facts="", left=None)
+
+    def __enter__(self) -> "TrainingProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def left(self, step: int) -> float:
+        return self.seconds / max(1, self.steps) * (self.total_steps - step)
+
+    def stepped(self, step: int, loss: float, lr: float, input_tokens: int, seconds: float) -> None:
+        self.steps += 1
+        # The first step also compiles kernels and fills caches: it would spoil the estimate.
+        self.seconds = seconds * 2 if self.steps == 2 else self.seconds + seconds
+        facts = f"loss {loss:.4f}  lr {lr:.2e}  {input_tokens / seconds:,.0f} tok/s"
+        self.bar.update(self.task, completed=step, facts=facts, left=self.left(step))
+
+    def logged(self, row: dict) -> None:
+        if not self.screen.terminal:
+            self.screen.line(
+                f"step {row['step']}/{self.total_steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
+                f"lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.3f}  "
+                f"{row['tokens_per_second']:,.0f} tok/s  {duration(self.left(row['step']))} left"
+            )
+
+    def evaluated(self, row: dict) -> None:
+        self.screen.line(
+            f"step {row['step']}/{self.total_steps}  held-out loss {row['eval_loss']:.4f}  "
+            f"perplexity {row['eval_perplexity']:.3f}"
+        )

@@ -1,0 +1,118 @@
+"""The machine as one rank sees it. The only module that reads the environment or counts devices."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TextIO
+
+from finetuner.errors import PlanError
+
+DeviceType = Literal["cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class World:
+    """Ranks, and the device of this one.
+
+    `size` ranks in all, `local_size` of them on this node. `bf16` says that the device multiplies bfloat16 natively;
+    where it does not, bf16 is emulated and slower than fp32. `num_threads` is this rank's share of the CPU cores.
+    """
+
+    size: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    local_size: int = 1
+    device: DeviceType = "cpu"
+    bf16: bool = False
+    num_threads: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def detect(cls) -> "World":
+        """Read the launcher's variables and the devices.
+
+        Raises PlanError if the launcher started fewer processes than it was asked for, or more ranks than GPUs.
+        """
+        import torch
+
+        env = os.environ
+        refuse_a_launch_that_lost_its_ranks(env)
+        local_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
+        device: DeviceType = "cpu"
+        if env.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1"):
+            if torch.cuda.is_available():
+                device = "cuda"
+            elif torch.backends.mps.is_available():
+                device = "mps"
+        if device == "cuda" and local_size > torch.cuda.device_count():
+            raise PlanError(
+                f"{local_size} ranks were started on this node, but it has {torch.cuda.device_count()} GPU(s).\n"
+                f"Start with: accelerate launch --num_processes {torch.cuda.device_count()} ..."
+            )
+        if device == "cuda":
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            bf16 = device == "mps" or _cpu_multiplies_bf16()
+        return cls(
+            size=int(env.get("WORLD_SIZE", "1")),
+            rank=int(env.get("RANK", "0")),
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_size=local_size,
+            device=device,
+            bf16=bf16,
+            num_threads=threads_for_a_rank(env, local_size, _num_usable_cores()),
+        )
+
+
+def refuse_a_launch_that_lost_its_ranks(env: Mapping[str, str]) -> None:
+    """Without a GPU, `accelerate launch --num_processes 2` starts one process and says nothing.
+
+    It sets MASTER_PORT only when more than one was asked for, and RANK only when they were started.
+    """
+    started = any(name in env for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"))
+    if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_PORT" in env and not started:
+        raise PlanError(
+            "accelerate launch was asked for several processes and started one: without a GPU it ignores "
+            "--num_processes.\nType one of these instead (both run several CPU ranks with gloo):\n"
+            "  accelerate launch --multi_gpu --num_processes 2 -m finetuner.train RECIPE\n"
+            "  torchrun --nproc_per_node 2 -m finetuner.train RECIPE"
+        )
+
+
+def threads_for_a_rank(env: Mapping[str, str], local_size: int, num_cores: int) -> int:
+    """CPU threads of one rank: the user's OMP_NUM_THREADS, else an equal share of the cores.
+
+    Both launchers set OMP_NUM_THREADS=1 on their own, which would leave all cores but one idle, so that value counts
+    as "not chosen" under a launcher.
+    """
+    chosen = env.get("OMP_NUM_THREADS", "")
+    launched = "ACCELERATE_MIXED_PRECISION" in env or "TORCHELASTIC_RUN_ID" in env
+    if chosen.isdigit() and int(chosen) > 0 and not (launched and chosen == "1"):
+        return int(chosen)
+    return max(1, num_cores // local_size)
+
+
+def launched_rank() -> int:
+    """This process's rank as its launcher says, before anything heavy is imported."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def stream_is_terminal(stream: TextIO | None = None) -> bool:
+    """Whether a person watches `stream` (stdout by default)."""
+    return (stream or sys.stdout).isatty()
+
+
+def _cpu_multiplies_bf16() -> bool:
+    import torch
+
+    has = torch.cpu.get_capabilities()
+    return any(bool(has.get(name)) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def _num_usable_cores() -> int:
+    # A container or a batch system may give this process fewer cores than the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
