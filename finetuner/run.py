@@ -1,5 +1,6 @@
 """The composition root: one function per command, each builds the parts in order and hands them on."""
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -357,6 +358,8 @@ def quiet_libraries(screen: Screen) -> None:
     import datasets
     import transformers
 
+    # Their deprecations among each other are not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|datasets|peft|torch|transformers)\b")
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()
     if not (screen.speaks and screen.terminal):

@@ -72,8 +72,9 @@ class Change:
         """In fp32, rounded once at the end."""
         if self.rows is None:
             assert self.a is not None and self.b is not None
-            delta = (self.b.float() @ self.a.float()) * self.scale
-            return (weight.float() + delta).to(weight.dtype)
+            merged = self.b.float() @ self.a.float()
+            merged.mul_(self.scale).add_(weight)  # in place: fresh pages cost more than the arithmetic
+            return merged.to(weight.dtype)
         grown = weight.new_zeros(max(weight.shape[0], max(self.ids) + 1), weight.shape[1])
         grown[: len(weight)] = weight
         grown[list(self.ids)] = self.rows.to(weight.dtype)

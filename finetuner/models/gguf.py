@@ -57,6 +57,7 @@ def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", report: Cal
     with _complete_or_absent(output) as folder, _quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        _require_same_tokenizer(file, folder, tokenizer)
     report(f"done: {output} ({_megabytes(output.iterdir())})")
     return output
 
@@ -200,6 +201,20 @@ def _scales_rope(parameters: dict[str, Any]) -> bool:
     """Whether any rope in `parameters`, which may hold one set for each type of layer, is not the default one."""
     nested = (value for value in parameters.values() if isinstance(value, dict))
     return parameters.get("rope_type", "default") != "default" or any(map(_scales_rope, nested))
+
+
+def _require_same_tokenizer(file: Path, folder: Path, tokenizer: Any) -> None:
+    """Refuse a folder whose tokenizer does not load as the one in the file: transformers 5.3 picks another class."""
+    import transformers
+
+    probe = " ".join([*tokenizer.all_special_tokens, "Naïve  text,\n\twith 2  numbers: 10"])
+    expected = tokenizer(probe)["input_ids"]
+    saved = transformers.AutoTokenizer.from_pretrained(folder)(probe)["input_ids"]
+    if saved != expected:
+        raise ModelError(
+            f"{file}: transformers {transformers.__version__} saves its tokenizer so that text becomes other tokens "
+            f"({saved[:8]}... instead of {expected[:8]}...); try: pip install -U transformers"
+        )
 
 
 def _dense() -> dict[str, Any]:

@@ -5,18 +5,22 @@ and texts that would grow without bound are refused.
 """
 
 from dataclasses import dataclass, field
+from textwrap import indent
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from finetuner.recipe.problems import KeyPath, Origin, Problem
 
-MAX_RECIPE_BYTES = 1_000_000
+MAX_RECIPE_BYTES = 300_000
 # An alias may be expanded many times over ("billion laughs"): bound what comes out, not only what goes in.
-MAX_NODES = 50_000
+MAX_NODES = 20_000
 MAX_DEPTH = 40
+MAX_INT = 2**63 - 1
+TOO_MUCH = f"a recipe nests at most {MAX_DEPTH} blocks and has at most {MAX_NODES:,} values, aliases written out; this has more."
 
 
 @dataclass
@@ -43,19 +47,16 @@ class Document:
 def parse_yaml(text: str, source: str) -> Document:
     """Parse one YAML mapping; problems are collected in the result, never raised."""
     document = Document(source)
-    if len(text.encode()) > MAX_RECIPE_BYTES:
-        document.problems.append(
-            Problem(
-                f"{source} has {len(text.encode()):,} bytes; a recipe may have {MAX_RECIPE_BYTES:,}. Is it a recipe?"
-            )
-        )
-        return document
     try:
+        excess = _first_excess(text, source)
+        if excess is not None:
+            document.problems.append(excess)
+            return document
         root = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         document.problems.append(_syntax_problem(error, text, source))
         return document
-    except YAMLError as error:
+    except (YAMLError, ValueError, OverflowError) as error:  # the last two: "\UFFFFFFFF" is no character
         document.problems.append(Problem(f"{source} is not YAML text: {str(error).splitlines()[0]}"))
         return document
     if root is None:
@@ -71,7 +72,7 @@ def parse_yaml(text: str, source: str) -> Document:
 
 def parse_value(text: str) -> Any:
     """One YAML value, as written behind `key=` on the command line. Raises ValueError with the reason."""
-    document = parse_yaml("value: " + text if "\n" not in text else "value:\n" + text, "override")
+    document = parse_yaml("value: " + text if "\n" not in text else "value:\n" + indent(text, " "), "override")
     if document.problems:
         raise ValueError(document.problems[0].message)
     return document.values.get("value")
@@ -87,9 +88,12 @@ class _Builder:
     def value(self, node: Node, path: KeyPath, depth: int) -> Any:
         self.num_nodes += 1
         if depth > MAX_DEPTH or self.num_nodes > MAX_NODES:
-            if self.num_nodes <= MAX_NODES or not any("nested" in p.message for p in self.document.problems):
-                self.problem("nested too deep, or aliases that grow without bound", node)
-            self.num_nodes = MAX_NODES + 1
+            self.problem(TOO_MUCH, node)
+            self.num_nodes = MAX_NODES + 1  # ends every loop above
+            return None
+        kind = str(node.tag).rpartition(":")[2]
+        if kind not in _KINDS:
+            self.problem(f"the tag {node.tag} is not supported; write the value plainly.", node)
             return None
         if isinstance(node, MappingNode):
             return self.mapping(node, path, depth)
@@ -102,7 +106,7 @@ class _Builder:
                 items.append(self.value(child, (*path, i), depth + 1))
             return items
         assert isinstance(node, ScalarNode)
-        return self.scalar(node)
+        return self.scalar(node, kind)
 
     def mapping(self, node: MappingNode, path: KeyPath, depth: int) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -120,22 +124,53 @@ class _Builder:
             out[key] = self.value(value_node, here, depth + 1)
         return out
 
-    def scalar(self, node: ScalarNode) -> Any:
-        kind = str(node.tag).rpartition(":")[2]
+    def scalar(self, node: ScalarNode, kind: str) -> Any:
         if kind == "timestamp":  # 2024-01-01 is a name here, not a date
             return node.value
-        if kind not in ("str", "int", "float", "bool", "null"):
-            self.problem(f"the tag {node.tag} is not supported; write the value plainly.", node)
+        try:
+            value = self.constructor.construct_object(node)
+        except (YAMLError, ValueError, LookupError):  # `!!int abc`, or 5,000 digits
+            value = None
+            self.problem(f"'{node.value[:60]}' is not of the kind '{kind}'; write the value plainly.", node)
+        if isinstance(value, int) and abs(value) > MAX_INT:
+            self.problem(f"a whole number is at most {MAX_INT} here.", node)
             return None
-        return self.constructor.construct_object(node)
+        return value
 
     def origin(self, node: Node) -> Origin:
-        mark = node.start_mark
-        text = self.lines[mark.line] if mark.line < len(self.lines) else ""
-        return Origin(self.document.source, mark.line + 1, mark.column + 1, text)
+        return _origin(node, self.document.source, self.lines)
 
     def problem(self, message: str, node: Node) -> None:
         self.document.problems.append(Problem(message, self.origin(node)))
+
+
+_KINDS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
+
+
+def _first_excess(text: str, source: str) -> Problem | None:
+    """What composing the text would recurse into or grow by without bound, or settle without a word."""
+    lines = text.splitlines()
+    depth = num_nodes = 0
+    anchors: set[str] = set()
+    for event in YAML(typ="safe", pure=True).parse(text):
+        depth += isinstance(event, CollectionStartEvent)
+        depth -= isinstance(event, CollectionEndEvent)
+        if not isinstance(event, NodeEvent):
+            continue
+        num_nodes += 1
+        if depth > MAX_DEPTH or num_nodes > MAX_NODES:
+            return Problem(TOO_MUCH, _origin(event, source, lines))
+        if event.anchor in anchors and not isinstance(event, AliasEvent):
+            return Problem(f"the anchor '&{event.anchor}' is given twice. Rename one.", _origin(event, source, lines))
+        if event.anchor is not None:
+            anchors.add(event.anchor)
+    return None
+
+
+def _origin(node: Node | NodeEvent, source: str, lines: list[str]) -> Origin:
+    mark = node.start_mark
+    text = lines[mark.line] if mark.line < len(lines) else ""
+    return Origin(source, mark.line + 1, mark.column + 1, text)
 
 
 def _syntax_problem(error: MarkedYAMLError, text: str, source: str) -> Problem:

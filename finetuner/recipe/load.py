@@ -1,5 +1,7 @@
 """File and overrides -> Recipe, with every mistake reported at once."""
 
+import math
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from finetuner.errors import RecipeError
-from finetuner.recipe.document import Document, parse_value, parse_yaml
+from finetuner.recipe.document import MAX_RECIPE_BYTES, Document, parse_value, parse_yaml
 from finetuner.recipe.problems import KeyPath, Origin, Problem, did_you_mean, render_problems
 from finetuner.recipe.rules import file_findings, rule_findings
 from finetuner.recipe.schema import ALIASES, KEYS, NOT_YET, SECTIONS, Recipe
@@ -46,18 +48,24 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check
 
 
 def _read(path: Path) -> str:
-    if path.is_dir():
-        raise RecipeError(f"'{path}' is a folder; name the recipe's YAML file in it.")
-    if not path.exists():
-        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        listed = f" Recipes in {path.parent}: {', '.join(near)}." if near else ""
-        raise RecipeError(
-            f"there is no recipe '{path}' (seen from {Path.cwd()}).{did_you_mean(path.name, near)}{listed}"
-        )
     try:
+        if path.is_dir():
+            raise RecipeError(f"'{path}' is a folder; name the recipe's YAML file in it.")
+        if not path.exists():
+            near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+            listed = f" Recipes in {path.parent}: {', '.join(near)}." if near else ""
+            raise RecipeError(
+                f"there is no recipe '{path}' (seen from {Path.cwd()}).{did_you_mean(path.name, near)}{listed}"
+            )
+        size = path.stat().st_size
+        if size > MAX_RECIPE_BYTES:
+            raise RecipeError(f"'{path}' has {size:,} bytes; a recipe may have {MAX_RECIPE_BYTES:,}. Is it a recipe?")
         return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"'{path}' cannot be read as UTF-8 text: {error}") from error
+
+
+_INDEX = re.compile("[0-9]{1,6}")
 
 
 def _apply_override(document: Document, number: int, override: str) -> None:
@@ -71,7 +79,7 @@ def _apply_override(document: Document, number: int, override: str) -> None:
     except ValueError as error:
         document.problems.append(Problem(f"the value is not YAML: {error}", origin))
         return
-    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
+    path: KeyPath = tuple(int(part) if _INDEX.fullmatch(part) else part for part in key.strip().split("."))
     target: Any = document.values
     for step, following in pairwise(path):
         if isinstance(target, dict) and isinstance(step, str):
@@ -169,6 +177,8 @@ def _problems_of(error: ValidationError, section_type: type[Section], document: 
         by_place.setdefault(_place(details["loc"], document.values), []).append(details)
     problems = []
     for path, group in by_place.items():
+        if group[0]["type"] == "too_short" and any(p[: len(path)] == path and p != path for p in by_place):
+            continue  # pydantic does not count the entries that are wrong
         unknown = group[0]["type"] == "extra_forbidden"
         message = _describe(path, group, section_type)
         problems.append(Problem(message, document.origin(path, of_key=unknown)))
@@ -213,7 +223,7 @@ def _describe(path: KeyPath, group: list[ErrorDetails], section_type: type[Secti
         wanted = wanted.replace(_WANTED["literal_error"], str(group[0]["ctx"]["expected"]).strip("'"))
     hint = ""
     if isinstance(given, str) and kind in ("int_type", "float_type"):
-        hint = f" Write {given} without quotes." if _is_number(given) else ""
+        hint = f" Write {given} without quotes." if _is_number(given, int if kind == "int_type" else float) else ""
     return f"{shown}, but must be {wanted}.{hint}"
 
 
@@ -241,6 +251,8 @@ _WANTED = {
 def _show(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if value is None:
+        return "empty"
     if isinstance(value, str):
         return f"the text '{value[:60]}'"
     if isinstance(value, dict | list):
@@ -248,12 +260,11 @@ def _show(value: Any) -> str:
     return str(value)
 
 
-def _is_number(text: str) -> bool:
+def _is_number(text: str, kind: type[int | float]) -> bool:
     try:
-        float(text)
-    except ValueError:
+        return math.isfinite(kind(text))
+    except (ValueError, OverflowError):
         return False
-    return True
 
 
 def _meaning(path: KeyPath, section_type: type[Section]) -> str:

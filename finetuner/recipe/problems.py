@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 KeyPath = tuple[str | int, ...]
 
+MAX_SHOWN = 50
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -42,8 +44,9 @@ class Problem:
 def render_problems(name: str, problems: Iterable[Problem]) -> str:
     """All mistakes in one message, in the order in which they stand in the file."""
     ordered = sorted(problems, key=lambda p: (p.origin.line, p.origin.column) if p.origin else (10**9, 0))
-    count = "1 mistake" if len(ordered) == 1 else f"{len(ordered)} mistakes"
-    return f"{name}: {count}\n\n" + "\n\n".join(problem.render() for problem in ordered)
+    count = "1 mistake" if len(ordered) == 1 else f"{len(ordered):,} mistakes"
+    more = f"\n\nand {len(ordered) - MAX_SHOWN:,} more" if len(ordered) > MAX_SHOWN else ""
+    return f"{name}: {count}\n\n" + "\n\n".join(problem.render() for problem in ordered[:MAX_SHOWN]) + more
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -29,18 +29,25 @@ def file_findings(values: Values) -> Iterator[Finding]:
     """Names that mean this disk, and are not there."""
     for key in ("base_model", "tokenizer"):
         name = values.get(key)
-        if name and looks_local(name) and not Path(name).expanduser().is_dir():
+        if name and looks_local(name) and not _on_disk(name, Path.is_dir):
             yield (key,), f"there is no model folder '{name}' (seen from {Path.cwd()}). Give a folder or a hub id."
     for key in ("datasets", "test_datasets"):
         for i, entry in enumerate(values.get(key, ())):
-            if looks_local(entry.path) and not Path(entry.path).expanduser().exists():
+            if looks_local(entry.path) and not _on_disk(entry.path, Path.exists):
                 yield (key, i, "path"), f"there is no file '{entry.path}' (seen from {Path.cwd()})."
     resume = values.get("resume_from_checkpoint")
-    if isinstance(resume, str) and not Path(resume).expanduser().is_dir():
+    if isinstance(resume, str) and not _on_disk(resume, Path.is_dir):
         yield (
             ("resume_from_checkpoint",),
             f"there is no checkpoint folder '{resume}'. Write true for the newest one in output_dir.",
         )
+
+
+def _on_disk(name: str, is_there: Callable[[Path], bool]) -> bool:
+    try:
+        return is_there(Path(name).expanduser())
+    except (OSError, RuntimeError):  # a name too long for any file, or the home of an unknown user
+        return False
 
 
 def _one_of(first: str, second: str, why: str) -> Callable[[Values], Iterator[Finding]]:

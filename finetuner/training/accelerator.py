@@ -19,7 +19,7 @@ def build_accelerator(plan: Plan, world: World) -> Accelerator:
         mixed_precision=_ACCELERATE_PRECISION[plan.precision],
         # Our groups are complete by construction; the end of a dataloader means nothing here.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=plan.grad_accum, sync_with_dataloader=False),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     expected = {DistributedType.NO} if world.size == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if accelerator.num_processes != world.size or accelerator.distributed_type not in expected:
