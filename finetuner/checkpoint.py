@@ -60,6 +60,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        _follow_the_umask(aside)
         before = folder.with_name(f".{folder.name}.old.tmp")
         shutil.rmtree(before, ignore_errors=True)
         if folder.exists():
@@ -70,6 +71,17 @@ def written_aside(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _follow_the_umask(folder: Path) -> None:
+    """safetensors makes its files readable by their owner alone, whatever the umask says."""
+    probe = folder / ".probe"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def seal(folder: Path) -> None:

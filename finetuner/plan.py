@@ -5,6 +5,7 @@ Nothing here touches a model or a dataset; facts that are known late (rows) are 
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from finetuner.errors import PlanError
@@ -75,6 +76,11 @@ def choose_precision(section: PrecisionSection, world: World) -> Precision:
     return "bf16" if use_bf16 else "fp32"
 
 
+def ceil_of(share: float, count: int) -> int:
+    """`share` of `count`, rounded up, of the decimal that was written: in floats, 1.1 x 10 is more than 11."""
+    return math.ceil(Fraction(str(share)) * count)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """When things happen. A *step* is one optimizer update; `step` counts the steps done before, from 0;
@@ -106,10 +112,10 @@ class Schedule:
         global_batch: int,
     ) -> "Schedule":
         steps_per_epoch = math.ceil(num_rows / global_batch)
-        total = section.max_steps or math.ceil(section.num_epochs * steps_per_epoch)
+        total = section.max_steps or ceil_of(section.num_epochs, steps_per_epoch)
         warmup = section.warmup_steps
         if warmup is None:
-            warmup = math.ceil(total * section.warmup_ratio) if section.warmup_ratio else 0
+            warmup = ceil_of(section.warmup_ratio or 0.0, total)
         if warmup > total:
             raise PlanError(
                 f"the warmup of {warmup} steps is longer than the run of {total} steps.\n"

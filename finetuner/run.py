@@ -33,6 +33,7 @@ from finetuner.models.build import (
     count_parameters,
     grow_embeddings,
     load_model,
+    recompute_activations,
     train_in_fp32,
     trainable_parameters,
 )
@@ -181,11 +182,7 @@ def build_model(
     grow_embeddings(model, len(vocabulary.tokenizer))
     composed = head_is_composable(model)
     if recipe.precision.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise ModelError(
-                f"{type(model).__name__} cannot recompute activations. Write `gradient_checkpointing: false`."
-            )
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     if full:
         return TokenLoss(model, composed=composed)
     adapted = add_lora(

@@ -1,7 +1,8 @@
-"""Tiny real things: a two-layer Llama, a tokenizer trained on the spot, rows, recipes; and commands as users type them."""
+"""Tiny real things: a two-layer Llama, a tokenizer trained on the spot, rows, recipes, commands."""
 
 import json
 import os
+import string
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import pytest
 # Before any test imports a library that would look for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads cost tiny models more than they give, most of all where another process wants the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -48,7 +51,10 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     corpus = [Path(__file__).read_text(), "the quick brown fox jumps over the lazy dog " * 20, "### Response:\n\n" * 20]
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=512,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
     fast = PreTrainedTokenizerFast(
@@ -61,7 +67,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_model(folder: Path, tokenizer_folder: Path, *, tied: bool = False, dtype: str = "float32", **config: int) -> Path:
+def make_model(
+    folder: Path, tokenizer_folder: Path, *, tied: bool = False, dtype: str = "float32", **config: int
+) -> Path:
     """A two-layer Llama of 512 tokens with random weights, saved with the tokenizer beside it."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -93,7 +101,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def alpaca_rows(count: int) -> list[dict]:
     """Rows of unequal length."""
-    words = "the quick brown fox jumps over the lazy dog and then some more words follow".split()
+    words = list(string.ascii_lowercase[:15])
     return [
         {
             "instruction": " ".join(words[: 2 + i % 5]) + f" {i}?",
@@ -155,3 +163,40 @@ def run_command(*arguments: object, ranks: int = 0, cwd: Path | None = None, tim
         [*launch, *map(str, arguments)], cwd=cwd or ROOT, env=env, capture_output=True, text=True, timeout=timeout
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict]]:
+    """train(recipe, "key=value", ...) runs it in this process on one CPU rank; gives the rows of its metrics."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from finetuner import run
+    from finetuner.recipe import load
+    from finetuner.training.metrics import read_metrics
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def train_here(recipe: Path, *overrides: str) -> list[dict]:
+        loaded = load(recipe, overrides)
+        for state in (AcceleratorState, GradientState, PartialState):  # Accelerate's state outlives its Accelerator
+            state._reset_state()
+        run.train(loaded, str(recipe))
+        return read_metrics(Path(loaded.recipe.output.output_dir) / "metrics.jsonl")
+
+    return train_here
+
+
+def weights_of(folder: Path) -> dict:
+    """Every tensor of the safetensors files that a run left in its output folder."""
+    from safetensors.torch import load_file
+
+    tensors: dict = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    assert tensors, f"no weights in {folder}"
+    return tensors
+
+
+def largest_difference(left: dict, right: dict) -> float:
+    assert left.keys() == right.keys()
+    return max(float((left[name].double() - right[name].double()).abs().max()) for name in left)

@@ -28,7 +28,9 @@ def render_alpaca(row: Row) -> Rendered:
     """The Stanford Alpaca prompt (github.com/tatsu-lab/stanford_alpaca), with and without an input column."""
     instruction = _text(row, "instruction")
     answer = _text(row, "output")
-    given = row.get("input") or ""
+    given = row.get("input")
+    if given is None:  # no column, or an empty cell
+        given = ""
     if not isinstance(given, str):
         raise DataError(f"column 'input' holds {_kind(given)}, but must be text")
     if given:

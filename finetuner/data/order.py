@@ -5,6 +5,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from finetuner.plan import ceil_of
+
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -27,7 +29,7 @@ def row_order(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
 
 def held_out_rows(seed: int, num_rows: int, size: float) -> NDArray[np.bool_]:
     """Which rows `val_set_size` holds out: a fraction below 1 (rounded up), or that many rows."""
-    count = int(size) if size >= 1 else int(np.ceil(size * num_rows))
+    count = int(size) if size >= 1 else ceil_of(size, num_rows)
     out = np.zeros(num_rows, dtype=bool)
     out[row_order(mix(seed, 0x5917), 0, num_rows)[:count]] = True
     return out

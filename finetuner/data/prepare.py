@@ -3,10 +3,10 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -108,22 +108,30 @@ def _render_chat(row: Row, column: str, tokenizer: "PreTrainedTokenizerBase") ->
     template = tokenizer.get_chat_template()
 
     def render(messages: Messages) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        with _the_templates_word():
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
     def render_marked(messages: Messages) -> tuple[str, list[Span]]:
         known: Any = tokenizer.special_tokens_map
-        result: Any = render_jinja_template(
-            [messages], chat_template=template, return_assistant_tokens_mask=True, **known
-        )
+        with _the_templates_word():
+            result: Any = render_jinja_template(
+                [messages], chat_template=template, return_assistant_tokens_mask=True, **known
+            )
         texts, spans = result
         return texts[0], spans[0]
 
+    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        return render_marked_messages(row, column, render_marked)
+    special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    return render_messages(row, column, render, special)
+
+
+@contextmanager
+def _the_templates_word() -> Iterator[None]:
+    """A template is a program that came with the tokenizer; what it raises says which conversation it does not take."""
     try:
-        if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-            return render_marked_messages(row, column, render_marked)
-        special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-        return render_messages(row, column, render, special)
-    except jinja2.TemplateError as error:  # the template's own word on what it does not take
+        yield
+    except Exception as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from error
 
 

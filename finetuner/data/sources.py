@@ -1,5 +1,6 @@
 """Dataset entries -> rows, through the `datasets` library."""
 
+import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,15 +53,26 @@ def load_source(entry: DatasetEntry) -> Source:
             if path.stat().st_size == 0:
                 raise DataError(f"'{entry.path}' is empty (0 bytes).")
             builder = {".csv": "csv", ".parquet": "parquet"}.get(suffix, "json")
-            rows = datasets.load_dataset(builder, data_files={entry.split: str(path)}, split=entry.split)
+            rows = datasets.load_dataset(
+                builder,
+                # A part of the cache's key: a copy may keep the time of the last edit, but not that of the copying.
+                name=f"changed-{path.stat().st_ctime_ns}",
+                data_files={entry.split: glob.escape(str(path))},
+                split=entry.split,
+                **({"keep_default_na": False} if builder == "csv" else {}),  # "None" and "NA" are words like others
+            )
         else:
-            rows = datasets.load_dataset(entry.path, entry.name, split=entry.split)
+            rows = datasets.load_dataset(str(path) if path.is_dir() else entry.path, entry.name, split=entry.split)
     except DataError:
         raise
     except Exception as error:  # the library raises anything, from its own errors to a parser's
         raise DataError(_unreadable(entry, error)) from error
     if len(rows) == 0:
-        raise DataError(f"'{entry.path}' has no rows: there is nothing to learn from.")
+        raise DataError(_no_rows(entry))
+    if path.suffix.lower() == ".csv" and "__index_level_0__" in rows.column_names:  # pandas shifts them, and is silent
+        raise DataError(
+            f"'{entry.path}' has rows with more fields than its first line has names. Quote the texts with commas."
+        )
     _require_columns(entry, rows.column_names)
     return Source(entry, rows)
 
@@ -76,10 +88,16 @@ def _require_columns(entry: DatasetEntry, columns: list[str]) -> None:
         )
 
 
+def _no_rows(entry: DatasetEntry) -> str:
+    return f"'{entry.path}' has no rows: there is nothing to learn from."
+
+
 def _unreadable(entry: DatasetEntry, error: Exception) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:  # the innermost says what is wrong with the file
         cause = cause.__cause__
     reason = " ".join(str(cause).split())[:400] or type(cause).__name__
+    if "corresponds to no data" in reason:  # how `datasets` says it of an empty list
+        return _no_rows(entry)
     where = "Check the file." if looks_local(entry.path) else "Check the name, the split and the network."
     return f"cannot read the dataset '{entry.path}' (split '{entry.split}'): {reason}\n{where}"

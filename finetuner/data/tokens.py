@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetuner.data.formats import Rendered, Span
+from finetuner.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,11 +68,12 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase")
     which is also how the prompt is tokenised when the model is used.
     """
     encoded = tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True)
-    begin, end = _wrapping_ids(tokenizer)
+    empty = np.zeros(0, dtype=np.int32)
+    begin, end = _wrapping_ids(tokenizer) if any(one.wraps for one in rendered) else (empty, empty)
     out = []
     for one, raw_ids, raw_offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         ids = np.array(raw_ids, dtype=np.int32)
-        offsets = np.array(raw_offsets, dtype=np.int64).reshape(-1, 2)
+        offsets = _with_trimmed_spaces(np.array(raw_offsets, dtype=np.int64).reshape(-1, 2))
         if _straddles(offsets, one.spans):
             ids, trained = _tokenize_pieces(one, tokenizer)
         else:
@@ -81,6 +83,12 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase")
             trained = np.concatenate([np.zeros(len(begin), bool), trained, np.ones(len(end), bool)])
         out.append((ids.astype(np.int32), np.where(trained, ids, IGNORE).astype(np.int32)))
     return out
+
+
+def _with_trimmed_spaces(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Some tokenizers (GPT-NeoX's) leave leading spaces out of a token's offsets; they are the token's nonetheless."""
+    before = np.maximum.accumulate(np.concatenate([[0], offsets[:-1, 1]]))[: len(offsets)]
+    return np.stack([np.minimum(offsets[:, 0], before), offsets[:, 1]], axis=1)
 
 
 def _inside(offsets: NDArray[np.int64], spans: tuple[Span, ...]) -> NDArray[np.bool_]:
@@ -106,8 +114,15 @@ def _tokenize_pieces(one: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tup
 
 
 def _wrapping_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[Ids, Ids]:
-    """The begin-of-text the tokenizer itself would put first, if it does, and the end-of-text, which is trained on."""
+    """The begin-of-text the tokenizer itself would put first, if it does, and the end-of-text, which is trained on.
+
+    Raises DataError if there is no end-of-text.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "the tokenizer has no end-of-text token, so a model trained with it would not learn where to stop.\n"
+            "Name one: `special_tokens: {eos_token: ...}`."
+        )
     own = tokenizer("a")["input_ids"]
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and own[0] == tokenizer.bos_token_id else []
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return np.array(begin, dtype=np.int32), np.array(end, dtype=np.int32)
+    return np.array(begin, dtype=np.int32), np.array([tokenizer.eos_token_id], dtype=np.int32)

@@ -32,7 +32,7 @@ def add_lora(
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = target_modules(model, section.lora_target_modules)
+    targets = target_modules(model, None if section.lora_target_linear else section.lora_target_modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.lora_r,

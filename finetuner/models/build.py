@@ -33,6 +33,19 @@ def load_model(
         ) from error
 
 
+def recompute_activations(model: "PreTrainedModel") -> None:
+    """Keep only each block's input and recompute the rest in backward (arXiv:1604.06174)."""
+    if not model.supports_gradient_checkpointing:
+        name = type(model).__name__
+        raise ModelError(f"{name} cannot recompute activations. Write `gradient_checkpointing: false`.")
+    arguments = {"use_reentrant": False}  # the reentrant kind needs inputs with a gradient, which frozen layers lack
+    # transformers 5.2x renames the method; the old name warns there and the new one is missing before
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(arguments)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+
+
 def grow_embeddings(model: "PreTrainedModel", vocab_size: int) -> int:
     """Give every token id a row, new rows being the mean of the old ones (arXiv:2111.07408 motivates the mean: the new
     token starts out neither likely nor unlikely). Returns the number of rows added.

@@ -20,7 +20,10 @@ MAX_RECIPE_BYTES = 300_000
 MAX_NODES = 20_000
 MAX_DEPTH = 40
 MAX_INT = 2**63 - 1
-TOO_MUCH = f"a recipe nests at most {MAX_DEPTH} blocks and has at most {MAX_NODES:,} values, aliases written out; this has more."
+TOO_MUCH = (
+    f"a recipe nests at most {MAX_DEPTH} blocks and has at most {MAX_NODES:,} values, with aliases written out; "
+    "this has more."
+)
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Document:
     keys: dict[KeyPath, Origin] = field(default_factory=dict)
     places: dict[KeyPath, Origin] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    is_whole: bool = False  # all of its values are here, whatever the problems
 
     def origin(self, path: KeyPath, *, of_key: bool = False) -> Origin | None:
         """The nearest place known for `path`: itself, else the block it is missing from."""
@@ -60,13 +64,16 @@ def parse_yaml(text: str, source: str) -> Document:
         document.problems.append(Problem(f"{source} is not YAML text: {str(error).splitlines()[0]}"))
         return document
     if root is None:
+        document.is_whole = True
         return document
     if not isinstance(root, MappingNode):
         document.problems.append(
             Problem("a recipe is a list of `key: value` lines; this is not one.", Origin(source, 1, 1, _line(text, 1)))
         )
         return document
-    document.values = _Builder(document, text.splitlines()).mapping(root, (), 0)
+    builder = _Builder(document, text.splitlines())
+    document.values = builder.mapping(root, (), 0)
+    document.is_whole = builder.num_nodes <= MAX_NODES
     return document
 
 

@@ -1,6 +1,7 @@
 """Recipe -> YAML that loads to the same Recipe."""
 
 import io
+import json
 from typing import Any
 
 from pydantic import BaseModel
@@ -22,7 +23,11 @@ def dump_recipe(recipe: Recipe, heading: str) -> str:
     """The resolved recipe as YAML text under a comment; every default is written out."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
+    yaml.width = 1_000_000_000  # a text that is wrapped does not always come back as it was
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the sections' order
     stream = io.StringIO()
-    yaml.dump(flat_values(recipe), stream)
+    values = flat_values(recipe)
+    # ruamel writes Unicode's own line breaks so that they read back as others; escaped, they stay what they are.
+    yaml.allow_unicode = not any(mark in json.dumps(values, ensure_ascii=False) for mark in "\x85\u2028\u2029")
+    yaml.dump(values, stream)
     return f"# {heading}\n{stream.getvalue()}"

@@ -36,7 +36,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check
     document = parse_yaml(_read(Path(path)), str(path))
     for number, override in enumerate(overrides, 1):
         _apply_override(document, number, override)
-    if document.problems:
+    if not document.is_whole:
         raise RecipeError(render_problems(str(path), document.problems))
     notes = _resolve_aliases(document)
     values, recipe = _validate(document)

@@ -50,6 +50,12 @@ def render_problems(name: str, problems: Iterable[Problem]) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ " Did you mean 'x'?" for the nearest known word, or "" if none is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    """ " Did you mean 'x'?" for the nearest known word, " ... 'x' or 'y'?" for a tie, or "" if none is near."""
+
+    def likeness(other: str) -> tuple[bool, float]:
+        # Two letters in the wrong order are the likelier slip than a wrong letter: fb16 is bf16, not fp16.
+        return sorted(other) == sorted(word), difflib.SequenceMatcher(None, other, word).ratio()
+
+    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    nearest = [other for other in close if likeness(other) == max(map(likeness, close))]
+    return f" Did you mean {' or '.join(repr(other) for other in sorted(nearest))}?" if nearest else ""

@@ -85,7 +85,9 @@ class AdapterSection(Section):
     lora_r: PositiveInt = Field(16, description="Rank of the update.")
     lora_alpha: PositiveInt = Field(32, description="The update is scaled by lora_alpha / lora_r.")
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Dropout on the adapter's input.")
-    lora_target_linear: bool = Field(False, description="Adapt every linear layer but the head.")
+    lora_target_linear: bool | None = Field(
+        None, description="Adapt every linear layer but the head; so it is unless lora_target_modules names some."
+    )
     lora_target_modules: Names | None = Field(
         None, description="Names of the layers to adapt, such as q_proj; default: every linear layer but the head."
     )

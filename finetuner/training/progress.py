@@ -26,7 +26,8 @@ class Screen:
     def __init__(self, *, speaks: bool) -> None:
         self.speaks = speaks
         self.terminal = stream_is_terminal(sys.stdout)
-        self.console = Console(highlight=False, soft_wrap=not self.terminal)
+        # A log file has no width; rich would cut its lines at 80 characters.
+        self.console = Console(highlight=False, soft_wrap=not self.terminal, width=None if self.terminal else 160)
 
     def line(self, text: str = "") -> None:
         if self.speaks:
@@ -35,6 +36,8 @@ class Screen:
     def table(self, rows: list[tuple[str, str]]) -> None:
         """A short two-column table."""
         table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")  # a path is whole or useless
         for name, value in rows:
             table.add_row(Text(name, style="bold"), Text(value))
         if self.speaks:

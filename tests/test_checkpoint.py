@@ -1,0 +1,171 @@
+"""A checkpoint is whole or it is not used; an output folder belongs to one run."""
+
+import json
+import multiprocessing
+import shutil
+
+import pytest
+
+from finetuner.checkpoint import (
+    checkpoint_folder,
+    damage,
+    list_checkpoints,
+    newest_whole,
+    prune,
+    read_saved,
+    save_checkpoint,
+)
+from finetuner.errors import CheckpointError
+from finetuner.output import claimed, move_into, require_space
+from finetuner.resume import check_resume, resume_facts
+from finetuner.training.loop import TrainState
+
+
+def saved_run(folder, steps=(1, 2, 3)):
+    for step in steps:
+
+        def write(to, step=step):
+            (to / "weights.safetensors").write_bytes(bytes([step % 251]) * 5000)
+            (to / "optimizer.safetensors").write_bytes(b"o" * 100)
+
+        save_checkpoint(checkpoint_folder(folder, step), TrainState(step=step), {"recipe": {}}, write)
+    return folder
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    saved_run(tmp_path)
+    assert read_saved(newest_whole(tmp_path)).state == TrainState(step=3)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["one bit", "cut short", "deleted"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(name, harm, tmp_path):
+    path = checkpoint_folder(saved_run(tmp_path), 3) / name
+    whole = path.read_bytes()
+    if harm == "deleted":
+        path.unlink()
+    elif harm == "cut short":
+        path.write_bytes(whole[: len(whole) // 2])
+    else:
+        path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    said = []
+    assert newest_whole(tmp_path, said.append) == checkpoint_folder(tmp_path, 2)
+    assert len(said) == 1 and "step-00000003 is damaged" in said[0]
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_saved(checkpoint_folder(tmp_path, 3))
+
+
+def test_a_save_that_fails_half_way_leaves_the_one_before_it(tmp_path):
+    saved_run(tmp_path, steps=(1,))
+
+    def full_disk(to):
+        (to / "weights.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"No space left on device \(.* GB are free there\)"):
+        save_checkpoint(checkpoint_folder(tmp_path, 2), TrainState(step=2), {}, full_disk)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert damage(checkpoint_folder(tmp_path, 1)) is None
+
+
+def test_a_folder_left_by_a_kill_is_no_checkpoint(tmp_path):
+    saved_run(tmp_path, steps=(1,))
+    shutil.copytree(checkpoint_folder(tmp_path, 1), tmp_path / "checkpoints" / ".step-00000002.tmp")
+    assert newest_whole(tmp_path) == checkpoint_folder(tmp_path, 1)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    saved_run(tmp_path, steps=(5, 10, 100, 1000))
+    prune(tmp_path, 2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000100", "step-00001000"]
+    prune(tmp_path, None)
+    assert len(list_checkpoints(tmp_path)) == 2
+
+
+def _hold(folder, held, release):
+    with claimed(folder, resumes=False, overwrite=False):
+        held.set()
+        release.wait(30)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, held, release))
+    other.start()
+    assert held.wait(60)
+    with (
+        pytest.raises(CheckpointError, match="another run is writing"),
+        claimed(tmp_path, resumes=True, overwrite=False),
+    ):
+        pass
+    release.set()
+    other.join()
+    with claimed(tmp_path, resumes=False, overwrite=False):
+        assert (tmp_path / ".lock").exists()
+
+
+def test_an_earlier_run_is_kept_unless_the_recipe_says_otherwise(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    with (
+        pytest.raises(CheckpointError, match="resume_from_checkpoint=true"),
+        claimed(tmp_path, resumes=False, overwrite=False),
+    ):
+        pass
+    with claimed(tmp_path, resumes=True, overwrite=False):
+        assert (tmp_path / "metrics.jsonl").exists()
+    with claimed(tmp_path, resumes=False, overwrite=True):
+        assert not (tmp_path / "metrics.jsonl").exists()
+        assert (tmp_path / "notes.txt").exists(), "only what a run writes is deleted"
+
+
+def test_results_move_in_with_the_sign_of_completeness_last(tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in ("a", "config.json", "z"):
+        (tmp_path / "new" / name).write_text(name)
+    (tmp_path / "out" / "config.json").write_text("old")
+    move_into(tmp_path / "new", tmp_path / "out", last="config.json")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "config.json", "z"]
+
+
+def test_a_disk_too_small_is_said_before_the_run(tmp_path):
+    require_space(tmp_path, 1000)
+    with pytest.raises(CheckpointError, match="GB free"):
+        require_space(tmp_path, 10**18)
+
+
+def facts(**changes):
+    recipe = {"base_model": "a", "seed": 1, "learning_rate": 0.1, "logging_steps": 1}
+    known = {"num_rows": changes.pop("num_rows", 10), "global_batch": changes.pop("global_batch", 4)}
+    return json.loads(json.dumps(resume_facts(recipe | changes, **known)))
+
+
+def test_resume_refuses_another_model_order_or_batch_and_notes_the_rest():
+    assert check_resume(facts(), facts()) == []
+    assert check_resume(facts(), facts(logging_steps=5)) == []
+    assert check_resume(facts(), facts(learning_rate=0.2)) == ["changed since the checkpoint: learning_rate 0.1 -> 0.2"]
+    for change in ({"base_model": "b"}, {"seed": 2}, {"num_rows": 11}, {"global_batch": 8}):
+        with pytest.raises(CheckpointError, match="another run"):
+            check_resume(facts(), facts(**change))
+
+
+def test_resume_true_without_a_checkpoint_starts_and_with_a_finished_one_ends(write_recipe, train, capsys):
+    recipe = write_recipe(max_steps=2, resume_from_checkpoint=True, adapter="lora")
+    first = train(recipe)
+    assert "no checkpoint in" in capsys.readouterr().out
+    assert train(recipe) == first
+    assert "trained already: 2 of 2 steps. Nothing to do." in capsys.readouterr().out
+
+
+def test_a_run_whose_gradient_stays_nan_stops_and_keeps_its_checkpoints(write_recipe, train, tmp_path):
+    from finetuner.errors import TrainingError
+
+    recipe = write_recipe(max_steps=20, save_steps=1, learning_rate=1e30, lr_scheduler="constant", warmup_steps=1)
+    with pytest.raises(TrainingError, match="smaller learning_rate"):
+        train(recipe)
+    whole = newest_whole(tmp_path / "out")
+    assert whole is not None and read_saved(whole).state.bad_steps == 0
+    rows = (tmp_path / "out" / "metrics.jsonl").read_text()
+    assert "NaN" not in rows and '"loss": null' in rows

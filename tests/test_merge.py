@@ -1,0 +1,186 @@
+"""The merged model is base + adapter, streamed, and whole or absent."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetuner import run
+from finetuner.errors import ModelError
+from finetuner.export import merge as merge_module
+from finetuner.export.merge import merge_adapter
+from finetuner.export.safetensors_stream import read_header
+from finetuner.recipe import load
+
+LORA = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 16,
+    "max_steps": 3,
+    "learning_rate": 0.02,
+    "lr_scheduler": "constant",
+}
+
+
+def greedy(model, tokenizer, text: str) -> list[int]:
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    return out[0].tolist()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tokens", [(), ("<tool>", "<call>")], ids=["", "with new tokens"])
+def test_merged_model_equals_adapter_model(tied, tokens, write_recipe, train, tmp_path, tokenizer_folder):
+    base = make_model(tmp_path / "base", tokenizer_folder, tied=tied)
+    recipe = write_recipe(base_model=str(base), tokens=list(tokens), **LORA)
+    train(recipe)
+    run.merge(load(recipe), str(recipe))
+    out = tmp_path / "out"
+
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(out / "merged")
+    fresh = AutoModelForCausalLM.from_pretrained(base)
+    plain = fresh(input_ids=torch.arange(20)[None]).logits
+    if tokens:
+        fresh.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    adapted = PeftModel.from_pretrained(fresh, str(out)).eval()
+    ids = torch.arange(len(tokenizer) - 20, len(tokenizer))[None] if tokens else torch.arange(20)[None]
+    torch.testing.assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    assert greedy(merged, tokenizer, "the quick brown") == greedy(adapted, tokenizer, "the quick brown")
+    assert merged.config.vocab_size == (512 + len(tokens)) and merged.config.tie_word_embeddings == tied
+    assert tokenizer.chat_template is not None
+    if not tokens:
+        assert (merged(input_ids=ids).logits - plain).abs().max() > 1e-3, "training changed something"
+
+
+def test_shards_stay_shards_and_the_index_counts_true_bytes(write_recipe, train, tmp_path, tokenizer_folder):
+    base = make_model(tmp_path / "base", tokenizer_folder, dtype="bfloat16")
+    whole = tmp_path / "out"
+    recipe = write_recipe(base_model=str(base), **LORA)
+    train(recipe)
+    merged_whole = load_file(merge_adapter(whole, str(base), whole / "merged").folder / "model.safetensors")
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(sharded, max_shard_size="40KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    result = merge_adapter(whole, str(sharded), tmp_path / "merged-shards")
+    tensors = {}
+    for path in result.folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    assert all(torch.equal(tensors[name], merged_whole[name]) for name in merged_whole)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values()), "the base's number format"
+    index = json.loads((result.folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in tensors.values()) == result.num_bytes
+    AutoModelForCausalLM.from_pretrained(result.folder)
+
+
+def test_a_merge_that_is_cut_short_leaves_nothing_half_used(write_recipe, train, tmp_path, tiny_model, monkeypatch):
+    recipe = write_recipe(**LORA)
+    train(recipe)
+    out = tmp_path / "out"
+
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    first = merge_adapter(out, str(tiny_model), out / "merged")
+    before = (first.folder / "model.safetensors").read_bytes()
+    monkeypatch.setattr(merge_module, "_write_beside", full_disk)
+    with pytest.raises(OSError):
+        merge_adapter(out, str(tiny_model), out / "merged")
+    assert (out / "merged" / "model.safetensors").read_bytes() == before, "the merge before it is kept"
+    assert not list(out.glob(".*tmp"))
+
+
+def test_a_folder_with_other_things_in_it_is_not_replaced(write_recipe, train, tmp_path, tiny_model):
+    train(write_recipe(**LORA))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ModelError, match="Move it away first"):
+        merge_adapter(tmp_path / "out", str(tiny_model), tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_what_does_not_fit_is_refused_before_the_first_byte(
+    write_recipe, train, tmp_path, tokenizer_folder, tiny_model
+):
+    train(write_recipe(**LORA))
+    adapter, target = tmp_path / "out", tmp_path / "target"
+    wider = make_model(tmp_path / "wider", tokenizer_folder, hidden_size=64)
+    with pytest.raises(ModelError, match="does not fit the base model"):
+        merge_adapter(adapter, str(wider), target)
+    flatter = make_model(tmp_path / "flatter", tokenizer_folder, num_hidden_layers=1)
+    with pytest.raises(ModelError, match="matches no tensor of the base model"):
+        merge_adapter(adapter, str(flatter), target)
+    with pytest.raises(ModelError, match="is neither a folder nor reachable on the hub"):
+        merge_adapter(adapter, "nobody/nothing", target)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(ModelError, match="use_dora"):
+        merge_adapter(adapter, str(tiny_model), target)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("harm", ["cut short", "not safetensors", "missing", "pickled"])
+def test_a_damaged_base_is_refused(harm, write_recipe, train, tmp_path, tokenizer_folder):
+    train(write_recipe(**LORA))
+    base = make_model(tmp_path / "base", tokenizer_folder)
+    weights = base / "model.safetensors"
+    if harm == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif harm == "not safetensors":
+        weights.write_bytes(struct.pack("<Q", 20) + b"x" * 100)
+    else:
+        weights.unlink()
+    if harm == "pickled":
+        (base / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelError) as error:
+        merge_adapter(tmp_path / "out", str(base), tmp_path / "merged")
+    assert {"pickled": "can run code", "missing": "has no model.safetensors"}.get(harm, "Fetch it again") in str(
+        error.value
+    )
+    assert not (tmp_path / "merged").exists()
+
+
+def test_streamed_files_are_what_the_library_reads(tmp_path):
+    from finetuner.export.safetensors_stream import NAMES, TensorInfo, write_stream
+
+    tensors = {
+        "a": torch.randn(3, 5).to(torch.bfloat16),
+        "b": torch.arange(7, dtype=torch.int64),
+        "c": torch.tensor(True),
+        "d": torch.randn(4, 4).t(),
+        "e": torch.zeros(0, 3),
+    }
+    infos = {name: TensorInfo(NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    write_stream(tmp_path / "x.safetensors", infos, tensors.items())
+    read = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "y.safetensors")
+    assert read_header(tmp_path / "y.safetensors").keys() == infos.keys()
+
+
+def test_merge_of_a_full_fine_tune_says_where_the_weights_are(write_recipe):
+    recipe = write_recipe()
+    with pytest.raises(ModelError, match="there is no adapter to merge"):
+        run.merge(load(recipe), str(recipe))
+
+
+def test_run_folder_holds_what_the_design_promises(write_recipe, train, tmp_path):
+    from finetuner.recipe import load_recipe
+
+    recipe = write_recipe(val_set_size=2, eval_on_start=True, **LORA)
+    rows = train(recipe)
+    out = tmp_path / "out"
+    assert load_recipe(out / "recipe.yml") == load_recipe(recipe), "the resolved recipe reproduces the run"
+    logged = [row for row in rows if "loss" in row]
+    keys = "step epoch loss learning_rate grad_norm num_tokens total_tokens tokens_per_second peak_memory_bytes"
+    assert [list(row) for row in logged] == [keys.split()] * 3
+    assert [list(row) for row in rows if "loss" not in row] == [["step", "eval_loss", "eval_perplexity"]] * 2
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000003"]
+    assert AutoTokenizer.from_pretrained(out).chat_template is not None
+    assert Path(out / "adapter_model.safetensors").stat().st_mode & 0o044, "others may read it, as the umask says"

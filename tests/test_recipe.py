@@ -1,0 +1,641 @@
+"""The recipe: every mistake is named where it stands, nothing is guessed, and what is dumped loads again."""
+
+import json
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from finetuner.errors import RecipeError
+from finetuner.recipe import ALIASES, KEYS, NOT_YET, SECTIONS, Recipe, dump_recipe, load, load_recipe
+from finetuner.recipe.rules import _RULES, rule_findings
+
+BASE = "base_model: org/model\nlearning_rate: 2e-4\ndatasets:\n  - path: org/data\n    type: alpaca\n"
+few = settings(deadline=None, max_examples=60, derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | bytes], Path]:
+    """write(text) -> a recipe of that text, in the same place each time."""
+    path = tmp_path_factory.mktemp("recipes") / "r.yml"
+
+    def write(text: str | bytes) -> Path:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def refusal(write: Callable[[str | bytes], Path]) -> Callable[..., str]:
+    """refusal(text, *overrides) -> the message of the RecipeError, with the file called r.yml."""
+
+    def refusal(text: str | bytes, *overrides: str) -> str:
+        path = write(text)
+        with pytest.raises(RecipeError) as caught:
+            load(path, overrides)
+        return str(caught.value).replace(str(path), "r.yml")
+
+    return refusal
+
+
+# --- all mistakes at once ---
+
+MANY_MISTAKES = """\
+base_model: ./no/such/model
+learning_rate: "2e-4"
+micro_batch_size: 0
+lr_sheduler: cosine
+optimizer: adamw_torc
+sample_packing: true
+datasets:
+  - path: ./no.jsonl
+    type: alpaca
+    feild_messages: chat
+  - path: org/data
+    type: alpca
+adapter: lora
+lora_r: 1.5
+warmup_steps: 3
+warmup_ratio: 0.1
+seed: 1
+seed: 2
+trust_remote_code: no
+"""
+
+
+def test_all_mistakes_come_in_one_message_with_their_places(
+    refusal: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    optimizers = "adamw_torch, adamw_torch_fused"
+    assert refusal(MANY_MISTAKES).splitlines() == [
+        "r.yml: 12 mistakes",
+        "",
+        f"r.yml:1:13: there is no model folder './no/such/model' (seen from {tmp_path}). Give a folder or a hub id.",
+        "     1 | base_model: ./no/such/model",
+        "       |             ^",
+        "",
+        "r.yml:2:16: learning_rate is the text '2e-4', but must be a number. Write 2e-4 without quotes.",
+        '     2 | learning_rate: "2e-4"',
+        "       |                ^",
+        "",
+        "r.yml:3:19: micro_batch_size is 0, but must be at least 1.",
+        "     3 | micro_batch_size: 0",
+        "       |                   ^",
+        "",
+        "r.yml:4:1: unknown key 'lr_sheduler'. Did you mean 'lr_scheduler'?",
+        "     4 | lr_sheduler: cosine",
+        "       | ^",
+        "",
+        "r.yml:5:12: optimizer is the text 'adamw_torc', but must be one of: "
+        f"{optimizers}. Did you mean 'adamw_torch'?",
+        "     5 | optimizer: adamw_torc",
+        "       |            ^",
+        "",
+        "r.yml:6:1: 'sample_packing' is not supported yet (packing). Remove it.",
+        "     6 | sample_packing: true",
+        "       | ^",
+        "",
+        "r.yml:10:5: unknown key 'datasets.0.feild_messages'. Did you mean 'field_messages'?",
+        "    10 |     feild_messages: chat",
+        "       |     ^",
+        "",
+        "r.yml:12:11: datasets.1.type is the text 'alpca', but must be one of: alpaca, chat_template. "
+        "Did you mean 'alpaca'?",
+        "    12 |     type: alpca",
+        "       |           ^",
+        "",
+        "r.yml:14:9: lora_r is 1.5, but must be a whole number.",
+        "    14 | lora_r: 1.5",
+        "       |         ^",
+        "",
+        "r.yml:16:15: warmup_steps and warmup_ratio are both given: both say how long the warmup is. Remove one.",
+        "    16 | warmup_ratio: 0.1",
+        "       |               ^",
+        "",
+        "r.yml:18:1: 'seed' is given twice; line 17 has it already. Remove one.",
+        "    18 | seed: 2",
+        "       | ^",
+        "",
+        "r.yml:19:20: trust_remote_code is the text 'no', but must be true or false.",
+        "    19 | trust_remote_code: no",
+        "       |                    ^",
+    ]
+
+
+def test_files_that_are_named_must_exist(write_recipe: Callable[..., Path], tiny_model: Path) -> None:
+    assert load_recipe(write_recipe()).model.base_model == str(tiny_model)
+    wrong = write_recipe(
+        base_model="~nobody-of-this-name/model",
+        tokenizer="/" + "x" * 5000,
+        datasets=[{"path": "./no.csv", "type": "alpaca"}],
+        test_datasets=[{"path": "/no/such.parquet", "type": "alpaca"}],
+        resume_from_checkpoint="/no/checkpoint",
+    )
+    with pytest.raises(RecipeError, match="5 mistakes") as caught:
+        load(wrong)
+    for name in ("model folder '~nobody", "model folder '/xxx", "file './no.csv'", "file '/no/such.parquet'"):
+        assert f"there is no {name}" in str(caught.value)
+    assert "there is no checkpoint folder '/no/checkpoint'" in str(caught.value)
+    assert load(wrong, check_files=False)
+
+
+def test_a_list_with_a_wrong_entry_is_not_called_empty(refusal: Callable[..., str]) -> None:
+    message = refusal(BASE.replace("- path: org/data\n    type: alpaca", "-"))
+    assert "1 mistake\n" in message
+    assert "r.yml:4:4: datasets.0 is empty, but must be a block of `key: value` lines." in message
+
+
+def test_thousands_of_mistakes_are_counted_and_not_all_shown(refusal: Callable[..., str]) -> None:
+    message = refusal(BASE + f"tokens: [{'1, ' * 3000}]\n")
+    assert "r.yml: 3,000 mistakes" in message
+    assert "and 2,950 more" in message
+    assert len(message) < 20_000
+
+
+@pytest.mark.parametrize("field", ["learning_rate", "base_model", "datasets"])
+def test_a_missing_key_is_named_with_its_meaning(refusal: Callable[..., str], field: str) -> None:
+    lines = [line for line in BASE.splitlines() if not line.startswith(field)]
+    text = "\n".join(line for line in lines if field != "datasets" or line[0] != " ")
+    assert f"'{field}' is missing. {KEYS[field][1].description}" in refusal(text)
+
+
+def _slips(key: str) -> tuple[set[str], set[str]]:
+    deletions = {key[:i] + key[i + 1 :] for i in range(len(key))}
+    swaps = {key[:i] + key[i + 1] + key[i] + key[i + 2 :] for i in range(len(key) - 1)}
+    known = {*KEYS, *ALIASES, *NOT_YET}
+    return deletions - known, swaps - known
+
+
+@pytest.mark.parametrize("key", sorted({*KEYS, *ALIASES}))
+def test_a_key_with_a_letter_lost_or_two_swapped_is_corrected(refusal: Callable[..., str], key: str) -> None:
+    for slips in _slips(key):
+        lines = refusal(BASE + "".join(f"{json.dumps(slip)}: 1\n" for slip in slips)).splitlines()
+        for slip in slips:
+            (line,) = (line for line in lines if f"unknown key '{slip}'." in line)
+            assert f"'{key}'" in line.partition("Did you mean")[2], line
+
+
+# --- YAML 1.2, strictly ---
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("learning_rate: 2e-4", 2e-4),
+        ("learning_rate: 1E-5", 1e-5),
+        ("learning_rate: .5", 0.5),
+        ("num_epochs: 3", 3.0),
+        ("seed: 0x1F", 31),
+        ("seed: 010", 10),
+        ("bf16: False", False),
+        ("output_dir: 2024-01-01", "2024-01-01"),
+        ("output_dir: no", "no"),
+        ("output_dir: '1e-3'", "1e-3"),
+    ],
+)
+def test_plain_values_mean_what_yaml_1_2_says(write: Callable[[str], Path], line: str, value: object) -> None:
+    key = line.partition(":")[0]
+    rest = "".join(other for other in BASE.splitlines(keepends=True) if not other.startswith(key))
+    recipe = load_recipe(write(rest + line))
+    found = getattr(getattr(recipe, KEYS[key][0]), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        *((f"fp16: {word}", f"fp16 is the text '{word}', but must be true or false.") for word in ("no", "yes", "off")),
+        ("fp16: 1", "fp16 is 1, but must be true or false."),
+        ("seed: true", "seed is true, but must be a whole number."),
+        ("seed: 3.0", "seed is 3.0, but must be a whole number."),
+        ('seed: "3"', "seed is the text '3', but must be a whole number. Write 3 without quotes."),
+        ('seed: "3.5"', "seed is the text '3.5', but must be a whole number."),
+        ("num_epochs: nan", "num_epochs is the text 'nan', but must be a number."),
+        ("num_epochs: .nan", "num_epochs is nan, but must be a finite number."),
+        ("num_epochs: 1e999", "num_epochs is inf, but must be a finite number."),
+        ("num_epochs: -1", "num_epochs is -1, but must be more than 0.0."),
+        ("warmup_ratio: 1.5", "warmup_ratio is 1.5, but must be at most 1.0."),
+        ("lora_dropout: 1.0", "lora_dropout is 1.0, but must be less than 1.0."),
+        ("bf16: maybe", "bf16 is the text 'maybe', but must be auto or true or false."),
+        ("resume_from_checkpoint: 3", "resume_from_checkpoint is 3, but must be true or false or text."),
+        ("output_dir: 3", "output_dir is 3, but must be text."),
+        ("output_dir: ''", "output_dir is empty. Folder for all that the run writes."),
+        ("tokens: a", "tokens is the text 'a', but must be a list (lines that begin with `- `)."),
+        ("tokens: [a, null]", "tokens.1 is empty, but must be text."),
+        ("special_tokens: [a]", "special_tokens is a list, but must be a block of `key: value` lines."),
+        ("special_tokens: {pad_tokn: a}", "unknown key 'special_tokens.pad_tokn'. Did you mean 'pad_token'?"),
+        ("seed: " + "9" * 5000, "is not of the kind 'int'"),
+        ("seed: 0x" + "f" * 5000, "a whole number is at most 9223372036854775807 here."),
+        ("seed: !!int abc", "'abc' is not of the kind 'int'; write the value plainly."),
+        ("seed: !!bool maybe", "'maybe' is not of the kind 'bool'; write the value plainly."),
+        ("seed: !!python/object:os.system [a]", "python/object:os.system is not supported; write the value plainly."),
+        ("tokens: !!set {a}", "the tag tag:yaml.org,2002:set is not supported; write the value plainly."),
+        ("a: &x 1\nb: &x 2", "the anchor '&x' is given twice. Rename one."),
+        ("1: 2", "unknown key '1'."),
+        ("? [a, b]\n: 2", "unknown key '?'."),
+        ("<<: {seed: 1}", "unknown key '<<'."),
+    ],
+)
+def test_a_wrong_value_is_one_mistake(refusal: Callable[..., str], line: str, message: str) -> None:
+    text = refusal(BASE + line)
+    assert "r.yml: 1 mistake\n" in text
+    assert message in text
+    # learning_rate and all else that is right stays unmentioned
+    assert text.splitlines()[2].startswith(("r.yml:6:", "r.yml:7:"))
+
+
+# --- what is no recipe at all ---
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+NOT_RECIPES: dict[str, tuple[str | bytes, str]] = {
+    "tabs": ("base_model: a\ndatasets:\n\t- path: a\n", "r.yml:3:1: not valid YAML"),
+    "indentation": ("base_model: a\n  learning_rate: 1\n", "r.yml:2:16: not valid YAML"),
+    "open quote": ('base_model: "a\nlearning_rate: 1\n', "not valid YAML"),
+    "list": ("- base_model: a\n", "r.yml:1:1: a recipe is a list of `key: value` lines; this is not one."),
+    "one word": ("hello", "r.yml:1:1: a recipe is a list of `key: value` lines; this is not one."),
+    "empty": ("", "3 mistakes"),
+    "comments only": ("# nothing\n", "3 mistakes"),
+    "two documents": (BASE + "---\nseed: 1\n", "r.yml:6:1: not valid YAML"),
+    "random bytes": (bytes(range(256)), "cannot be read as UTF-8 text"),
+    "control characters": ("base_model: \0", "r.yml is not YAML text"),
+    "no such character": ('base_model: "\\UFFFFFFFF"', "r.yml is not YAML text"),
+    "undefined alias": ("base_model: *a", "r.yml:1:13: not valid YAML"),
+    "billion laughs": (LAUGHS, "this has more"),
+    "alias to itself": ("datasets: &a [*a]\n", "this has more"),
+    "mapping in itself": ("datasets: &a\n  b: *a\n", "this has more"),
+    "5,000 brackets": ("datasets: " + "[" * 5000 + "]" * 5000, "r.yml:1:50: a recipe nests at most 40 blocks"),
+    "100,000 open brackets": ("datasets: " + "[" * 100_000, "a recipe nests at most 40 blocks"),
+    "600 blocks": ("".join(" " * i + "a:\n" for i in range(600)), "a recipe nests at most 40 blocks"),
+    "30,000 entries": ("tokens: [" + "a," * 30_000 + "]", "at most 20,000 values"),
+    "2 MB": (BASE + "# " + "x" * 2_000_000, "has 2,000,090 bytes; a recipe may have 300,000. Is it a recipe?"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_RECIPES)
+def test_what_is_no_recipe_is_refused_within_two_seconds(refusal: Callable[..., str], name: str) -> None:
+    text, message = NOT_RECIPES[name]
+    started = time.perf_counter()
+    assert message in refusal(text)
+    assert time.perf_counter() - started < 2
+
+
+def test_a_tab_is_named_as_one(refusal: Callable[..., str]) -> None:
+    assert "Indent with spaces, not tabs." in refusal(NOT_RECIPES["tabs"][0])
+
+
+def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yml").write_text(BASE)
+    for path, message in (
+        (tmp_path, "is a folder; name the recipe's YAML file in it"),
+        (tmp_path / "recip.yml", "Did you mean 'recipe.yml'?"),
+        (tmp_path / "no" / "recipe.yml", "there is no recipe"),
+        (tmp_path / ("x" * 5000), "cannot be read"),
+    ):
+        with pytest.raises(RecipeError, match=message.replace("?", r"\?")):
+            load(path)
+
+
+yaml_like = st.text(alphabet=st.sampled_from("abe01.:-,[]{}&*!|>'\"#%@?~\\ \n\t\r\u2028é"), max_size=60)
+plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("alpaca")
+nested = st.recursive(
+    plain,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["path", "type", "pad_token", "x", ""]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@few
+@given(text=yaml_like | st.text(max_size=60) | yaml_like.map(lambda text: BASE + "tokens: " + text))
+def test_random_text_is_loaded_or_refused(write: Callable[..., Path], text: str) -> None:
+    _loads_or_is_refused(write(text.encode(errors="ignore")))
+
+
+@few
+@given(values=st.dictionaries(st.sampled_from([*KEYS, *ALIASES, "no_such_key", ""]), nested, max_size=5))
+def test_random_structures_are_loaded_or_refused(write: Callable[..., Path], values: dict[str, Any]) -> None:
+    _loads_or_is_refused(write(json.dumps(values)))
+
+
+@few
+@given(
+    override=st.text(max_size=20) | st.builds("{}={}".format, st.text("datasets.0195pathx²-", max_size=14), yaml_like)
+)
+def test_random_overrides_are_taken_or_refused(write: Callable[..., Path], override: str) -> None:
+    _loads_or_is_refused(write(BASE), override)
+
+
+def _loads_or_is_refused(path: Path, *overrides: str) -> None:
+    try:
+        load(path, overrides)
+    except RecipeError as error:
+        assert 0 < len(str(error)) < 50_000
+
+
+# --- overrides and aliases ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reads", "value"),
+    [
+        (["learning_rate=1e-5"], lambda r: r.schedule.learning_rate, 1e-5),
+        (["learning_rate=1e-5", "learning_rate=1e-6"], lambda r: r.schedule.learning_rate, 1e-6),
+        (["output_dir=a=b"], lambda r: r.output.output_dir, "a=b"),
+        (["output_dir='no'"], lambda r: r.output.output_dir, "no"),
+        (["seed="], lambda r: r.output.seed, 42),
+        (["seed=7", "seed=null"], lambda r: r.output.seed, 42),
+        (["special_tokens.pad_token=<pad>"], lambda r: r.tokenizer.special_tokens.pad_token, "<pad>"),
+        (["special_tokens={pad_token: <pad>}"], lambda r: r.tokenizer.special_tokens.pad_token, "<pad>"),
+        (["datasets.0.path=org/other"], lambda r: r.data.datasets[0].path, "org/other"),
+        (["tokens.0=<a>", "tokens.1=<b>"], lambda r: r.tokenizer.tokens, ("<a>", "<b>")),
+        (["tokens=[<a>, <b>]", "tokens.1=<c>"], lambda r: r.tokenizer.tokens, ("<a>", "<c>")),
+        (["tokens=\n- <a>\n- <b>"], lambda r: r.tokenizer.tokens, ("<a>", "<b>")),
+        (
+            ["datasets.1={path: org/b, type: alpaca}"],
+            lambda r: [e.path for e in r.data.datasets],
+            ["org/data", "org/b"],
+        ),
+        (["max_seq_length=77"], lambda r: r.data.sequence_len, 77),
+    ],
+)
+def test_an_override_is_as_if_written_in_the_file(
+    write: Callable[..., Path], overrides: list[str], reads: Callable[[Recipe], Any], value: object
+) -> None:
+    assert reads(load_recipe(write(BASE), overrides)) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "an override is written key=value, such as learning_rate=1e-4."),
+        ("=3", "an override is written key=value"),
+        ("seed=[1", "the value is not YAML"),
+        ("seed=a: b", "the value is not YAML"),
+        ("seed=\nvalue: 3\nseed: 4", "seed is a block of keys, but must be a whole number."),
+        ("seed=abc", "seed is the text 'abc', but must be a whole number."),
+        ("seeed=3", "unknown key 'seeed'. Did you mean 'seed'?"),
+        ("special_tokens.pad_tokn.x=3", "unknown key 'special_tokens.pad_tokn'. Did you mean 'pad_token'?"),
+        ("learning_rate.x=3", "the recipe has no place 'learning_rate.x' to write to."),
+        ("datasets.2.path=a", "the recipe has no place 'datasets.2.path' to write to."),
+        ("datasets.-1.path=a", "the recipe has no place 'datasets.-1.path' to write to."),
+        ("datasets.first.path=a", "the recipe has no place 'datasets.first.path' to write to."),
+        ("datasets.².path=a", "the recipe has no place 'datasets.².path' to write to."),
+        ("datasets.0.tpye=a", "unknown key 'datasets.0.tpye'. Did you mean 'type'?"),
+        ("datasets=null", "'datasets' is missing."),
+        ("0=3", "the recipe has no place '0' to write to."),
+    ],
+)
+def test_a_wrong_override_is_reported_as_the_override(refusal: Callable[..., str], override: str, message: str) -> None:
+    text = refusal(BASE, "num_epochs=2", override)
+    assert "r.yml: 1 mistake\n\n<override 2>: " in text
+    assert message in text
+    assert f"\n         {override.splitlines()[0]}" in text
+
+
+def test_an_override_takes_the_place_of_what_stood_below_it(refusal: Callable[..., str]) -> None:
+    wrong = BASE.replace("type: alpaca", "type: alpca")
+    assert "r.yml:5:11: datasets.0.type" in refusal(wrong)
+    assert "<override 1>: datasets.0.type" in refusal(wrong, "datasets=[{path: a/b, type: alpca}]")
+    assert "<override 1>: datasets.0.type" in refusal(wrong, "datasets.0.type=alpaka")
+
+
+def test_mistakes_in_file_and_overrides_come_together(refusal: Callable[..., str]) -> None:
+    text = refusal(BASE + "seed: -1\n", "tokens.5=a", "bf16", "lora_r=0")
+    assert "4 mistakes" in text
+    for where in ("<override 1>: ", "<override 2>: ", "<override 3>: ", "r.yml:6:7: seed is -1"):
+        assert where in text
+
+
+def test_a_key_without_a_value_means_its_default(write: Callable[..., Path]) -> None:
+    optional = [key for key in KEYS if key not in ("base_model", "datasets", "learning_rate")]
+    recipe = load_recipe(write(BASE + "".join(f"{key}:\n" for key in optional)))
+    assert recipe == load_recipe(write(BASE))
+
+
+@pytest.mark.parametrize(("alias", "key"), ALIASES.items())
+def test_an_alias_is_read_with_a_note_and_never_beside_its_key(
+    write: Callable[..., Path], refusal: Callable[..., str], alias: str, key: str
+) -> None:
+    value = "org/tokenizer" if key == "tokenizer" else "512"
+    loaded = load(write(f"{BASE}{alias}: {value}\n"))
+    assert loaded.notes == (f"'{alias}' is read as '{key}'.",)
+    assert loaded.recipe == load_recipe(write(f"{BASE}{key}: {value}\n"))
+    message = refusal(f"{BASE}{alias}: {value}\n{key}: {value}\n")
+    assert f"r.yml:6:1: '{alias}' and '{key}' are the same key. Remove one." in message
+    assert f"r.yml:6:{len(alias) + 3}: {key} is a list, but must be" in refusal(f"{BASE}{alias}: []\n")
+
+
+# --- the Recipe ---
+
+
+def test_sections_are_frozen_and_nested(write: Callable[..., Path]) -> None:
+    recipe = load_recipe(write(BASE + "adapter: lora\nlora_r: 8\n"))
+    assert (recipe.adapter.lora_r, recipe.adapter.lora_alpha, recipe.data.datasets[0].type) == (8, 32, "alpaca")
+    for thing, name in ((recipe, "adapter"), (recipe.adapter, "lora_r"), (recipe.data.datasets[0], "path")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(thing, name, getattr(thing, name))
+
+
+TEXTS = [
+    "no",
+    "1e-3",
+    "null",
+    "~",
+    " x",
+    "x ",
+    "",
+    "a: b",
+    "# c",
+    "- d",
+    "é🦊",
+    "'",
+    '"',
+    "\n",
+    "2024-01-01",
+    "<|a|>",
+    "0x1",
+]
+texts = st.sampled_from(TEXTS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=120)
+
+
+def _bound(metadata: list[Any], name: str, default: Any) -> Any:
+    """The bound `name` ("ge", "min_length") among a field's annotations, which may be fields themselves."""
+    flat = [inner for entry in metadata for inner in getattr(entry, "metadata", [entry])]
+    return next((getattr(entry, name) for entry in flat if hasattr(entry, name)), default)
+
+
+def _strategy(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
+    """Values of a field, from its type and bounds."""
+    if hasattr(annotation, "__metadata__"):
+        return _strategy(annotation.__origin__, list(annotation.__metadata__))
+    least = _bound(metadata, "min_length", 0)
+    if get_origin(annotation) in (Union, types.UnionType):  # None is how a key is left out
+        return st.one_of(*(_strategy(a, []) for a in get_args(annotation) if a is not type(None)))
+    if get_origin(annotation) is Literal:
+        return st.sampled_from(get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return st.lists(_strategy(get_args(annotation)[0], []), min_size=least, max_size=3)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return _fields(annotation)
+    if annotation is bool:
+        return st.booleans()
+    if annotation is int:
+        return st.integers(_bound(metadata, "ge", 0), 2**40)
+    if annotation is float:
+        above, below = _bound(metadata, "gt", None), _bound(metadata, "lt", None)
+        low = above if above is not None else _bound(metadata, "ge", 0.0)
+        high = below if below is not None else _bound(metadata, "le", 1e30)
+        odd = st.sampled_from([1e-05, 1e-8, 0.1, 5e-324, 0.3333333333333333])
+        return odd | st.floats(low, high, exclude_min=above is not None, exclude_max=below is not None)
+    assert annotation is str, annotation
+    return texts.filter(lambda text: len(text) >= least)
+
+
+def _fields(model: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
+    needed = {n: _strategy(f.annotation, f.metadata) for n, f in model.model_fields.items() if f.is_required()}
+    optional = {n: _strategy(f.annotation, f.metadata) for n, f in model.model_fields.items() if not f.is_required()}
+    return st.fixed_dictionaries(needed, optional=optional)
+
+
+def _recipe_of(given_keys: dict[str, dict[str, Any]]) -> Recipe:
+    """The recipe of these keys, less those that a rule asks to change."""
+    while True:
+        sections = {name: SECTIONS[name].model_validate(keys) for name, keys in given_keys.items()}
+        values = {key: getattr(sections[name], key) for key, (name, _) in KEYS.items()}
+        wrong = {str(path[0]) for path, _ in rule_findings(values)}
+        if not wrong:
+            return Recipe.model_validate(sections)
+        if wrong & {"datasets", "test_datasets"}:  # the rule speaks of one column of one entry
+            for entry in [*given_keys["data"].get("datasets", []), *given_keys["data"].get("test_datasets", [])]:
+                entry.pop("field_messages", None)
+        for name, keys in given_keys.items():
+            given_keys[name] = {k: v for k, v in keys.items() if k not in wrong - {"datasets", "test_datasets"}}
+
+
+@settings(deadline=None, max_examples=80, derandomize=True)
+@given(keys=st.fixed_dictionaries({name: _fields(section) for name, section in SECTIONS.items()}))
+def test_a_dumped_recipe_loads_equal(write: Callable[..., Path], keys: dict[str, dict[str, Any]]) -> None:
+    recipe = _recipe_of(keys)
+    dumped = dump_recipe(recipe, "as it ran")
+    assert load_recipe(write(dumped), check_files=False) == recipe
+    assert dumped.startswith("# as it ran\n")
+
+
+def test_a_dump_writes_every_default(write: Callable[..., Path]) -> None:
+    dumped = dump_recipe(load_recipe(write(BASE)), "x")
+    unset = {key for key, (_, info) in KEYS.items() if info.default is None} | {"special_tokens"}
+    assert {line.partition(":")[0] for line in dumped.splitlines() if line[0].isalpha()} == set(KEYS) - unset
+
+
+# --- rules across keys ---
+
+# (name of the key at fault, what is wrong, what is right)
+RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("warmup_ratio", {"warmup_steps": 5, "warmup_ratio": 0.1}, {"warmup_steps": 5}),
+    (
+        "evals_per_epoch",
+        {"val_set_size": 1, "eval_steps": 5, "evals_per_epoch": 2},
+        {"val_set_size": 1, "eval_steps": 5},
+    ),
+    ("saves_per_epoch", {"save_steps": 5, "saves_per_epoch": 2}, {"saves_per_epoch": 2}),
+    ("fp16", {"bf16": True, "fp16": True}, {"bf16": False, "fp16": True}),
+    ("lora_target_linear", {"lora_target_linear": True}, {"lora_target_linear": True, "adapter": "lora"}),
+    ("lora_target_modules", {"lora_target_modules": ["q"]}, {"lora_target_modules": ["q"], "adapter": "lora"}),
+    ("lora_target_modules", {"adapter": "lora", "lora_target_modules": []}, {"adapter": "lora"}),
+    (
+        "lora_target_modules",
+        {"adapter": "lora", "lora_target_linear": True, "lora_target_modules": ["q"]},
+        {"adapter": "lora", "lora_target_linear": True},
+    ),
+    ("val_set_size", {"val_set_size": 2.5}, {"val_set_size": 2.0}),
+    (
+        "val_set_size",
+        {"val_set_size": 0.1, "test_datasets": [{"path": "a/b", "type": "alpaca"}]},
+        {"val_set_size": 0.1},
+    ),
+    ("eval_steps", {"eval_steps": 5}, {"eval_steps": 5, "val_set_size": 0.1}),
+    ("evals_per_epoch", {"evals_per_epoch": 5}, {"evals_per_epoch": 5, "val_set_size": 0.1}),
+    (
+        "eval_on_start",
+        {"eval_on_start": True},
+        {"eval_on_start": True, "test_datasets": [{"path": "a/b", "type": "alpaca"}]},
+    ),
+    (
+        "cosine_min_lr_ratio",
+        {"cosine_min_lr_ratio": 0.1, "lr_scheduler": "linear"},
+        {"cosine_min_lr_ratio": 0.1, "lr_scheduler": "cosine"},
+    ),
+    (
+        "field_messages",
+        {"datasets": [{"path": "a/b", "type": "alpaca", "field_messages": "chat"}]},
+        {"datasets": [{"path": "a/b", "type": "chat_template", "field_messages": "chat"}]},
+    ),
+    (
+        "overwrite_output_dir",
+        {"overwrite_output_dir": True, "resume_from_checkpoint": True},
+        {"overwrite_output_dir": True},
+    ),
+]
+NEEDED = {"base_model": "org/model", "learning_rate": 1e-3, "datasets": [{"path": "org/data", "type": "alpaca"}]}
+
+
+@pytest.mark.parametrize(("key", "wrong", "right"), RULE_CASES)
+def test_keys_that_exclude_each_other_are_refused_and_mended(
+    write: Callable[..., Path], refusal: Callable[..., str], key: str, wrong: dict[str, Any], right: dict[str, Any]
+) -> None:
+    def text(keys: dict[str, Any]) -> str:
+        return "".join(f"{k}: {json.dumps(v)}\n" for k, v in (NEEDED | keys).items())
+
+    message = refusal(text(wrong))
+    assert "r.yml: 1 mistake\n" in message
+    shown, caret = message.splitlines()[3:5]
+    assert shown[: caret.index("^")].rstrip(' "').rstrip(":").rstrip('"').endswith(key)
+    assert load_recipe(write(text(right)))
+
+
+def test_every_rule_has_a_case() -> None:
+    for keys, rule in _RULES:
+        found = []
+        for _, wrong, _ in RULE_CASES:
+            sections = [s.model_validate({k: v for k, v in (NEEDED | wrong).items() if k in s.model_fields})
+                        for s in SECTIONS.values()]  # fmt: skip
+            found += list(rule({k: getattr(s, k) for s in sections for k in type(s).model_fields}))
+        assert found, f"no case for the rule about {keys}"
+
+
+# --- speed ---
+
+
+def test_checking_a_recipe_imports_nothing_heavy(write: Callable[..., Path]) -> None:
+    path = write(BASE)
+    script = f"""
+import sys
+def heavy(): return [m for m in ("torch", "transformers", "datasets", "accelerate", "peft") if m in sys.modules]
+import finetuner.recipe
+assert not heavy(), heavy()
+from finetuner.cli import main
+try:
+    main(["check", {str(path)!r}])
+except SystemExit as done:
+    assert done.code == 0, done.code
+assert not heavy(), heavy()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{path}: no mistakes\n"
