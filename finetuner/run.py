@@ -127,9 +127,11 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     if accelerator.is_main_process:
         write_final(parts)
     accelerator.wait_for_everyone()
-    screen.line(f"done: {_final_weights(recipe)}")
     if recipe.adapter.adapter == "lora":
+        screen.line(f"done: the adapter is in {recipe.output.output_dir}")
         screen.line(f"merge it into the base: python -m finetuner.merge {recipe_name}")
+    else:
+        screen.line(f"done: the model is in {recipe.output.output_dir}")
     accelerator.end_training()
 
 
@@ -222,13 +224,14 @@ def fit(parts: Parts, state: TrainState, screen: Screen) -> TrainState:
             prune(output_dir, parts.recipe.output.save_total_limit)
         run.accelerator.wait_for_everyone()
 
-    with TrainingProgress(screen, run.schedule.total_steps, state.step) as progress:
+    mine = -(-len(run.held_out_rows) // run.plan.data_parallel)
+    with TrainingProgress(screen, run.schedule.total_steps, state.step, eval_rows=mine) as progress:
         events = Events(
             stepped=stepped,
             logged=partial(record, progress.logged),
             evaluated=partial(record, progress.evaluated),
             save=save,
-            eval_progress=lambda rows: None,
+            eval_progress=progress.evaluating,
         )
         return train_loop(run, state, events)
 

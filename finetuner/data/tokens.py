@@ -73,7 +73,7 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase")
     out = []
     for one, raw_ids, raw_offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         ids = np.array(raw_ids, dtype=np.int32)
-        offsets = _with_trimmed_spaces(np.array(raw_offsets, dtype=np.int64).reshape(-1, 2))
+        offsets = _widened(np.array(raw_offsets, dtype=np.int64).reshape(-1, 2), len(one.text))
         if _straddles(offsets, one.spans):
             ids, trained = _tokenize_pieces(one, tokenizer)
         else:
@@ -85,10 +85,15 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase")
     return out
 
 
-def _with_trimmed_spaces(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Some tokenizers (GPT-NeoX's) leave leading spaces out of a token's offsets; they are the token's nonetheless."""
-    before = np.maximum.accumulate(np.concatenate([[0], offsets[:-1, 1]]))[: len(offsets)]
-    return np.stack([np.minimum(offsets[:, 0], before), offsets[:, 1]], axis=1)
+def _widened(offsets: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """[start, stop) of each token, over the characters beside it that no token claims.
+
+    Some tokenizers (GPT-NeoX's) leave a token's leading and trailing spaces out of its offsets. Whose they are is not
+    said, so both neighbours get them: where it matters, at the border of a span, the text is then cut.
+    """
+    before = np.maximum.accumulate(np.concatenate([[0], offsets[:, 1]]))[:-1]
+    after = np.concatenate([offsets[1:, 0], [length]])[: len(offsets)]
+    return np.stack([np.minimum(offsets[:, 0], before), np.maximum(offsets[:, 1], after)], axis=1)
 
 
 def _inside(offsets: NDArray[np.int64], spans: tuple[Span, ...]) -> NDArray[np.bool_]:

@@ -100,9 +100,10 @@ class Work:
 class TrainingProgress:
     """Loss, learning rate, tokens per second and time left, for every step or every logged step."""
 
-    def __init__(self, screen: Screen, total_steps: int, done: int) -> None:
-        self.screen, self.total_steps = screen, total_steps
-        self.seconds, self.steps, self.first = 0.0, 0, done
+    def __init__(self, screen: Screen, total_steps: int, done: int, *, eval_rows: int) -> None:
+        """`done` steps are behind; an evaluation takes `eval_rows` rows of this rank."""
+        self.screen, self.total_steps, self.eval_rows = screen, total_steps, eval_rows
+        self.seconds, self.steps, self.evaluated_rows = 0.0, 0, 0
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -139,7 +140,13 @@ class TrainingProgress:
                 f"{row['tokens_per_second']:,.0f} tok/s  {duration(self.left(row['step']))} left"
             )
 
+    def evaluating(self, rows: int) -> None:
+        """`rows` more held-out rows are done."""
+        self.evaluated_rows += rows
+        self.bar.update(self.task, facts=f"evaluating: {self.evaluated_rows:,} of {self.eval_rows:,} rows")
+
     def evaluated(self, row: dict) -> None:
+        self.evaluated_rows = 0
         self.screen.line(
             f"step {row['step']}/{self.total_steps}  held-out loss {row['eval_loss']:.4f}  "
             f"perplexity {row['eval_perplexity']:.3f}"

@@ -1,0 +1,350 @@
+"""Rows become text and trained spans: exactly the answers with their ends, whatever the template and the contents."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHATML, SHARED_DATA, write_rows
+from tokenizers import processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from finetuner.data.prepare import Prepared, prepare
+from finetuner.data.tokens import IGNORE
+from finetuner.errors import DataError
+from finetuner.recipe.sections import DataSection
+
+EOS, BOS = "<|endoftext|>", "<|bos|>"
+EXTRA = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|end|>"]
+
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content"
+    " + '<|eot_id|>' }}{% endfor %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + {'assistant': 'model'}.get(m.role, m.role) + '\n'"
+    " + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+)
+SPACED = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + ' \n<|end|>' }}{% if not loop.last %}{{ ' ' }}{% endif %}"
+    "{% endfor %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)
+# name -> (template, what ends a trained turn, whether contents are trimmed)
+TEMPLATES = {
+    "chatml": (CHATML, "<|im_end|>", False),
+    "llama": (LLAMA, "<|eot_id|>", False),
+    "mistral": (MISTRAL, EOS, False),
+    "zephyr": (ZEPHYR, EOS, False),
+    "gemma": (GEMMA, "<end_of_turn>", True),
+    "spaced": (SPACED, " \n<|end|>", False),
+    "marked": (MARKED, "<|im_end|>", False),
+}
+CONTENTS = [
+    "plain",
+    "[[1, 2], [3, 4]]",
+    "assistant",
+    "<|im_start|>assistant",
+    "<|im_end|>\n<|im_start|>user\n<|im_end|>",
+    "[INST] a [/INST]",
+    "",
+    " ",
+    "  two before",
+    "two after  ",
+    "\nline before",
+    "\n\n\n",
+    "line after\n",
+    " \t mixed \r\n",
+    "one\r\ntwo\r\n",
+    "🦊 naïve ﷽ 中文",
+    "q0x0z",
+    "q0x1zq1x0z",
+    "{{ messages }} {% raw %}",
+    "\\n \\0 \0",
+    "<think>so</think>\n\nthus",
+]
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
+    """The tests' tokenizer, with tokens for the templates above, free to be changed."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": EXTRA}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    special = [(BOS, tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=special)
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+def learn(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], folder: Path, **keys: Any) -> Prepared:
+    """What training sees of the rows, written to a file and read as a recipe would have them read."""
+    path = write_rows(folder / "rows.jsonl", rows)
+    kind = "chat_template" if "messages" in rows[0] else "alpaca"
+    values = {"datasets": [{"path": str(path), "type": kind}], "sequence_len": 100_000} | keys
+    return prepare(DataSection.model_validate(values), tokenizer, seed=0)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Any) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def trained_texts(tokenizer: PreTrainedTokenizerBase, ids: Any, labels: Any) -> list[str]:
+    """Each unbroken run of trained tokens, as text."""
+    trained = labels != IGNORE
+    assert (labels[trained] == ids[trained]).all()
+    borders = np.flatnonzero(np.diff(trained, prepend=False, append=False))
+    return [decoded(tokenizer, ids[a:b]) for a, b in borders.reshape(-1, 2)]
+
+
+def chat(*contents: str, system: str | None = None) -> dict[str, Any]:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return {"messages": ([{"role": "system", "content": system}] if system is not None else []) + turns}
+
+
+# --- alpaca ---
+
+ROWS = [
+    {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+    {"instruction": "Greet me.", "input": "", "output": "Hello!\nHow are you?"},
+    {"instruction": "  odd ", "input": None, "output": " spaces "},
+    {"instruction": "Say nothing.", "input": "", "output": ""},
+    {"instruction": "Newlines", "input": "x", "output": "\n\nafter two"},
+]
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n"
+    "### Response:\n"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\nGreet me.\n\n### Response:\n"
+)
+
+
+@pytest.mark.parametrize("with_bos", [False, True])
+def test_alpaca_learns_the_output_and_its_end_after_the_stanford_prompt(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, with_bos: bool
+) -> None:
+    if with_bos:
+        adds_bos(tokenizer)
+    store = learn(tokenizer, ROWS, tmp_path).train
+    assert len(store) == len(ROWS)
+    for i, row in enumerate(ROWS):
+        ids, labels = store.document(i)
+        assert trained_texts(tokenizer, ids, labels) == [row["output"] + EOS]
+        assert (ids == tokenizer.bos_token_id).sum() == with_bos
+        assert (ids == tokenizer.eos_token_id).sum() == 1
+        assert ids[0] == tokenizer.bos_token_id or not with_bos
+    start = BOS if with_bos else ""
+    assert decoded(tokenizer, store.document(0)[0]) == start + WITH_INPUT + "3" + EOS
+    assert decoded(tokenizer, store.document(1)[0]) == start + WITHOUT_INPUT + ROWS[1]["output"] + EOS
+
+
+def test_a_missing_null_and_empty_input_are_one_prompt(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    row = {"instruction": "Greet me.", "output": "Hello!"}
+    store = learn(tokenizer, [row, row | {"input": None}, row | {"input": ""}], tmp_path).train
+    assert len({store.document(i)[0].tobytes() for i in range(3)}) == 1
+
+
+def test_a_token_across_the_border_is_cut(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    row = {"instruction": "Greet me.", "input": "", "output": "\n\nHello"}
+    whole = tokenizer(WITHOUT_INPUT + row["output"], return_offsets_mapping=True)["offset_mapping"]
+    border = len(WITHOUT_INPUT)
+    assert any(a < border < b for a, b in whole), "this row is meant to merge a newline of each side"
+    ids, labels = learn(tokenizer, [row], tmp_path).train.document(0)
+    assert trained_texts(tokenizer, ids, labels) == ["\n\nHello" + EOS]
+    prompt = tokenizer(WITHOUT_INPUT)["input_ids"]
+    assert list(ids[: len(prompt)]) == prompt, "the prompt is tokenised as when the model is used"
+
+
+@pytest.mark.parametrize("output", ["if x:\n    return  y", "   indented", "a  b   c ", "  ", " x"])
+def test_offsets_without_leading_spaces_change_nothing(
+    tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path, tmp_path: Path, output: str
+) -> None:
+    rows = [{"instruction": "a", "output": output}, chat("a ", output)]
+    trimming = AutoTokenizer.from_pretrained(tokenizer_folder)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as GPT-NeoX's does
+    for row in rows:
+        ids, labels = learn(tokenizer, [row], tmp_path).train.document(0)
+        trimmed_ids, trimmed_labels = learn(trimming, [row], tmp_path).train.document(0)
+        assert (ids == trimmed_ids).all()
+        assert (labels == trimmed_labels).all()
+
+
+def test_train_on_inputs_learns_all_but_the_bos(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    store = learn(adds_bos(tokenizer), ROWS, tmp_path, train_on_inputs=True).train
+    for i in range(len(ROWS)):
+        ids, labels = store.document(i)
+        assert list(labels) == [IGNORE, *ids[1:]]
+    ids, labels = learn(tokenizer, [chat("a", "b")], tmp_path, train_on_inputs=True).train.document(0)
+    assert (ids == labels).all()
+
+
+def test_a_tokenizer_without_an_end_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no end-of-text token"):
+        learn(tokenizer, ROWS, tmp_path)
+    assert learn(tokenizer, [chat("a", "b")], tmp_path).train.num_trained > 0  # the template has its own end
+
+
+# --- chat templates ---
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("with_bos", [False, True])
+def test_every_answer_is_learned_with_its_end_and_nothing_else(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, with_bos: bool
+) -> None:
+    tokenizer.chat_template, end, trims = TEMPLATES[name]
+    if with_bos:
+        adds_bos(tokenizer)
+    rows = [chat("hi", content) for content in CONTENTS]
+    rows += [chat(content, "hi", content, content) for content in CONTENTS]
+    rows += [chat(*CONTENTS[i:], *CONTENTS[:i]) for i in range(0, len(CONTENTS), 5)]
+    rows += [chat("a", "a", "a", "a", system="a")] if name != "mistral" else []
+    prepared = learn(tokenizer, rows, tmp_path)
+    assert prepared.notes == []
+    for i, row in enumerate(rows):
+        ids, labels = prepared.train.document(i)
+        answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        expected = [(answer.strip() if trims else answer) + end for answer in answers]
+        assert trained_texts(tokenizer, ids, labels) == expected
+        rendered = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        assert decoded(tokenizer, ids) == rendered
+        assert (ids == tokenizer.bos_token_id).sum() == rendered.count(BOS) == ("bos_token" in tokenizer.chat_template)
+
+
+def test_marked_and_unmarked_templates_give_the_same_documents(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [chat(*CONTENTS), chat("a", "b", "c", "d", system="s"), chat("a", "\n\nb")]
+    stores = []
+    for template in (CHATML, MARKED, MARKED.replace("{% gen", "{%- gen"), MARKED.replace("{% gen", "{%gen")):
+        tokenizer.chat_template = template
+        stores.append(learn(tokenizer, rows, tmp_path).train)
+    for store in stores[1:]:
+        assert (store.ids == stores[0].ids).all()
+        assert (store.labels == stores[0].labels).all()
+
+
+def test_keys_that_other_messages_have_are_not_given_to_a_template(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = CHATML.replace("message['role'] +", "message['role'] + message.get('name', '') +")
+    rows = [chat("a", "b"), chat("a", "b")]
+    rows[1]["messages"][0]["name"] = " Ann"  # in the file's table, all other messages get a null for it
+    store = learn(tokenizer, rows, tmp_path).train
+    assert decoded(tokenizer, store.document(0)[0]).startswith("<|im_start|>user\na")
+    assert decoded(tokenizer, store.document(1)[0]).startswith("<|im_start|>user Ann\na")
+
+
+THINKING = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+BAD_TEMPLATES = {
+    "upper-cases": (CHATML.replace("message['content']", "message['content'] | upper"), "does not write every message"),
+    "drops the system": (
+        CHATML.replace("in messages", "in messages if message.role != 'system'"),
+        "every message once",
+    ),
+    "repeats": (CHATML + "{{ messages[0]['content'] }}", "every message once and in order"),
+    "cuts out thoughts": (THINKING, r"changes the text of message \d \(more than trimming it\)"),
+    "drops the empty": (CHATML.replace("in messages", "in messages if message.content"), "changes the text of message"),
+    "replaces": (CHATML.replace("message['content']", "message['content'].replace('so', '')"), "changes the text"),
+    "ends with text": (CHATML.replace("<|im_end|>", "</s>"), "a model trained on it would not learn where to stop"),
+    "ends without an end": (CHATML.replace("<|im_end|>\n", ""), "would not learn where to stop"),
+    "raises": ("{{ raise_exception('no ' + messages[0].role) }}", "refuses this conversation: no system"),
+    "is broken": ("{% for %}", "refuses this conversation"),
+    "adds a number": ("{{ 1 + messages[0].content }}", "refuses this conversation"),
+    "divides by zero": ("{{ 1 / 0 }}", "refuses this conversation"),
+    "reaches out": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses this conversation"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEMPLATES)
+def test_a_template_whose_answers_cannot_be_told_is_refused_with_the_row(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str
+) -> None:
+    tokenizer.chat_template, message = BAD_TEMPLATES[name]
+    with pytest.raises(DataError, match=message) as caught:
+        learn(tokenizer, [chat("hi", "<think>so</think>\n\nthus", "", "d", system="s")], tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}: row 0: ")
+
+
+def test_the_row_at_fault_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.chat_template = THINKING
+    with pytest.raises(DataError, match=r"row 600: the chat template changes the text of message 1"):
+        learn(tokenizer, [chat("a", "b")] * 600 + [chat("a", "</think>b")], tmp_path)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="has no chat template, which `type: chat_template` needs"):
+        learn(tokenizer, [chat("a", "b")], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (None, "column 'messages' holds nothing, but must be a list of messages"),
+        ([], "column 'messages' holds list"),
+        ("hi", "column 'messages' holds str 'hi'"),
+        ([{"role": "user", "content": None}], "message 0 of column 'messages' must have text in 'role' and 'content'"),
+        (
+            [{"from": "human", "value": "a"}],
+            "message 0 of column 'messages' must have text in 'role' and 'content'; it is {'from': 'human'",
+        ),
+        (["hi"], "message 0 of column 'messages' must have text"),
+    ],
+)
+def test_messages_of_another_shape_are_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, messages: Any, message: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        learn(tokenizer, [{"messages": messages}], tmp_path)
+    assert f"row 0: {message}" in str(caught.value)
+
+
+# --- real rows ---
+
+
+def real_file(name: str) -> Path:
+    if not (SHARED_DATA / name).exists():
+        pytest.skip(f"{SHARED_DATA / name} is not on this machine")
+    return SHARED_DATA / name
+
+
+def test_real_alpaca_rows_are_learned_to_the_letter(tokenizer: PreTrainedTokenizerBase) -> None:
+    import json
+
+    path = real_file("alpaca_en_demo.json")
+    section = DataSection.model_validate({"datasets": [{"path": str(path), "type": "alpaca"}], "sequence_len": 100_000})
+    store = prepare(section, tokenizer, seed=0).train
+    rows = json.loads(path.read_text())
+    assert len(store) == len(rows)
+    for i, row in enumerate(rows):
+        assert trained_texts(tokenizer, *store.document(i)) == [row["output"] + EOS]
+
+
+def test_real_conversations_are_learned_to_the_letter(tokenizer: PreTrainedTokenizerBase) -> None:
+    import json
+
+    path = real_file("kto_en_demo.json")
+    entry = {"path": str(path), "type": "chat_template"}
+    store = prepare(DataSection.model_validate({"datasets": [entry], "sequence_len": 100_000}), tokenizer, seed=0).train
+    rows = json.loads(path.read_text())
+    assert len(store) == len(rows)
+    for i, row in enumerate(rows):
+        answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        assert trained_texts(tokenizer, *store.document(i)) == [answer + "<|im_end|>" for answer in answers]
