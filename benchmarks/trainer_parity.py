@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=10)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     ours, theirs = compare(arguments.recipe, arguments.overrides, arguments.steps)
     print(f"{'step':>4} {'finetuner':>12} {'Trainer':>12} {'difference':>11} {'norm':>9} {'norm':>9}")
     for mine, other in zip(ours, theirs, strict=True):

@@ -1,13 +1,16 @@
 """Rows become text and trained spans: exactly the answers with their ends, whatever the template and the contents."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import CHATML, SHARED_DATA, write_rows
-from tokenizers import processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetuner.data.prepare import Prepared, prepare
 from finetuner.data.tokens import IGNORE
@@ -20,6 +23,7 @@ EXTRA = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_tu
 LLAMA = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content"
     " + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
@@ -30,6 +34,11 @@ GEMMA = (
     "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + {'assistant': 'model'}.get(m.role, m.role) + '\n'"
     " + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
 )
+VICUNA = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'ASSISTANT: ' + m.content + eos_token }}{% else %}"
+    "{{ m.role | upper + ': ' + m.content + ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
 SPACED = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + ' \n<|end|>' }}{% if not loop.last %}{{ ' ' }}{% endif %}"
     "{% endfor %}"
@@ -39,15 +48,17 @@ MARKED = (
     "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
-# name -> (template, what ends a trained turn, whether contents are trimmed)
+# name -> (template, what an answer begins with that is not in the prompt, what ends it, whether contents are trimmed)
 TEMPLATES = {
-    "chatml": (CHATML, "<|im_end|>", False),
-    "llama": (LLAMA, "<|eot_id|>", False),
-    "mistral": (MISTRAL, EOS, False),
-    "zephyr": (ZEPHYR, EOS, False),
-    "gemma": (GEMMA, "<end_of_turn>", True),
-    "spaced": (SPACED, " \n<|end|>", False),
-    "marked": (MARKED, "<|im_end|>", False),
+    "chatml": (CHATML, "", "<|im_end|>", False),
+    "llama": (LLAMA, "", "<|eot_id|>", False),
+    "mistral": (MISTRAL, " ", EOS, False),
+    "vicuna": (VICUNA, "", EOS, False),
+    "vicuna, asked without the space": (VICUNA.replace("ASSISTANT: {% endif", "ASSISTANT:{% endif"), " ", EOS, False),
+    "zephyr": (ZEPHYR, "", EOS, False),
+    "gemma": (GEMMA, "", "<end_of_turn>", True),
+    "spaced": (SPACED, "", " \n<|end|>", False),
+    "marked": (MARKED, "", "<|im_end|>", False),
 }
 CONTENTS = [
     "plain",
@@ -98,7 +109,11 @@ def learn(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], folder
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Any) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    """Text of the ids, as it stands behind other text: SentencePiece drops a space at the very beginning."""
+    text = tokenizer.decode(
+        [tokenizer.eos_token_id, *ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return text.removeprefix(tokenizer.eos_token)
 
 
 def trained_texts(tokenizer: PreTrainedTokenizerBase, ids: Any, labels: Any) -> list[str]:
@@ -208,7 +223,7 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizer: PreTrainedTokenizerBas
 def test_every_answer_is_learned_with_its_end_and_nothing_else(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, with_bos: bool
 ) -> None:
-    tokenizer.chat_template, end, trims = TEMPLATES[name]
+    tokenizer.chat_template, lead, end, trims = TEMPLATES[name]
     if with_bos:
         adds_bos(tokenizer)
     rows = [chat("hi", content) for content in CONTENTS]
@@ -220,11 +235,67 @@ def test_every_answer_is_learned_with_its_end_and_nothing_else(
     for i, row in enumerate(rows):
         ids, labels = prepared.train.document(i)
         answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
-        expected = [(answer.strip() if trims else answer) + end for answer in answers]
+        expected = [lead + (answer.strip() if trims else answer) + end for answer in answers]
         assert trained_texts(tokenizer, ids, labels) == expected
         rendered = tokenizer.apply_chat_template(row["messages"], tokenize=False)
         assert decoded(tokenizer, ids) == rendered
         assert (ids == tokenizer.bos_token_id).sum() == rendered.count(BOS) == ("bos_token" in tokenizer.chat_template)
+
+
+@pytest.fixture(scope="module", params=["prepended to all", "first only"])
+def sentencepiece(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    """A tokenizer as Llama 2's and Mistral's: a text begins with a space, and words have theirs in front."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if request.param == "first only":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", BOS, EOS, *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["plain two words assistant hi  a   b    c " * 20], trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]  # the bytes are ordinary tokens
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("name", ["mistral", "vicuna", "vicuna, asked without the space", "zephyr"])
+def test_an_answer_has_no_space_that_the_template_does_not_write(
+    sentencepiece: PreTrainedTokenizerBase, tmp_path: Path, name: str
+) -> None:
+    sentencepiece.chat_template, lead, end, _ = TEMPLATES[name]
+    rows = [chat("hi", content, "hi", content) for content in CONTENTS]
+    store = learn(sentencepiece, rows, tmp_path).train
+    for i, content in enumerate(CONTENTS):
+        ids, labels = store.document(i)
+        assert trained_texts(sentencepiece, ids, labels) == [lead + content + end] * 2
+        if lead:  # no border lies within a token: the whole is tokenised as it is when the model is used
+            rendered = sentencepiece.apply_chat_template(rows[i]["messages"], tokenize=False)
+            assert list(ids) == sentencepiece(rendered, add_special_tokens=False)["input_ids"]
+
+
+def test_a_special_token_that_swallows_spaces_leaves_none_behind(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|stop|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    swallowing = [AddedToken(f"<|{name}|>", rstrip=True, special=True) for name in ("user", "assistant", "stop")]
+    tokenizer.add_special_tokens({"additional_special_tokens": swallowing}, replace_extra_special_tokens=False)
+    for answer in ("plain", "  indented", "\nline"):
+        row = chat("hi", answer, "hi", "b")
+        ids, labels = learn(tokenizer, [row], tmp_path).train.document(0)
+        assert trained_texts(tokenizer, ids, labels) == [answer + "<|stop|>", "b<|stop|>"]
+        prompt = tokenizer.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True)
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        assert list(ids[: len(prompt_ids)]) == prompt_ids
+    rendered = tokenizer.apply_chat_template(chat("hi", "plain", "hi", "b")["messages"], tokenize=False)
+    ids, _ = learn(tokenizer, [chat("hi", "plain", "hi", "b")], tmp_path).train.document(0)
+    assert list(ids) == tokenizer(rendered)["input_ids"]
 
 
 def test_marked_and_unmarked_templates_give_the_same_documents(
@@ -245,8 +316,13 @@ def test_keys_that_other_messages_have_are_not_given_to_a_template(
 ) -> None:
     tokenizer.chat_template = CHATML.replace("message['role'] +", "message['role'] + message.get('name', '') +")
     rows = [chat("a", "b"), chat("a", "b")]
-    rows[1]["messages"][0]["name"] = " Ann"  # in the file's table, all other messages get a null for it
+    rows[1]["messages"][0]["name"] = " Ann"
     store = learn(tokenizer, rows, tmp_path).train
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)  # a table gives all other messages a null for it
+    entry = {"path": str(path), "type": "chat_template"}
+    of_table = prepare(DataSection.model_validate({"datasets": [entry]}), tokenizer, seed=0).train
+    assert (of_table.ids == store.ids).all()
     assert decoded(tokenizer, store.document(0)[0]).startswith("<|im_start|>user\na")
     assert decoded(tokenizer, store.document(1)[0]).startswith("<|im_start|>user Ann\na")
 
@@ -326,8 +402,6 @@ def real_file(name: str) -> Path:
 
 
 def test_real_alpaca_rows_are_learned_to_the_letter(tokenizer: PreTrainedTokenizerBase) -> None:
-    import json
-
     path = real_file("alpaca_en_demo.json")
     section = DataSection.model_validate({"datasets": [{"path": str(path), "type": "alpaca"}], "sequence_len": 100_000})
     store = prepare(section, tokenizer, seed=0).train
@@ -338,8 +412,6 @@ def test_real_alpaca_rows_are_learned_to_the_letter(tokenizer: PreTrainedTokeniz
 
 
 def test_real_conversations_are_learned_to_the_letter(tokenizer: PreTrainedTokenizerBase) -> None:
-    import json
-
     path = real_file("kto_en_demo.json")
     entry = {"path": str(path), "type": "chat_template"}
     store = prepare(DataSection.model_validate({"datasets": [entry], "sequence_len": 100_000}), tokenizer, seed=0).train

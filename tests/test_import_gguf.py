@@ -206,6 +206,7 @@ def test_transformers_is_as_talkative_afterwards_as_before(
 ) -> None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_info()
+    logging.enable_progress_bar()
     try:
         import_gguf(source, tmp_path / "out", report=lambda line: None)
         assert logging.get_verbosity() == logging.INFO

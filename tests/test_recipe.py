@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from finetuner.errors import RecipeError
 from finetuner.recipe import ALIASES, KEYS, NOT_YET, SECTIONS, Recipe, dump_recipe, load, load_recipe
 from finetuner.recipe.rules import _RULES, rule_findings
+from finetuner.recipe.sections import TokenizerSection
 
 BASE = "base_model: org/model\nlearning_rate: 2e-4\ndatasets:\n  - path: org/data\n    type: alpaca\n"
 few = settings(deadline=None, max_examples=60, derandomize=True)
@@ -79,7 +80,7 @@ def test_all_mistakes_come_in_one_message_with_their_places(
     monkeypatch.chdir(tmp_path)
     optimizers = "adamw_torch, adamw_torch_fused"
     assert refusal(MANY_MISTAKES).splitlines() == [
-        "r.yml: 12 mistakes",
+        "r.yml: 13 mistakes",
         "",
         f"r.yml:1:13: there is no model folder './no/such/model' (seen from {tmp_path}). Give a folder or a hub id.",
         "     1 | base_model: ./no/such/model",
@@ -105,6 +106,10 @@ def test_all_mistakes_come_in_one_message_with_their_places(
         "r.yml:6:1: 'sample_packing' is not supported yet (packing). Remove it.",
         "     6 | sample_packing: true",
         "       | ^",
+        "",
+        f"r.yml:8:11: there is no file './no.jsonl' (seen from {tmp_path}).",
+        "     8 |   - path: ./no.jsonl",
+        "       |           ^",
         "",
         "r.yml:10:5: unknown key 'datasets.0.feild_messages'. Did you mean 'field_messages'?",
         "    10 |     feild_messages: chat",
@@ -537,6 +542,15 @@ def test_a_dumped_recipe_loads_equal(write: Callable[..., Path], keys: dict[str,
     assert dumped.startswith("# as it ran\n")
 
 
+@pytest.mark.parametrize(
+    "text", ["x" * 78 + "  two spaces", "a  b" * 40, "\x85", "a\u2028b", "\x1f 🦊" * 40, "\n \n" * 40]
+)
+def test_long_and_odd_texts_are_dumped_as_they_are(write: Callable[..., Path], text: str) -> None:
+    recipe = load_recipe(write(BASE))
+    changed = recipe.model_copy(update={"tokenizer": TokenizerSection(tokens=(text, "b"))})
+    assert load_recipe(write(dump_recipe(changed, "x"))) == changed
+
+
 def test_a_dump_writes_every_default(write: Callable[..., Path]) -> None:
     dumped = dump_recipe(load_recipe(write(BASE)), "x")
     unset = {key for key, (_, info) in KEYS.items() if info.default is None} | {"special_tokens"}
@@ -639,3 +653,8 @@ assert not heavy(), heavy()
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{path}: no mistakes\n"
+
+
+def test_a_misspelled_required_key_is_one_mistake(refusal: Callable[..., str]) -> None:
+    message = refusal(BASE.replace("learning_rate", "learning_rat"))
+    assert "1 mistake\n" in message and "Did you mean 'learning_rate'?" in message

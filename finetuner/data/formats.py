@@ -48,8 +48,11 @@ def render_alpaca(row: Row) -> Rendered:
     return Rendered(text, ((len(prompt), len(text)),), wraps=True)
 
 
-def render_messages(row: Row, column: str, render: RenderChat, special_tokens: tuple[str, ...]) -> Rendered:
-    """Every assistant turn is trained on, with the special token that ends it.
+def render_messages(
+    row: Row, column: str, render: RenderChat, render_prompt: RenderChat, special_tokens: tuple[str, ...]
+) -> Rendered:
+    """Every assistant turn is trained on, with the special token that ends it. `render_prompt` is `render` as it is
+    used to ask a model, with the head of the answer.
 
     The template runs twice: on the messages, and on stand-ins for their contents. What lies between the stand-ins is
     what the template itself writes, which fixes where each content begins and ends, whatever it says ("[[1, 2]]",
@@ -57,7 +60,8 @@ def render_messages(row: Row, column: str, render: RenderChat, special_tokens: t
     """
     messages = _messages(row, column)
     text = render(messages)
-    literals = _literals(messages, render)
+    skeleton, literals = _literals(messages, render)
+    lead = _lead(skeleton, literals, render_prompt)
     spans: list[Span] = []
     at = 0
     for i, message in enumerate(messages):
@@ -68,7 +72,8 @@ def render_messages(row: Row, column: str, render: RenderChat, special_tokens: t
         if stop is None:
             raise DataError(_rewritten(i))
         if message["role"] == "assistant":
-            spans.append((start, stop + _end_of_turn(literals[i + 1], special_tokens, i)))
+            led = len(lead) if literals[i].endswith(lead) else 0
+            spans.append((start - led, stop + _end_of_turn(literals[i + 1], special_tokens, i)))
         at = stop
     if text[at:] != literals[-1]:
         raise DataError(_rewritten(len(messages) - 1))
@@ -81,21 +86,37 @@ def render_marked_messages(row: Row, column: str, render: RenderMarked) -> Rende
     return Rendered(text, tuple((start, stop) for start, stop in spans), wraps=False)
 
 
-def _literals(messages: Messages, render: RenderChat) -> list[str]:
-    """The template's own text before, between and after the contents: one more than there are messages."""
+def _literals(messages: Messages, render: RenderChat) -> tuple[Messages, list[str]]:
+    """Messages with stand-ins for their contents, and the template's own text before, between and after these."""
     joined = "\0".join(message["content"] for message in messages)
     salt = 0
     while f"q{salt}x" in joined:  # a stand-in must not occur in what it stands for
         salt += 1
     stand_ins = [f"q{salt}x{i}z" for i in range(len(messages))]
-    skeleton = render([{**m, "content": s} for m, s in zip(messages, stand_ins, strict=True)])
-    pieces = re.split(f"q{salt}x([0-9]+)z", skeleton)
+    skeleton = [{**m, "content": s} for m, s in zip(messages, stand_ins, strict=True)]
+    pieces = re.split(f"q{salt}x([0-9]+)z", render(skeleton))
     if pieces[1::2] != [str(i) for i in range(len(messages))]:
         raise DataError(
             "the chat template does not write every message once and in order, so it cannot be told what each turn "
             "became. Mark the answers in the template with {% generation %} ... {% endgeneration %}"
         )
-    return pieces[::2]
+    return skeleton, pieces[::2]
+
+
+def _lead(skeleton: Messages, literals: list[str], render_prompt: RenderChat) -> str:
+    """White space before an answer that a model is not given but writes itself: "[/INST] answer" answers "[/INST]"."""
+    answers = (i for i, message in enumerate(skeleton) if message["role"] == "assistant")
+    first = next(answers, 0)
+    if first == 0:
+        return ""
+    try:
+        prompt = render_prompt(skeleton[:first])
+    except DataError:  # it asks for an answer to users only
+        return ""
+    contents = [message["content"] for message in skeleton[:first]]
+    written = "".join(text for pair in zip(literals, contents, strict=False) for text in pair) + literals[first]
+    lead = written.removeprefix(prompt)
+    return lead if written.startswith(prompt) and lead.isspace() else ""
 
 
 def _content_end(text: str, start: int, content: str, following: str) -> int | None:

@@ -111,6 +111,10 @@ def _render_chat(row: Row, column: str, tokenizer: "PreTrainedTokenizerBase") ->
         with _the_templates_word():
             return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
+    def render_prompt(messages: Messages) -> str:
+        with _the_templates_word():
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
     def render_marked(messages: Messages) -> tuple[str, list[Span]]:
         known: Any = tokenizer.special_tokens_map
         with _the_templates_word():
@@ -123,7 +127,7 @@ def _render_chat(row: Row, column: str, tokenizer: "PreTrainedTokenizerBase") ->
     if re.search(r"\{%-?\s*generation\s*-?%\}", template):
         return render_marked_messages(row, column, render_marked)
     special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    return render_messages(row, column, render, special)
+    return render_messages(row, column, render, render_prompt, special)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Text and trained characters -> token ids and labels."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -64,20 +64,15 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase")
     """(ids, labels) of each text, in one batched call of a fast tokenizer.
 
     A token is trained on if all its characters are. A token that straddles the border of a span (a newline of the
-    prompt merged with one of the answer) would be neither: such a text is cut at its borders and tokenised in pieces,
+    prompt merged with one of the answer) would be neither: such a text is cut at that border and tokenised in pieces,
     which is also how the prompt is tokenised when the model is used.
     """
-    encoded = tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True)
     empty = np.zeros(0, dtype=np.int32)
     begin, end = _wrapping_ids(tokenizer) if any(one.wraps for one in rendered) else (empty, empty)
     out = []
-    for one, raw_ids, raw_offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        ids = np.array(raw_ids, dtype=np.int32)
-        offsets = _widened(np.array(raw_offsets, dtype=np.int64).reshape(-1, 2), len(one.text))
-        if _straddles(offsets, one.spans):
-            ids, trained = _tokenize_pieces(one, tokenizer)
-        else:
-            trained = _inside(offsets, one.spans)
+    for one, encoded in zip(rendered, _encode([r.text for r in rendered], tokenizer), strict=True):
+        cuts = _straddled_borders(one.spans, encoded)
+        ids, trained = _tokenize_pieces(one, cuts, tokenizer) if cuts else (encoded.ids, _inside(encoded, one.spans))
         if one.wraps:
             ids = np.concatenate([begin, ids, end])
             trained = np.concatenate([np.zeros(len(begin), bool), trained, np.ones(len(end), bool)])
@@ -85,37 +80,73 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase")
     return out
 
 
-def _widened(offsets: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """[start, stop) of each token, over the characters beside it that no token claims.
+@dataclass(frozen=True)
+class _Encoded:
+    """Tokens of a text, and the characters [start, stop) of each: `own` are surely its own, `most` may be.
 
-    Some tokenizers (GPT-NeoX's) leave a token's leading and trailing spaces out of its offsets. Whose they are is not
-    said, so both neighbours get them: where it matters, at the border of a span, the text is then cut.
+    Some tokenizers (GPT-NeoX's) leave a token's leading and trailing spaces out of its offsets, so a space that no
+    token claims may be of either neighbour. Some special tokens (Phi's) swallow the white space beside them.
     """
-    before = np.maximum.accumulate(np.concatenate([[0], offsets[:, 1]]))[:-1]
-    after = np.concatenate([offsets[1:, 0], [length]])[: len(offsets)]
-    return np.stack([np.minimum(offsets[:, 0], before), np.maximum(offsets[:, 1], after)], axis=1)
+
+    ids: Ids
+    own: NDArray[np.int64]
+    most: NDArray[np.int64]
 
 
-def _inside(offsets: NDArray[np.int64], spans: tuple[Span, ...]) -> NDArray[np.bool_]:
-    if not spans:
-        return np.zeros(len(offsets), dtype=bool)
-    starts, stops = np.array(spans).T
-    nearest = np.searchsorted(starts, offsets[:, 0], side="right") - 1  # the last span that begins at or before it
-    return (nearest >= 0) & (offsets[:, 1] <= stops[nearest]) & (offsets[:, 1] > offsets[:, 0])
+def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[_Encoded]:
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    for text, raw_ids, raw_offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        ids = np.array(raw_ids, dtype=np.int32)
+        offsets = np.array(raw_offsets, dtype=np.int64).reshape(-1, 2)
+        before = np.maximum.accumulate(np.concatenate([[0], offsets[:, 1]]))[:-1]
+        after = np.concatenate([offsets[1:, 0], [len(text)]])[: len(offsets)]
+        most = np.stack([np.minimum(offsets[:, 0], before), np.maximum(offsets[:, 1], after)], axis=1)
+        own = most.copy()
+        for i in np.flatnonzero(np.isin(ids, special)):
+            start, stop = offsets[i]
+            if text[start:stop].strip():
+                own[i] = stop - len(text[start:stop].lstrip()), start + len(text[start:stop].rstrip())
+        yield _Encoded(ids, own, most)
 
 
-def _straddles(offsets: NDArray[np.int64], spans: tuple[Span, ...]) -> bool:
-    borders = np.array([*sorted({border for span in spans for border in span}), np.iinfo(np.int64).max])
-    following = borders[np.searchsorted(borders, offsets[:, 0], side="right")]
-    return bool((following < offsets[:, 1]).any())
+def _inside(encoded: _Encoded, spans: tuple[Span, ...]) -> NDArray[np.bool_]:
+    starts, stops = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+    nearest = np.searchsorted(starts, encoded.own[:, 0], side="right") - 1  # the last span that begins at or before it
+    has_characters = encoded.own[:, 1] > encoded.own[:, 0]
+    return has_characters & (nearest >= 0) & (encoded.own[:, 1] <= np.append(stops, 0)[nearest])
 
 
-def _tokenize_pieces(one: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tuple[Ids, NDArray[np.bool_]]:
-    borders = sorted({0, len(one.text), *(border for span in one.spans for border in span)})
-    pieces = [(a, b) for a, b in pairwise(borders) if a < b]
-    encoded = tokenizer([one.text[a:b] for a, b in pieces], add_special_tokens=False)["input_ids"]
-    trained = [np.full(len(ids), (a, b) in one.spans) for (a, b), ids in zip(pieces, encoded, strict=True)]
-    return np.concatenate([np.array(ids, dtype=np.int32) for ids in encoded]), np.concatenate(trained)
+def _straddled_borders(spans: tuple[Span, ...], encoded: _Encoded) -> list[int]:
+    """Where a trained span begins or ends within a token. White space that the token at its end swallows is not its."""
+    starts = (start for start, _ in spans if _is_within(start, encoded.most))
+    stops = (stop for _, stop in spans if _is_within(stop, encoded.own))
+    return sorted({*starts, *stops})
+
+
+def _is_within(place: int, ranges: NDArray[np.int64]) -> bool:
+    return bool(((ranges[:, 0] < place) & (place < ranges[:, 1])).any())
+
+
+def _tokenize_pieces(
+    one: Rendered, cuts: list[int], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Ids, NDArray[np.bool_]]:
+    ids, trained = [], []
+    for a, b in pairwise([0, *cuts, len(one.text)]):
+        piece = _encode_within(one.text[a:b], tokenizer) if a else next(_encode([one.text[:b]], tokenizer))
+        spans = tuple((max(start, a) - a, min(stop, b) - a) for start, stop in one.spans if start < b and stop > a)
+        ids.append(piece.ids)
+        trained.append(_inside(piece, spans))
+    return np.concatenate(ids), np.concatenate(trained)
+
+
+def _encode_within(text: str, tokenizer: "PreTrainedTokenizerBase") -> _Encoded:
+    """Encode what does not begin a text. SentencePiece begins a text with a space, unless behind a newline."""
+    (behind,) = _encode(["\n" + text], tokenizer)
+    if _is_within(1, behind.most):  # the newline became one token with what follows it
+        return next(_encode([text], tokenizer))
+    rest = behind.most[:, 0] >= 1
+    return _Encoded(behind.ids[rest], behind.own[rest] - 1, behind.most[rest] - 1)
 
 
 def _wrapping_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[Ids, Ids]:

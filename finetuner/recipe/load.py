@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from finetuner.errors import RecipeError
 from finetuner.recipe.document import MAX_RECIPE_BYTES, Document, parse_value, parse_yaml
-from finetuner.recipe.problems import KeyPath, Origin, Problem, did_you_mean, render_problems
+from finetuner.recipe.problems import KeyPath, Origin, Problem, did_you_mean, near_words, render_problems
 from finetuner.recipe.rules import file_findings, rule_findings
 from finetuner.recipe.schema import ALIASES, KEYS, NOT_YET, SECTIONS, Recipe
 from finetuner.recipe.sections import Section
@@ -40,7 +40,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check
         raise RecipeError(render_problems(str(path), document.problems))
     notes = _resolve_aliases(document)
     values, recipe = _validate(document)
-    findings = list(rule_findings(values)) + (list(file_findings(values)) if check_files else [])
+    findings = list(rule_findings(values)) + (list(file_findings(document.values)) if check_files else [])
     document.problems += [Problem(message, document.origin(where)) for where, message in findings]
     if document.problems or recipe is None:
         raise RecipeError(render_problems(str(path), document.problems))
@@ -136,6 +136,8 @@ def _validate(document: Document) -> tuple[dict[str, Any], Recipe | None]:
         else:
             where = document.origin((key,), of_key=True)
             document.problems.append(Problem(_unknown_key(key), where))
+    # "learning_rat" is one mistake, not also a missing learning_rate
+    meant = {near for key in document.values if key not in KEYS for near in near_words(key, KEYS)}
     values: dict[str, Any] = {}
     sections: dict[str, Section] = {}
     for name, section_type in SECTIONS.items():
@@ -143,7 +145,7 @@ def _validate(document: Document) -> tuple[dict[str, Any], Recipe | None]:
             section = section_type.model_validate(given[name])
         except ValidationError as error:
             wrong = {str(details["loc"][0]) for details in error.errors()}
-            document.problems += _problems_of(error, section_type, document)
+            document.problems += _problems_of(error, section_type, document, meant)
             rest = {key: value for key, value in given[name].items() if key not in wrong}
             values |= _valid_part(section_type, rest, wrong)
         else:
@@ -170,8 +172,13 @@ def _unknown_key(key: str) -> str:
     return f"unknown key '{key}'.{did_you_mean(key, [*KEYS, *ALIASES])}"
 
 
-def _problems_of(error: ValidationError, section_type: type[Section], document: Document) -> list[Problem]:
-    """One problem per place; a union reports each of its members, of which the most telling is kept."""
+def _problems_of(
+    error: ValidationError, section_type: type[Section], document: Document, meant: set[str]
+) -> list[Problem]:
+    """One problem per place; a union reports each of its members, of which the most telling is kept.
+
+    Keys that an unknown key was `meant` to be are not missing as well.
+    """
     by_place: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
         by_place.setdefault(_place(details["loc"], document.values), []).append(details)
@@ -179,6 +186,8 @@ def _problems_of(error: ValidationError, section_type: type[Section], document: 
     for path, group in by_place.items():
         if group[0]["type"] == "too_short" and any(p[: len(path)] == path and p != path for p in by_place):
             continue  # pydantic does not count the entries that are wrong
+        if group[0]["type"] == "missing" and len(path) == 1 and path[0] in meant:
+            continue
         unknown = group[0]["type"] == "extra_forbidden"
         message = _describe(path, group, section_type)
         problems.append(Problem(message, document.origin(path, of_key=unknown)))

@@ -49,13 +49,18 @@ def render_problems(name: str, problems: Iterable[Problem]) -> str:
     return f"{name}: {count}\n\n" + "\n\n".join(problem.render() for problem in ordered[:MAX_SHOWN]) + more
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ " Did you mean 'x'?" for the nearest known word, " ... 'x' or 'y'?" for a tie, or "" if none is near."""
+def near_words(word: str, known: Iterable[str]) -> list[str]:
+    """What `word` was probably meant to be: the nearest known word, several in a tie, or none."""
 
     def likeness(other: str) -> tuple[bool, float]:
         # Two letters in the wrong order are the likelier slip than a wrong letter: fb16 is bf16, not fp16.
         return sorted(other) == sorted(word), difflib.SequenceMatcher(None, other, word).ratio()
 
     close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
-    nearest = [other for other in close if likeness(other) == max(map(likeness, close))]
-    return f" Did you mean {' or '.join(repr(other) for other in sorted(nearest))}?" if nearest else ""
+    return sorted(other for other in close if likeness(other) == max(map(likeness, close)))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'x'?", " ... 'x' or 'y'?" in a tie, or "" if nothing is near."""
+    near = near_words(word, known)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -25,17 +25,22 @@ def rule_findings(values: Values) -> Iterator[Finding]:
             yield from rule(values)
 
 
-def file_findings(values: Values) -> Iterator[Finding]:
-    """Names that mean this disk, and are not there."""
+def file_findings(raw: Mapping[str, Any]) -> Iterator[Finding]:
+    """Names that mean this disk, and are not there.
+
+    Takes the values as they were written, so that a mistake beside a name does not hide that the name is wrong too.
+    """
     for key in ("base_model", "tokenizer"):
-        name = values.get(key)
-        if name and looks_local(name) and not _on_disk(name, Path.is_dir):
+        name = raw.get(key)
+        if isinstance(name, str) and name and looks_local(name) and not _on_disk(name, Path.is_dir):
             yield (key,), f"there is no model folder '{name}' (seen from {Path.cwd()}). Give a folder or a hub id."
     for key in ("datasets", "test_datasets"):
-        for i, entry in enumerate(values.get(key, ())):
-            if looks_local(entry.path) and not _on_disk(entry.path, Path.exists):
-                yield (key, i, "path"), f"there is no file '{entry.path}' (seen from {Path.cwd()})."
-    resume = values.get("resume_from_checkpoint")
+        entries = raw.get(key)
+        for i, entry in enumerate(entries if isinstance(entries, list) else ()):
+            path = entry.get("path") if isinstance(entry, dict) else None
+            if isinstance(path, str) and looks_local(path) and not _on_disk(path, Path.exists):
+                yield (key, i, "path"), f"there is no file '{path}' (seen from {Path.cwd()})."
+    resume = raw.get("resume_from_checkpoint")
     if isinstance(resume, str) and not _on_disk(resume, Path.is_dir):
         yield (
             ("resume_from_checkpoint",),
