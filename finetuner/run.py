@@ -24,7 +24,7 @@ from finetuner.checkpoint import (
     written_aside,
 )
 from finetuner.data.prepare import Prepared, prepare
-from finetuner.errors import CheckpointError, ModelError
+from finetuner.errors import CheckpointError, FinetunerError, ModelError
 from finetuner.export.merge import merge_adapter
 from finetuner.models.adapter import add_lora, read_adapter, write_adapter
 from finetuner.models.attention import choose_attention
@@ -70,7 +70,14 @@ def train(loaded: Loaded, recipe_name: str) -> None:
     output = recipe.output
     resumes = output.resume_from_checkpoint is not False
     with claimed(Path(output.output_dir), resumes=resumes, overwrite=output.overwrite_output_dir):
-        _train(recipe, recipe_name, world, plan, screen)
+        try:
+            _train(recipe, recipe_name, world, plan, screen)
+        except BaseException as error:
+            if not isinstance(error, FinetunerError) and list_checkpoints(Path(output.output_dir)):
+                screen.line(
+                    f"resume with: accelerate launch -m finetuner.train {recipe_name} resume_from_checkpoint=true"
+                )
+            raise
 
 
 def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: Screen) -> None:

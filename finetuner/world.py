@@ -91,7 +91,7 @@ def threads_for_a_rank(env: Mapping[str, str], local_size: int, num_cores: int) 
     """
     chosen = env.get("OMP_NUM_THREADS", "")
     launched = "ACCELERATE_MIXED_PRECISION" in env or "TORCHELASTIC_RUN_ID" in env
-    if chosen.isdigit() and int(chosen) > 0 and not (launched and chosen == "1"):
+    if chosen.isdecimal() and int(chosen) > 0 and not (launched and chosen == "1"):
         return int(chosen)
     return max(1, num_cores // local_size)
 

@@ -114,27 +114,29 @@ def test_a_run_resumed_with_another_split_stays_on_the_curve(write_recipe, train
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_weights(write_recipe, train, tmp_path):
-    """SIGKILL at no chosen moment after the first checkpoint; then the same command again."""
-    recipe = write_recipe(
-        num_epochs=40,
-        micro_batch_size=4,
-        save_steps=3,
-        output_dir=str(tmp_path / "killed"),
-        **LORA,
-        resume_from_checkpoint=True,
-    )
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_a_stopped_run_resumes_to_the_same_weights(how, write_recipe, train, tmp_path):
+    """Stopped at no chosen moment after the first checkpoint; then the same command again."""
+    recipe = write_recipe(num_epochs=40, micro_batch_size=4, save_steps=3, resume_from_checkpoint=True, **LORA)
+    stopped = tmp_path / "stopped"
     unbroken = train(recipe, f"output_dir={tmp_path / 'unbroken'}")
-    process = subprocess.Popen([sys.executable, "-m", "finetuner.train", recipe], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetuner.train", recipe, f"output_dir={stopped}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "killed").glob("checkpoints/step-*")):
+    while not list(stopped.glob("checkpoints/step-*")):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    resumed = train(recipe)
+    process.send_signal(how)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert ("resume with: accelerate launch" in out) == (how == signal.SIGINT)
+    resumed = train(recipe, f"output_dir={stopped}")
     assert [r["loss"] for r in resumed] == [r["loss"] for r in unbroken]
-    assert largest_difference(weights_of(tmp_path / "unbroken"), weights_of(tmp_path / "killed")) == 0.0
+    assert largest_difference(weights_of(tmp_path / "unbroken"), weights_of(stopped)) == 0.0
 
 
 def test_the_loss_of_held_out_rows_does_not_depend_on_the_batch_size(write_recipe, train, tmp_path):
