@@ -119,14 +119,35 @@ def damage(folder: Path) -> str | None:
 
 
 def read_saved(folder: Path) -> Saved:
-    """Raises CheckpointError unless the checkpoint is whole; nothing else of it may be read before."""
+    """What a checkpoint says of itself. Read only what newest_whole or require_whole passed."""
+    saved = json.loads((folder / "state.json").read_text())
+    return Saved(TrainState(**saved["state"]), saved["facts"])
+
+
+def require_whole(folder: Path) -> None:
+    """Raises CheckpointError unless `folder` is a checkpoint and every byte of it as it was written."""
+    if not (folder / MANIFEST).exists() and not (folder / "state.json").exists():
+        raise CheckpointError(
+            f"'{folder}' is not a checkpoint. Name one, such as {folder}/checkpoints/step-00000100, or write\n"
+            "resume_from_checkpoint=true for the newest one in output_dir."
+        )
     wrong = damage(folder)
     if wrong:
         raise CheckpointError(
             f"the checkpoint {folder} is damaged: {wrong}.\nWrite resume_from_checkpoint=true for the newest whole one."
         )
-    saved = json.loads((folder / "state.json").read_text())
-    return Saved(TrainState(**saved["state"]), saved["facts"])
+
+
+def set_aside_after(output_dir: Path, step: int) -> list[Path]:
+    """Rename checkpoints of later steps than a run goes on from: another branch, or damaged. As the newest, they would
+    be resumed from, and the new ones pruned in their place."""
+    moved = []
+    for folder in list_checkpoints(output_dir):
+        if int(folder.name.removeprefix("step-")) > step:
+            target = folder.with_name(f"abandoned-{folder.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(folder.rename(target))
+    return moved
 
 
 def newest_whole(output_dir: Path, report: Callable[[str], None] = lambda text: None) -> Path | None:
@@ -144,8 +165,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted((output_dir / "checkpoints").glob("step-[0-9]*"))
 
 
-def prune(output_dir: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep`. Renamed first, so that a kill leaves no half checkpoint under its name."""
+def prune(output_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep`; 0 keeps all. Renamed first: a kill leaves no half checkpoint under its name."""
     for folder in list_checkpoints(output_dir)[:-keep] if keep else []:
         doomed = folder.with_name(f".{folder.name}.tmp")
         folder.rename(doomed)

@@ -1,6 +1,7 @@
 """The command line: parse, call run, and turn a FinetunerError into a message and an exit code."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -76,12 +77,14 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except FinetunerError as error:
-        if _speaks_for_all_ranks():
-            sys.stderr.write(f"\n{error}\n")
+        rank = _rank()
+        if rank:  # if rank 0 found the same, its launcher ends this process meanwhile, and it is said once
+            time.sleep(5)
+        sys.stderr.write(f"\nrank {rank}: {error}\n" if rank else f"\n{error}\n")
         sys.exit(error.exit_code)
 
 
-def _speaks_for_all_ranks() -> bool:
+def _rank() -> int:
     from finetuner.world import launched_rank
 
-    return launched_rank() == 0
+    return launched_rank()

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,16 +11,19 @@ from pathlib import Path
 from finetuner.errors import CheckpointError
 
 LOCK = ".lock"
-# What a run writes. Nothing else in the folder is ever touched.
-RUN_FILES = ("metrics.jsonl", "recipe.yml", "adapter_model.safetensors", "adapter_config.json", "checkpoints", "merged")
+METRICS = "metrics.jsonl"  # the sign that a run of ours wrote here
+# What a run writes beside checkpoints and merged. Nothing else in the folder is ever touched.
+RUN_FILES = (METRICS, "recipe.yml", "adapter_model.safetensors", "adapter_config.json", "config.json")
+SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
 
 
 @contextmanager
-def claimed(folder: Path, *, resumes: bool, overwrite: bool) -> Iterator[None]:
-    """Hold the folder for the length of a run.
+def claimed(folder: Path, *, replaces: bool) -> Iterator[None]:
+    """Hold the folder for the length of a run. Nothing in it is changed by that.
 
-    Raises CheckpointError if it cannot be written to, if another run holds it, or if it has an earlier run's files and
-    the recipe neither resumes nor overwrites.
+    Raises CheckpointError if it cannot be written to, if another run holds it, if it has an earlier run's files and the
+    recipe does not say that they may be replaced, or if it holds a model that no run wrote.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,9 +40,13 @@ def claimed(folder: Path, *, resumes: bool, overwrite: bool) -> Iterator[None]:
             raise CheckpointError(
                 f"another run is writing to '{folder}' at this moment.\nName another folder: output_dir=..."
             ) from error
-        if overwrite:
-            remove_run_files(folder)
-        elif not resumes and (folder / "metrics.jsonl").exists():
+        ours = (folder / METRICS).exists()
+        found = [name for name in MODEL_FILES if (folder / name).exists()]
+        if found and not ours:
+            raise CheckpointError(
+                f"'{folder}' holds a model that no run wrote there ({found[0]}).\nName another folder: output_dir=..."
+            )
+        if ours and not replaces:
             raise CheckpointError(
                 f"'{folder}' holds an earlier run. Write one of:\n"
                 "  resume_from_checkpoint=true   to go on with it\n"
@@ -50,25 +58,36 @@ def claimed(folder: Path, *, resumes: bool, overwrite: bool) -> Iterator[None]:
         os.close(handle)
 
 
-def remove_run_files(folder: Path) -> None:
-    for name in RUN_FILES:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    for path in folder.glob("model*.safetensors*"):
-        path.unlink()
+def remove_run_files(folder: Path, keep: Path) -> None:
+    """Delete what an earlier run of ours wrote, and nothing else; `keep` is the recipe that is being run."""
+    if not (folder / METRICS).exists():
+        return
+    files = [folder / name for name in RUN_FILES] + [path for path in folder.iterdir() if SHARD.fullmatch(path.name)]
+    for path in files:
+        if path.is_file() and path.resolve() != keep.resolve():
+            path.unlink()
+    whole = [path for path in (folder / "checkpoints").glob("*step-*") if (path / "state.json").exists()]
+    merged = [folder / "merged"] if (folder / "merged" / "merge.json").exists() else []
+    for path in whole + merged:
+        shutil.rmtree(path)
 
 
-def require_space(folder: Path, num_bytes: int) -> None:
-    """Raises CheckpointError if `num_bytes` more do not fit; checked before a run costs anything."""
+def require_space(folder: Path, checkpoint_bytes: int, count: int) -> None:
+    """Raises CheckpointError if `count` checkpoints would not fit beside what else is on the disk, counting those that
+    are there already as room."""
+    there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free
-    if num_bytes > free:
+    needed = checkpoint_bytes * count - there
+    if needed > free:
         raise CheckpointError(
-            f"a checkpoint of this run needs {num_bytes / 1e9:.2f} GB, and '{folder}' has {free / 1e9:.2f} GB free.\n"
-            "Make room, or name a folder on another disk: output_dir=..."
+            f"{count} checkpoints of {_size(checkpoint_bytes)} need {_size(needed)} more, and '{folder}' has "
+            f"{_size(free)} free.\n"
+            "Keep fewer (save_total_limit=1), make room, or name a folder on another disk: output_dir=..."
         )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def move_into(source: Path, folder: Path, last: str) -> None:

@@ -20,9 +20,16 @@ NO_MATTER = (
 )  # fmt: skip
 
 
-def resume_facts(recipe_values: Mapping[str, Any], *, num_rows: int, global_batch: int) -> dict[str, Any]:
+def resume_facts(
+    recipe_values: Mapping[str, Any], *, num_rows: int, rows_sha256: str, global_batch: int
+) -> dict[str, Any]:
     """What a checkpoint records, to be compared with what a later run would do."""
-    return {"recipe": dict(recipe_values), "num_rows": num_rows, "global_batch": global_batch}
+    return {
+        "recipe": dict(recipe_values),
+        "num_rows": num_rows,
+        "rows_sha256": rows_sha256,
+        "global_batch": global_batch,
+    }
 
 
 def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -33,6 +40,8 @@ def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
     if saved["num_rows"] != now["num_rows"]:
         refused.append(f"training rows: {saved['num_rows']} -> {now['num_rows']} (a data file has changed)")
+    elif saved["rows_sha256"] != now["rows_sha256"]:
+        refused.append("the tokens of the training rows (a data file, the tokenizer or its chat template has changed)")
     if saved["global_batch"] != now["global_batch"]:
         refused.append(
             f"rows per step: {saved['global_batch']} -> {now['global_batch']} (keep ranks x micro_batch_size x "

@@ -1,37 +1,35 @@
 """The composition root: one function per command, each builds the parts in order and hands them on."""
 
 import warnings
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from finetuner import __version__
 from finetuner.checkpoint import (
-    Saved,
     checkpoint_folder,
     list_checkpoints,
     newest_whole,
     prune,
     read_saved,
+    require_whole,
     save_checkpoint,
-    written_aside,
+    set_aside_after,
 )
 from finetuner.data.prepare import Prepared, prepare
 from finetuner.errors import CheckpointError, FinetunerError, ModelError
-from finetuner.export.merge import merge_adapter
-from finetuner.models.adapter import add_lora, read_adapter, write_adapter
+from finetuner.export.merge import merge_adapter, require_same_base
+from finetuner.models.adapter import add_lora, read_adapter
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
-    cast_weights,
     count_parameters,
+    embedding_rows,
     grow_embeddings,
+    length_notes,
     load_model,
     recompute_activations,
     train_in_fp32,
@@ -39,7 +37,7 @@ from finetuner.models.build import (
 )
 from finetuner.models.loss import TokenLoss, head_is_composable
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
-from finetuner.output import claimed, move_into, require_space
+from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan, Precision, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.resume import check_resume, resume_facts
@@ -47,9 +45,13 @@ from finetuner.training.accelerator import build_accelerator, use_threads_and_ma
 from finetuner.training.loop import Events, Run, StepStats, TrainState
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
-from finetuner.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from finetuner.training.optimizer import build_optimizer
 from finetuner.training.progress import Screen, TrainingProgress, duration
+from finetuner.weights import Weights, checkpoint_bytes, read_optimizer, result_mark, write_checkpoint, write_result
 from finetuner.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -68,8 +70,8 @@ def train(loaded: Loaded, recipe_name: str) -> None:
         _train(recipe, recipe_name, world, plan, screen)
         return
     output = recipe.output
-    resumes = output.resume_from_checkpoint is not False
-    with claimed(Path(output.output_dir), resumes=resumes, overwrite=output.overwrite_output_dir):
+    replaces = output.resume_from_checkpoint is not False or output.overwrite_output_dir
+    with claimed(Path(output.output_dir), replaces=replaces):
         try:
             _train(recipe, recipe_name, world, plan, screen)
         except BaseException as error:
@@ -87,84 +89,96 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     schedule = plan.schedule(recipe, len(prepared.train))
     attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
     accelerator = build_accelerator(plan, world)
+    output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter == "lora"
 
-    facts = resume_facts(flat_values(recipe), num_rows=len(prepared.train), global_batch=plan.global_batch)
+    facts = resume_facts(
+        flat_values(recipe),
+        num_rows=len(prepared.train),
+        rows_sha256=prepared.train.sha256,
+        global_batch=plan.global_batch,
+    )
     checkpoint = choose_checkpoint(recipe, accelerator, screen)
-    saved: Saved | None = None
+    state = TrainState()
     if checkpoint is not None:
         saved = read_saved(checkpoint)
+        state = saved.state
         for note in check_resume(saved.facts, facts):
             screen.line(f"note: {note}")
-        if saved.state.step >= schedule.total_steps and _final_weights(recipe).exists():
+        if state.step >= schedule.total_steps and result_mark(output_dir, is_lora).exists():
             screen.line(
-                f"{recipe.output.output_dir} is trained already: {saved.state.step} of {schedule.total_steps} steps. "
-                "Nothing to do."
+                f"{output_dir} is trained already: {state.step} of {schedule.total_steps} steps. Nothing to do."
             )
             return
 
-    bare = build_model(recipe, plan, vocabulary, attention, checkpoint)
+    bare = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator)
+    for note in length_notes(bare.bare, prepared.train.longest):
+        screen.line(f"note: {note}")
     module = accelerator.prepare(bare)
     parameters = trainable_parameters(bare)
-    optimizer = build_optimizer(parameters, recipe.optimizer)
-    state = TrainState()
-    if checkpoint is not None and saved is not None:
-        state = saved.state
-        load_optimizer_tensors(optimizer, parameters, load_file(checkpoint / "optimizer.safetensors"))
-        if accelerator.scaler is not None and (checkpoint / "scaler.json").exists():
-            import json
-
-            accelerator.scaler.load_state_dict(json.loads((checkpoint / "scaler.json").read_text()))
-        screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
     run = Run(
         accelerator=accelerator,
         model=module,
-        optimizer=accelerator.prepare(optimizer),
+        optimizer=accelerator.prepare(build_optimizer(parameters, recipe.optimizer)),
         plan=plan,
         schedule=schedule,
         train_rows=prepared.train,
         held_out_rows=prepared.held_out,
         max_grad_norm=recipe.optimizer.max_grad_norm,
     )
-    parts = Parts(recipe, run, bare, parameters, vocabulary, facts)
-    print_plan(parts, prepared, attention, recipe_name, screen)
+    weights = Weights(run, bare, parameters, vocabulary.tokenizer, is_lora, special_ids(recipe, vocabulary.tokenizer))
+    if checkpoint is not None:
+        read_optimizer(weights, checkpoint)
+        screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
+    print_plan(recipe, weights, prepared, recipe_name, screen)
     if accelerator.is_main_process:
-        require_space(Path(recipe.output.output_dir), _checkpoint_bytes(parts))
-        write_recipe(recipe, recipe_name)
-    fit(parts, state, screen)
+        make_room(recipe, recipe_name, weights, state, screen)
+    fit(recipe, weights, facts, state, screen)
     if accelerator.is_main_process:
-        write_final(parts)
+        write_result(weights, output_dir, DTYPES[plan.precision])
     accelerator.wait_for_everyone()
-    if recipe.adapter.adapter == "lora":
-        screen.line(f"done: the adapter is in {recipe.output.output_dir}")
+    if is_lora:
+        screen.line(f"done: the adapter is in {output_dir}")
+        if vocabulary.new_ids:
+            rows = len(vocabulary.tokenizer)
+            screen.line(f"note: to load it with peft, call resize_token_embeddings({rows}) on the base first")
         screen.line(f"merge it into the base: python -m finetuner.merge {recipe_name}")
     else:
-        screen.line(f"done: the model is in {recipe.output.output_dir}")
+        screen.line(f"done: the model is in {output_dir}")
     accelerator.end_training()
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Everything that saving needs beside the state."""
-
-    recipe: Recipe
-    run: Run
-    bare: TokenLoss
-    parameters: dict[str, nn.Parameter]
-    vocabulary: Vocabulary
-    facts: dict[str, Any]
+def make_room(recipe: Recipe, recipe_name: str, weights: Weights, state: TrainState, screen: Screen) -> None:
+    """What is removed or replaced in output_dir goes now, when nothing can be wrong with the input any more."""
+    output_dir, keep = Path(recipe.output.output_dir), recipe.output.save_total_limit
+    if recipe.output.overwrite_output_dir:
+        remove_run_files(output_dir, keep=Path(recipe_name))
+    for folder in set_aside_after(output_dir, state.step):
+        screen.line(f"note: {folder} is of steps that this run takes anew; delete it if you do not need it")
+    require_space(output_dir, checkpoint_bytes(weights.parameters), (keep or 1) + 1)
+    result_mark(output_dir, weights.is_lora).unlink(missing_ok=True)
+    copy = output_dir / "recipe.yml"
+    if copy.resolve() != Path(recipe_name).resolve():
+        heading = f"{Path(recipe_name).name} as finetuner {__version__} understood it"
+        copy.write_text(dump_recipe(recipe, heading), encoding="utf-8")
 
 
 def choose_checkpoint(recipe: Recipe, accelerator: Accelerator, screen: Screen) -> Path | None:
-    """The checkpoint to go on from, chosen by the main rank for all; None means from the start."""
+    """The checkpoint to go on from, chosen and verified by the main rank for all; None means from the start."""
     wish = recipe.output.resume_from_checkpoint
     if wish is False:
         return None
     chosen: list[Path | None] = [None]
     if accelerator.is_main_process:
+        output_dir = Path(recipe.output.output_dir)
         if isinstance(wish, str):
+            require_whole(Path(wish))
+            if (output_dir / "metrics.jsonl").exists() and Path(wish).resolve().parent.parent != output_dir.resolve():
+                raise CheckpointError(
+                    f"'{output_dir}' holds another run than the checkpoint '{wish}'.\n"
+                    "Name an empty folder (output_dir=...), or write resume_from_checkpoint=true for the run in it."
+                )
             chosen = [Path(wish)]
         else:
-            output_dir = Path(recipe.output.output_dir)
             chosen = [newest_whole(output_dir, lambda text: screen.line(f"note: {text}"))]
             if chosen == [None] and list_checkpoints(output_dir):
                 raise CheckpointError(
@@ -177,9 +191,14 @@ def choose_checkpoint(recipe: Recipe, accelerator: Accelerator, screen: Screen) 
 
 
 def build_model(
-    recipe: Recipe, plan: Plan, vocabulary: Vocabulary, attention: str, checkpoint: Path | None
+    recipe: Recipe,
+    plan: Plan,
+    vocabulary: Vocabulary,
+    attention: tuple[str, ...],
+    checkpoint: Path | None,
+    accelerator: Accelerator,
 ) -> TokenLoss:
-    """Base (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around both."""
+    """Base (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around both, on the device."""
     full = recipe.adapter.adapter is None
     source = str(checkpoint) if full and checkpoint is not None else recipe.model.base_model
     model = load_model(
@@ -188,8 +207,11 @@ def build_model(
         attention=attention,
         trust_remote_code=recipe.model.trust_remote_code,
     )
+    new_ids = ids_to_train(model, vocabulary)
     grow_embeddings(model, len(vocabulary.tokenizer))
-    composed = head_is_composable(model)
+    model.to(accelerator.device)  # before the probe: flash attention has no CPU kernels
+    with accelerator.autocast():
+        composed = head_is_composable(model)
     if recipe.precision.gradient_checkpointing:
         recompute_activations(model)
     if full:
@@ -199,7 +221,7 @@ def build_model(
         recipe.adapter,
         base_model=recipe.model.base_model,
         seed=plan.seed,
-        new_token_ids=vocabulary.new_ids,
+        new_token_ids=new_ids,
     )
     train_in_fp32(adapted)
     if checkpoint is not None:
@@ -207,9 +229,23 @@ def build_model(
     return TokenLoss(adapted, composed=composed)
 
 
-def fit(parts: Parts, state: TrainState, screen: Screen) -> TrainState:
+def ids_to_train(model: "PreTrainedModel", vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Tokens that the base model has never seen: added by the recipe, or beyond the base's embedding rows because the
+    tokenizer is another one."""
+    known = len(vocabulary.tokenizer) - len(vocabulary.new_ids)
+    return tuple(range(min(known, embedding_rows(model)), len(vocabulary.tokenizer)))
+
+
+def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Role -> id of the special tokens that the recipe names, such as {"eos_token_id": 2}."""
+    named = recipe.tokenizer.special_tokens.model_dump(exclude_none=True)
+    ids: Any = tokenizer.convert_tokens_to_ids(list(named.values()))
+    return {f"{role}_id": token_id for role, token_id in zip(named, ids, strict=True)}
+
+
+def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainState, screen: Screen) -> TrainState:
     """Run the loop with its events wired to files and screen."""
-    run, output_dir = parts.run, Path(parts.recipe.output.output_dir)
+    run, output_dir = weights.run, Path(recipe.output.output_dir)
     main = run.accelerator.is_main_process
     metrics = MetricsFile(output_dir / "metrics.jsonl", resume_after=state.step or None) if main else None
 
@@ -225,10 +261,9 @@ def fit(parts: Parts, state: TrainState, screen: Screen) -> TrainState:
 
     def save(state: TrainState) -> None:
         if main:
-            save_checkpoint(
-                checkpoint_folder(output_dir, state.step), state, parts.facts, partial(write_weights, parts)
-            )
-            prune(output_dir, parts.recipe.output.save_total_limit)
+            folder = checkpoint_folder(output_dir, state.step)
+            save_checkpoint(folder, state, facts, partial(write_checkpoint, weights))
+            prune(output_dir, recipe.output.save_total_limit)
         run.accelerator.wait_for_everyone()
 
     mine = -(-len(run.held_out_rows) // run.plan.data_parallel)
@@ -243,62 +278,14 @@ def fit(parts: Parts, state: TrainState, screen: Screen) -> TrainState:
         return train_loop(run, state, events)
 
 
-def write_weights(parts: Parts, folder: Path) -> None:
-    """What resuming needs: the adapter or the fp32 model, the tokenizer, and the optimizer's state."""
-    write_model(parts, folder)
-    optimizer = parts.run.optimizer.optimizer
-    save_file(optimizer_tensors(optimizer, parts.parameters), folder / "optimizer.safetensors")
-    if parts.run.accelerator.scaler is not None:
-        import json
-
-        (folder / "scaler.json").write_text(json.dumps(parts.run.accelerator.scaler.state_dict()))
-
-
-def write_model(parts: Parts, folder: Path) -> None:
-    model: Any = parts.bare.model
-    if parts.recipe.adapter.adapter == "lora":
-        write_adapter(model, folder)
-    else:
-        model.save_pretrained(folder)
-    parts.vocabulary.tokenizer.save_pretrained(folder)
-
-
-def write_final(parts: Parts) -> None:
-    """The result, into output_dir itself. A model trained in bf16 or fp16 is stored in it, as its base was."""
-    output_dir = Path(parts.recipe.output.output_dir)
-    if parts.recipe.adapter.adapter is None:
-        cast_weights(parts.bare.model, DTYPES[parts.run.plan.precision])
-    with written_aside(output_dir / "final.tmp") as aside:
-        write_model(parts, aside)
-    move_into(output_dir / "final.tmp", output_dir, last=_final_weights(parts.recipe).name)
-    (output_dir / "final.tmp").rmdir()
-
-
-def _final_weights(recipe: Recipe) -> Path:
-    """The file whose presence says that the result is complete; written last."""
-    name = "adapter_config.json" if recipe.adapter.adapter == "lora" else "config.json"
-    return Path(recipe.output.output_dir) / name
-
-
-def _checkpoint_bytes(parts: Parts) -> int:
-    """Every trained parameter and AdamW's two moments of it in fp32; one more is there while it is written."""
-    keep = parts.recipe.output.save_total_limit or 1
-    return 12 * sum(p.numel() for p in parts.parameters.values()) * (keep + 1)
-
-
-def write_recipe(recipe: Recipe, recipe_name: str) -> None:
-    text = dump_recipe(recipe, f"{Path(recipe_name).name} as finetuner {__version__} understood it")
-    (Path(recipe.output.output_dir) / "recipe.yml").write_text(text, encoding="utf-8")
-
-
-def print_plan(parts: Parts, prepared: Prepared, attention: str, recipe_name: str, screen: Screen) -> None:
-    plan, schedule, recipe = parts.run.plan, parts.run.schedule, parts.recipe
-    trainable, total = count_parameters(parts.bare)
-    device = parts.run.accelerator.device
+def print_plan(recipe: Recipe, weights: Weights, prepared: Prepared, recipe_name: str, screen: Screen) -> None:
+    plan, schedule, base = weights.run.plan, weights.run.schedule, weights.bare.bare
+    trainable, total = count_parameters(weights.bare)
+    device = weights.run.accelerator.device
     where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     rows = [
         ("recipe", recipe_name),
-        ("model", f"{recipe.model.base_model} ({type(_base(parts.bare)).__name__}), {attention} attention"),
+        ("model", f"{recipe.model.base_model} ({type(base).__name__}), {base.config._attn_implementation} attention"),
         ("parameters", f"{trainable:,} trained of {total:,} ({trainable / total:.2%})"),
         ("precision", f"{plan.precision} on {where}; trained weights in fp32"),
         ("rows", _rows_line(prepared)),
@@ -311,11 +298,6 @@ def print_plan(parts: Parts, prepared: Prepared, attention: str, recipe_name: st
     for note in prepared.notes:
         screen.line(f"note: {note}")
     screen.line()
-
-
-def _base(bare: TokenLoss) -> nn.Module:
-    model: Any = bare.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _rows_line(prepared: Prepared) -> str:
@@ -351,8 +333,12 @@ def merge(loaded: Loaded, recipe_name: str) -> None:
             f"  accelerate launch -m finetuner.train {recipe_name}"
         )
     quiet_libraries(screen)
+    require_same_base(output_dir, recipe.model.base_model)
+    from transformers import AutoTokenizer
+
+    token_ids = special_ids(recipe, AutoTokenizer.from_pretrained(output_dir))
     with screen.work("merging", "MB") as work:
-        merged = merge_adapter(output_dir, recipe.model.base_model, output_dir / "merged", work.at)
+        merged = merge_adapter(output_dir, recipe.model.base_model, output_dir / "merged", work.at, token_ids)
     screen.line(
         f"merged {merged.num_merged} of {merged.num_tensors} tensors ({merged.num_bytes / 1e6:,.0f} MB) in "
         f"{duration(merged.seconds)}"

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "resume": {"errors"},
     "checkpoint": {"training"},
     "export": {"models", "checkpoint"},
+    "weights": {"training", "models", "checkpoint", "output"},
 }
 COMMANDS = {"run", "cli", "train", "merge", "__init__"}
 

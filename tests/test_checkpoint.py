@@ -13,10 +13,12 @@ from finetuner.checkpoint import (
     newest_whole,
     prune,
     read_saved,
+    require_whole,
     save_checkpoint,
+    set_aside_after,
 )
 from finetuner.errors import CheckpointError
-from finetuner.output import claimed, move_into, require_space
+from finetuner.output import claimed, move_into, remove_run_files, require_space
 from finetuner.resume import check_resume, resume_facts
 from finetuner.training.loop import TrainState
 
@@ -52,7 +54,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(name, harm, 
     assert newest_whole(tmp_path, said.append) == checkpoint_folder(tmp_path, 2)
     assert len(said) == 1 and "step-00000003 is damaged" in said[0]
     with pytest.raises(CheckpointError, match="is damaged"):
-        read_saved(checkpoint_folder(tmp_path, 3))
+        require_whole(checkpoint_folder(tmp_path, 3))
 
 
 def test_a_save_that_fails_half_way_leaves_the_one_before_it(tmp_path):
@@ -78,12 +80,12 @@ def test_only_the_newest_are_kept(tmp_path):
     saved_run(tmp_path, steps=(5, 10, 100, 1000))
     prune(tmp_path, 2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000100", "step-00001000"]
-    prune(tmp_path, None)
+    prune(tmp_path, 0)
     assert len(list_checkpoints(tmp_path)) == 2
 
 
 def _hold(folder, held, release):
-    with claimed(folder, resumes=False, overwrite=False):
+    with claimed(folder, replaces=False):
         held.set()
         release.wait(30)
 
@@ -96,12 +98,12 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_pa
     assert held.wait(60)
     with (
         pytest.raises(CheckpointError, match="another run is writing"),
-        claimed(tmp_path, resumes=True, overwrite=False),
+        claimed(tmp_path, replaces=True),
     ):
         pass
     release.set()
     other.join()
-    with claimed(tmp_path, resumes=False, overwrite=False):
+    with claimed(tmp_path, replaces=False):
         assert (tmp_path / ".lock").exists()
 
 
@@ -110,14 +112,11 @@ def test_an_earlier_run_is_kept_unless_the_recipe_says_otherwise(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with (
         pytest.raises(CheckpointError, match="resume_from_checkpoint=true"),
-        claimed(tmp_path, resumes=False, overwrite=False),
+        claimed(tmp_path, replaces=False),
     ):
         pass
-    with claimed(tmp_path, resumes=True, overwrite=False):
+    with claimed(tmp_path, replaces=True):
         assert (tmp_path / "metrics.jsonl").exists()
-    with claimed(tmp_path, resumes=False, overwrite=True):
-        assert not (tmp_path / "metrics.jsonl").exists()
-        assert (tmp_path / "notes.txt").exists(), "only what a run writes is deleted"
 
 
 def test_results_move_in_with_the_sign_of_completeness_last(tmp_path):
@@ -131,14 +130,15 @@ def test_results_move_in_with_the_sign_of_completeness_last(tmp_path):
 
 
 def test_a_disk_too_small_is_said_before_the_run(tmp_path):
-    require_space(tmp_path, 1000)
-    with pytest.raises(CheckpointError, match="GB free"):
-        require_space(tmp_path, 10**18)
+    require_space(tmp_path, 1000, 3)
+    with pytest.raises(CheckpointError, match=r"3 checkpoints of .* GB free"):
+        require_space(tmp_path, 10**18, 3)
 
 
 def facts(**changes):
     recipe = {"base_model": "a", "seed": 1, "learning_rate": 0.1, "logging_steps": 1}
     known = {"num_rows": changes.pop("num_rows", 10), "global_batch": changes.pop("global_batch", 4)}
+    known["rows_sha256"] = changes.pop("rows_sha256", "x")
     return json.loads(json.dumps(resume_facts(recipe | changes, **known)))
 
 
@@ -146,7 +146,7 @@ def test_resume_refuses_another_model_order_or_batch_and_notes_the_rest():
     assert check_resume(facts(), facts()) == []
     assert check_resume(facts(), facts(logging_steps=5)) == []
     assert check_resume(facts(), facts(learning_rate=0.2)) == ["changed since the checkpoint: learning_rate 0.1 -> 0.2"]
-    for change in ({"base_model": "b"}, {"seed": 2}, {"num_rows": 11}, {"global_batch": 8}):
+    for change in ({"base_model": "b"}, {"seed": 2}, {"num_rows": 11}, {"global_batch": 8}, {"rows_sha256": "y"}):
         with pytest.raises(CheckpointError, match="another run"):
             check_resume(facts(), facts(**change))
 
@@ -169,3 +169,79 @@ def test_a_run_whose_gradient_stays_nan_stops_and_keeps_its_checkpoints(write_re
     assert whole is not None and read_saved(whole).state.bad_steps == 0
     rows = (tmp_path / "out" / "metrics.jsonl").read_text()
     assert "NaN" not in rows and '"loss": null' in rows
+
+
+def test_only_what_a_run_wrote_is_deleted(tmp_path):
+    saved_run(tmp_path)
+    mine = ["notes.txt", "model_mine.safetensors", "checkpoints/mine.txt"]
+    for name in (*mine, "metrics.jsonl", "recipe.yml", "config.json", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "merged").mkdir()  # without the mark of our merge
+    remove_run_files(tmp_path, keep=tmp_path / "recipe.yml")
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*"))
+    assert left == sorted([*mine, "recipe.yml", "merged", "checkpoints"])
+
+
+def test_a_model_that_no_run_wrote_is_not_written_over(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds a model that no run wrote"), claimed(tmp_path, replaces=True):
+        pass
+
+
+def test_a_mistake_in_the_recipe_does_not_cost_the_earlier_run(write_recipe, train, tmp_path):
+    from finetuner.errors import DataError
+
+    train(write_recipe(max_steps=1))
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    wrong = [{"path": str(tmp_path / "rows.jsonl"), "type": "chat_template"}]
+    with pytest.raises(DataError):
+        train(write_recipe(max_steps=1, datasets=wrong, overwrite_output_dir=True))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    rows = train(write_recipe(max_steps=2, overwrite_output_dir=True))
+    assert [row["step"] for row in rows] == [1, 2]
+
+
+def test_a_run_that_is_extended_and_stopped_is_not_taken_for_done(write_recipe, train, tmp_path, monkeypatch):
+    from finetuner import run as run_module
+
+    out = tmp_path / "out"
+    recipe = write_recipe(adapter="lora", save_steps=1, resume_from_checkpoint=True, lr_scheduler="constant")
+    train(recipe, "max_steps=2")
+    short = (out / "adapter_model.safetensors").read_bytes()
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_result", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, "max_steps=4")
+    assert not (out / "adapter_config.json").exists(), "the old result does not pass for the new one"
+    train(recipe, "max_steps=4")
+    assert (out / "adapter_config.json").exists()
+    assert (out / "adapter_model.safetensors").read_bytes() != short
+
+
+def test_going_back_to_an_older_checkpoint_sets_the_newer_ones_aside(write_recipe, train, tmp_path):
+    recipe = write_recipe(adapter="lora", max_steps=4, save_steps=1, save_total_limit=0)
+    train(recipe)
+    older = checkpoint_folder(tmp_path / "out", 2)
+    train(recipe, f"resume_from_checkpoint={older}", "max_steps=3")
+    names = sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir())
+    assert names == [
+        "abandoned-step-00000003", "abandoned-step-00000004", "step-00000001", "step-00000002", "step-00000003",
+    ]  # fmt: skip
+    assert set_aside_after(tmp_path / "out", 3) == []
+
+
+def test_data_that_changed_under_a_checkpoint_is_refused_even_with_as_many_rows(write_recipe, train, rows_file):
+    recipe = write_recipe(adapter="lora", max_steps=2, save_steps=1, resume_from_checkpoint=True)
+    train(recipe)
+    rows_file.write_text(rows_file.read_text().replace("a b c", "c b a"))
+    with pytest.raises(CheckpointError, match="the tokens of the training rows"):
+        train(recipe, "max_steps=3")
+
+
+def test_a_folder_that_is_no_checkpoint_is_called_that(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        require_whole(tmp_path)

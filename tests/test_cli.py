@@ -104,7 +104,7 @@ def test_check_imports_nothing_heavy(write_recipe):
 
 
 def test_check_names_every_mistake_and_exits_with_2(write_recipe, capsys):
-    assert exit_of("check", write_recipe(micro_batch_size=0, lora_r="big", nonsense=1)) == 2
+    assert exit_of("check", write_recipe(micro_batch_size=0, logging_steps="big", nonsense=1)) == 2
     error = capsys.readouterr().err
     assert "3 mistakes" in error
     assert exit_of("check", write_recipe(), "learning_rate=fast") == 2

@@ -184,3 +184,37 @@ def test_run_folder_holds_what_the_design_promises(write_recipe, train, tmp_path
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000003"]
     assert AutoTokenizer.from_pretrained(out).chat_template is not None
     assert Path(out / "adapter_model.safetensors").stat().st_mode & 0o044, "others may read it, as the umask says"
+
+
+def test_another_base_than_the_adapter_was_trained_on_is_refused(write_recipe, train, tmp_path, tokenizer_folder):
+    recipe = write_recipe(**LORA)
+    train(recipe)
+    other = make_model(tmp_path / "same-shape", tokenizer_folder)
+    with pytest.raises(ModelError, match="was trained on"):
+        run.merge(load(recipe, [f"base_model={other}"]), str(recipe))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_base_has_rows_is_trained_and_merged(
+    write_recipe, train, tmp_path, tokenizer_folder
+):
+    larger = AutoTokenizer.from_pretrained(tokenizer_folder)
+    larger.add_tokens(["<a>", "<b>"])
+    larger.save_pretrained(tmp_path / "larger")
+    recipe = write_recipe(tokenizer=str(tmp_path / "larger"), **LORA)
+    train(recipe)
+    run.merge(load(recipe), str(recipe))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    assert merged.get_input_embeddings().weight.shape[0] == merged.config.vocab_size == len(larger)
+
+
+@pytest.mark.parametrize("adapter", [{}, {"adapter": "lora"}], ids=["full", "lora"])
+def test_a_chosen_end_of_text_reaches_the_configs_that_generation_reads(adapter, write_recipe, train, tmp_path):
+    recipe = write_recipe(special_tokens={"eos_token": "<|im_end|>"}, max_steps=1, **adapter)
+    train(recipe)
+    folder = tmp_path / "out"
+    if adapter:
+        run.merge(load(recipe), str(recipe))
+        folder = folder / "merged"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    wanted = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>")
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == wanted

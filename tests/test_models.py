@@ -13,6 +13,7 @@ from finetuner.models.adapter import adapter_tensors, add_lora, read_adapter, ta
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
     grow_embeddings,
+    length_notes,
     load_model,
     recompute_activations,
     train_in_fp32,
@@ -23,7 +24,7 @@ from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe.sections import AdapterSection, SpecialTokens, TokenizerSection
 from finetuner.world import World
 
-FP32 = {"dtype": torch.float32, "attention": "sdpa"}
+FP32 = {"dtype": torch.float32, "attention": ("sdpa",)}
 
 
 def documents(count: int = 3) -> TokenStore:
@@ -189,9 +190,9 @@ def test_new_tokens_start_at_the_mean_and_are_trained_with_the_adapter(tied, tmp
 
 def test_attention_is_chosen_at_run_time():
     cpu, gpu = World(), World(device="cuda", bf16=True)
-    assert choose_attention("auto", cpu, "fp32") == "sdpa"
-    assert choose_attention("eager", cpu, "bf16") == "eager"
-    assert choose_attention("auto", gpu, "fp32") == "sdpa", "flash attention has no fp32 kernels"
+    assert choose_attention("auto", cpu, "fp32") == ("sdpa", "eager")
+    assert choose_attention("eager", cpu, "bf16") == ("eager",)
+    assert choose_attention("auto", gpu, "fp32") == ("sdpa", "eager"), "flash attention has no fp32 kernels"
     with pytest.raises(ModelError, match="needs a GPU"):
         choose_attention("flash_attention_2", cpu, "bf16")
 
@@ -201,11 +202,11 @@ def test_flash_attention_is_taken_on_a_gpu_where_it_is_installed(tmp_path, monke
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("")
     gpu = World(device="cuda", bf16=True)
-    assert choose_attention("auto", gpu, "bf16") == "sdpa"
+    assert choose_attention("auto", gpu, "bf16") == ("sdpa", "eager")
     with pytest.raises(ModelError, match=r"finetuner\[flash\]"):
         choose_attention("flash_attention_2", gpu, "bf16")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert choose_attention("auto", gpu, "bf16") == "flash_attention_2"
+    assert choose_attention("auto", gpu, "bf16") == ("flash_attention_2", "sdpa", "eager")
 
 
 def test_pickled_weights_are_refused(tmp_path, tokenizer_folder):
@@ -214,3 +215,54 @@ def test_pickled_weights_are_refused(tmp_path, tokenizer_folder):
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="safetensors"):
         load_model(str(folder), **FP32)
+
+
+def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path, tokenizer_folder):
+    """transformers would train random numbers in their place, with a warning at most."""
+    import json
+
+    folder = make_model(tmp_path / "m", tokenizer_folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(ModelError, match="more tensors are missing"):
+        load_model(str(folder), **FP32)
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    with pytest.raises(ModelError, match="cannot load"):
+        load_model(str(folder), **FP32)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot load"):
+        load_model(str(folder), **FP32)
+
+
+def test_a_model_that_sees_later_tokens_is_refused():
+    import transformers as tf
+
+    config = tf.BertConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(ModelError, match="not a causal language model"):
+        head_is_composable(tf.BertLMHeadModel(config))
+
+
+def test_a_row_beyond_learned_positions_is_refused_and_beyond_rotary_ones_is_noted():
+    assert length_notes(tiny("llama"), 100) == []
+    assert "was made for 2,048" in length_notes(tiny("llama"), 4000)[0]
+    with pytest.raises(ModelError, match="sequence_len: 1024"):
+        length_notes(tiny("gpt2"), 2000)
+
+
+def test_attention_falls_back_where_an_architecture_has_no_better(tmp_path):
+    import transformers as tf
+
+    tf.BloomForCausalLM(tf.BloomConfig(vocab_size=512, hidden_size=32, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), dtype=torch.float32, attention=("sdpa", "eager"))
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(ModelError):
+        load_model(str(tmp_path), dtype=torch.float32, attention=("sdpa",))
+
+
+def test_an_adapter_on_a_tied_head_is_refused(tied_model):
+    with pytest.raises(ModelError, match="tied to the embedding"):
+        target_modules(load_model(str(tied_model), **FP32), ("q_proj", "lm_head"))

@@ -162,6 +162,8 @@ def _fit(document: Document, section: DataSection, counts: Counter[str], where: 
 def _require_documents(prepared: Prepared, section: DataSection, num_rows: int, held_out: NDArray[np.bool_]) -> None:
     dropped = "; ".join(prepared.notes)
     advice = f"Raise sequence_len (it is {section.sequence_len})"
+    if not prepared.counts[TOO_LONG] and not prepared.counts[CUT]:
+        advice = "Rows need an answer: a message with role 'assistant', or an output"
     if len(prepared.train) == 0:
         if held_out.all():
             raise DataError(f"val_set_size: {section.val_set_size} holds out all {num_rows} rows. Make it smaller.")

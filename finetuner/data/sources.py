@@ -57,7 +57,7 @@ def load_source(entry: DatasetEntry) -> Source:
                 builder,
                 # A part of the cache's key: a copy may keep the time of the last edit, but not that of the copying.
                 name=f"changed-{path.stat().st_ctime_ns}",
-                data_files={entry.split: glob.escape(str(path))},
+                data_files={entry.split.partition("[")[0]: glob.escape(str(path))},
                 split=entry.split,
                 **({"keep_default_na": False} if builder == "csv" else {}),  # "None" and "NA" are words like others
             )
@@ -85,6 +85,12 @@ def _require_columns(entry: DatasetEntry, columns: list[str]) -> None:
         raise DataError(
             f"'{entry.path}' has no column '{missing[0]}', which `type: {entry.type}` needs.\n"
             f"Its columns are: {', '.join(columns)}.\n{advice}, or choose the `type` that fits."
+        )
+
+    if entry.type == "chat_template" and "tools" in columns:
+        raise DataError(
+            f"'{entry.path}' has a column 'tools': training on tool calls is not supported yet, and the tools would be "
+            "left out of the prompts.\nRemove or rename the column to train without them."
         )
 
 

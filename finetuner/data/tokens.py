@@ -1,5 +1,6 @@
 """Text and trained characters -> token ids and labels."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -47,6 +48,19 @@ class TokenStore:
 
     def length(self, i: int) -> int:
         return int(self.offsets[i + 1] - self.offsets[i])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document; 0 if there is none."""
+        return int(np.diff(self.offsets).max(initial=0))
+
+    @property
+    def sha256(self) -> str:
+        """Of all ids, labels and borders: equal only if the same is learned."""
+        digest = hashlib.sha256()
+        for part in (self.ids, self.labels, self.offsets):
+            digest.update(part.tobytes())
+        return digest.hexdigest()
 
     @property
     def num_tokens(self) -> int:

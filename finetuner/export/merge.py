@@ -81,8 +81,27 @@ class Change:
         return grown
 
 
-def merge_adapter(adapter: Path, base_model: str, output: Path, report: Report = lambda done, total: None) -> Merged:
+def require_same_base(adapter: Path, base_model: str) -> None:
+    """Raises ModelError if the adapter says that it was trained on another base."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    trained_on = config.get("base_model_name_or_path")
+    if trained_on and trained_on != base_model and Path(trained_on).resolve() != Path(base_model).resolve():
+        raise ModelError(
+            f"the adapter in '{adapter}' was trained on '{trained_on}', and the recipe names '{base_model}'.\n"
+            f"Merged onto another base it is worthless. If it is the same model: base_model={trained_on}"
+        )
+
+
+def merge_adapter(
+    adapter: Path,
+    base_model: str,
+    output: Path,
+    report: Report = lambda done, total: None,
+    token_ids: dict[str, int] | None = None,
+) -> Merged:
     """Write base + adapter to `output`, in the base's number format and shards.
+
+    `token_ids` are special tokens by role ("eos_token_id") that the recipe changed and generation has to know.
 
     Everything that can be wrong is looked at before the first byte is written: raises ModelError for an adapter that
     does not fit, a base that is damaged or pickled, an output folder with other things in it, a full disk.
@@ -91,6 +110,8 @@ def merge_adapter(adapter: Path, base_model: str, output: Path, report: Report =
     _require_replaceable(output)
     base = find_base(base_model)
     shards = {path: read_header(path) for path in weight_files(base)}
+    if "quantization_config" in json.loads((base / "config.json").read_text()):
+        raise ModelError(f"the base model '{base}' is quantised; an adapter is merged into full weights. Name those.")
     changes = read_changes(adapter, {name for infos in shards.values() for name in infos})
     after = {
         path: {
@@ -118,7 +139,7 @@ def merge_adapter(adapter: Path, base_model: str, output: Path, report: Report =
                     report(done // 1_000_000, num_bytes // 1_000_000)
 
             write_stream(aside / path.name, infos, counted())
-        _write_beside(base, adapter, aside, after, num_bytes, changes)
+        _write_beside(base, adapter, aside, after, num_bytes, changes, token_ids or {})
     num_tensors = sum(len(infos) for infos in shards.values())
     return Merged(output, len(changes), num_tensors, num_bytes, time.monotonic() - started)
 
@@ -227,7 +248,7 @@ def _base_name(module: str, key: str, base_names: set[str]) -> str:
 
 def _require_replaceable(output: Path) -> None:
     """A folder that an earlier merge wrote may be replaced; anything else stays."""
-    if output.exists() and not (output / MARK).exists() and any(output.iterdir()):
+    if output.exists() and not (output / MARK).exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"'{output}' holds something that is not a merge of ours. Move it away first.")
 
 
@@ -238,6 +259,7 @@ def _write_beside(
     after: dict[Path, dict[str, TensorInfo]],
     num_bytes: int,
     changes: dict[str, Change],
+    token_ids: dict[str, int],
 ) -> None:
     """Config, tokenizer, index and the mark."""
     for name in BASE_FILES:
@@ -246,8 +268,11 @@ def _write_beside(
     config: dict[str, Any] = json.loads((aside / "config.json").read_text())
     rows = [infos[name].shape[0] for infos in after.values() for name in infos if name in changes and changes[name].ids]
     if rows:
-        config["vocab_size"] = max(rows)
-        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        config.get("text_config", config)["vocab_size"] = max(rows)
+    (aside / "config.json").write_text(json.dumps(config | token_ids, indent=2) + "\n")
+    generation = aside / "generation_config.json"
+    if generation.exists() and token_ids:
+        generation.write_text(json.dumps(json.loads(generation.read_text()) | token_ids, indent=2) + "\n")
     found = [name for name in TOKENIZER_FILES if (adapter / name).exists()]
     for name in found:
         shutil.copyfile(adapter / name, aside / name)

@@ -47,8 +47,8 @@ def add_lora(
     return adapted
 
 
-def target_modules(model: nn.Module, names: Iterable[str] | None) -> str | list[str]:
-    """`names` as PEFT takes them. Raises ModelError for a name that matches no linear layer."""
+def target_modules(model: "PreTrainedModel", names: Iterable[str] | None) -> str | list[str]:
+    """`names` as PEFT takes them. Raises ModelError for a name that matches no linear layer, or a head that is tied."""
     if names is None or list(names) in ([ALL_LINEAR], ["all_linear"]):
         return ALL_LINEAR
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -59,6 +59,14 @@ def target_modules(model: nn.Module, names: Iterable[str] | None) -> str | list[
             raise ModelError(
                 f"lora_target_modules names '{name}', but no linear layer of the model ends with that."
                 f"{did_you_mean(name, endings)}\nIts linear layers are: {', '.join(endings)}."
+            )
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    for layer in linear if tied else ():
+        if model.get_submodule(layer) is head and any(layer == n or layer.endswith("." + n) for n in wanted):
+            raise ModelError(
+                f"'{layer}' is tied to the embedding: an adapter on it alone could not be merged. Remove it from "
+                "lora_target_modules."
             )
     return wanted
 

@@ -7,8 +7,8 @@ from finetuner.plan import Precision
 from finetuner.world import World
 
 
-def choose_attention(requested: str, world: World, precision: Precision) -> str:
-    """transformers' name of the implementation.
+def choose_attention(requested: str, world: World, precision: Precision) -> tuple[str, ...]:
+    """transformers' names of the implementations to try, the best first: not every architecture has all.
 
     `auto` takes flash attention where the package is installed, the device is a GPU and the precision is 16 bits wide
     (its kernels have no fp32), else SDPA. Raises ModelError if the recipe insists on what cannot run here.
@@ -26,5 +26,6 @@ def choose_attention(requested: str, world: World, precision: Precision) -> str:
                 "flash_attention_2 has no fp32 kernels. Write `bf16: auto`, or `attn_implementation: sdpa`."
             )
     if requested != "auto":
-        return requested
-    return "flash_attention_2" if installed and world.device == "cuda" and precision != "fp32" else "sdpa"
+        return (requested,)
+    flash = installed and world.device == "cuda" and precision != "fp32"
+    return ("flash_attention_2", "sdpa", "eager") if flash else ("sdpa", "eager")

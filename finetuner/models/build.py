@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from finetuner.errors import ModelError
@@ -12,25 +13,41 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    base_model: str, *, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
+    base_model: str, *, dtype: torch.dtype, attention: tuple[str, ...], trust_remote_code: bool = False
 ) -> "PreTrainedModel":
-    """A causal LM with its weights in `dtype`, on the CPU. Only safetensors: pickled weights can run code."""
+    """A causal LM with its weights in `dtype`, on the CPU, with the first `attention` that the architecture has.
+
+    Only safetensors: pickled weights can run code. Raises ModelError unless every weight of the model is in the files;
+    transformers fills up what is missing with random numbers.
+    """
     from transformers import AutoModelForCausalLM
 
+    first_choice, *others = attention
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             base_model,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=first_choice,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if others and isinstance(error, ValueError | ImportError) and "attention" in str(error).lower():
+            return load_model(base_model, dtype=dtype, attention=tuple(others), trust_remote_code=trust_remote_code)
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load a causal language model from '{base_model}': {first}\n"
             "Give a folder with config.json and model.safetensors, or a hub id (and a network)."
         ) from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"the weights of '{base_model}' are not those of its config ({type(model).__name__}): '{missing[0]}' and "
+            f"{len(missing) - 1} more tensors are missing.\nFetch the model again, or mend its config.json."
+        )
+    return model
 
 
 def recompute_activations(model: "PreTrainedModel") -> None:
@@ -62,6 +79,32 @@ def grow_embeddings(model: "PreTrainedModel", vocab_size: int) -> int:
         with torch.no_grad():
             _weight(module)[old:] = mean
     return vocab_size - old
+
+
+def embedding_rows(model: "PreTrainedModel") -> int:
+    return _weight(model.get_input_embeddings()).shape[0]
+
+
+def use_token_ids(model: "PreTrainedModel", token_ids: dict[str, int]) -> None:
+    """Let the saved configs name the special tokens that the recipe chose: generation has to stop at the right one."""
+    for role, token_id in token_ids.items():
+        model.config.update({role: token_id})
+        if model.generation_config is not None:
+            model.generation_config.update(**{role: token_id})
+
+
+def length_notes(model: "PreTrainedModel", longest: int) -> list[str]:
+    """What to know about rows beyond the positions a model was made for. Raises ModelError where it has no more."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or longest <= limit:
+        return []
+    learned = ("wpe", "embed_positions", "position_embeddings")
+    if any(isinstance(m, nn.Embedding) and name.endswith(learned) for name, m in model.named_modules()):
+        raise ModelError(
+            f"the longest row has {longest} tokens, and the model has positions for {limit}.\n"
+            f"Write `sequence_len: {limit}`."
+        )
+    return [f"the longest row has {longest:,} tokens; the model was made for {limit:,} (max_position_embeddings)"]
 
 
 def _vocabulary_modules(model: "PreTrainedModel") -> list[nn.Module]:

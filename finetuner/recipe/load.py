@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from finetuner.errors import RecipeError
 from finetuner.recipe.document import MAX_RECIPE_BYTES, Document, parse_value, parse_yaml
 from finetuner.recipe.problems import KeyPath, Origin, Problem, did_you_mean, near_words, render_problems
-from finetuner.recipe.rules import file_findings, rule_findings
+from finetuner.recipe.rules import file_findings, given_findings, rule_findings
 from finetuner.recipe.schema import ALIASES, KEYS, NOT_YET, SECTIONS, Recipe
 from finetuner.recipe.sections import Section
 
@@ -40,7 +40,9 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check
         raise RecipeError(render_problems(str(path), document.problems))
     notes = _resolve_aliases(document)
     values, recipe = _validate(document)
-    findings = list(rule_findings(values)) + (list(file_findings(document.values)) if check_files else [])
+    findings = [*rule_findings(values), *given_findings(document.values)] + (
+        list(file_findings(document.values)) if check_files else []
+    )
     document.problems += [Problem(message, document.origin(where)) for where, message in findings]
     if document.problems or recipe is None:
         raise RecipeError(render_problems(str(path), document.problems))

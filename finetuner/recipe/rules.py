@@ -25,6 +25,14 @@ def rule_findings(values: Values) -> Iterator[Finding]:
             yield from rule(values)
 
 
+def given_findings(raw: Mapping[str, Any]) -> Iterator[Finding]:
+    """Keys that were written although they can have no effect; a default in their place would be no mistake."""
+    if raw.get("adapter") is None:
+        for key in raw:
+            if key.startswith("lora_") and raw[key] is not None:
+                yield (key,), f"{key} has no effect without `adapter: lora`. Add that line, or remove this one."
+
+
 def file_findings(raw: Mapping[str, Any]) -> Iterator[Finding]:
     """Names that mean this disk, and are not there.
 
@@ -40,12 +48,23 @@ def file_findings(raw: Mapping[str, Any]) -> Iterator[Finding]:
             path = entry.get("path") if isinstance(entry, dict) else None
             if isinstance(path, str) and looks_local(path) and not _on_disk(path, Path.exists):
                 yield (key, i, "path"), f"there is no file '{path}' (seen from {Path.cwd()})."
+    output = raw.get("output_dir")
+    for key in ("base_model", "tokenizer"):
+        name = raw.get(key)
+        if isinstance(output, str) and isinstance(name, str) and _same_folder(output, name):
+            yield ("output_dir",), f"output_dir is the folder of {key}: the run would write over it. Name another."
     resume = raw.get("resume_from_checkpoint")
     if isinstance(resume, str) and not _on_disk(resume, Path.is_dir):
         yield (
             ("resume_from_checkpoint",),
             f"there is no checkpoint folder '{resume}'. Write true for the newest one in output_dir.",
         )
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return _on_disk(other, Path.is_dir) and _on_disk(
+        one, lambda path: path.resolve() == Path(other).expanduser().resolve()
+    )
 
 
 def _on_disk(name: str, is_there: Callable[[Path], bool]) -> bool:
@@ -66,12 +85,6 @@ def _one_of(first: str, second: str, why: str) -> Callable[[Values], Iterator[Fi
 def _one_precision(values: Values) -> Iterator[Finding]:
     if values["bf16"] is True and values["fp16"]:
         yield ("fp16",), "bf16 and fp16 are both true: a run computes in one of them. Set one to false."
-
-
-def _lora_keys_need_lora(values: Values) -> Iterator[Finding]:
-    for key in ("lora_target_linear", "lora_target_modules"):
-        if values["adapter"] is None and values[key]:
-            yield (key,), f"{key} has no effect without `adapter: lora`. Add that line, or remove this one."
 
 
 def _one_way_to_name_targets(values: Values) -> Iterator[Finding]:
@@ -114,6 +127,13 @@ def _columns_of_their_type(values: Values) -> Iterator[Finding]:
                 yield (key, i, "field_messages"), "field_messages is for `type: chat_template`. Remove it."
 
 
+def _names_are_the_hubs(values: Values) -> Iterator[Finding]:
+    for key in ("datasets", "test_datasets"):
+        for i, entry in enumerate(values[key]):
+            if entry.name is not None and entry.path.endswith(DATA_SUFFIXES):
+                yield (key, i, "name"), "name chooses a part of a hub dataset; a file has none. Remove it."
+
+
 def _fresh_or_resumed(values: Values) -> Iterator[Finding]:
     if values["overwrite_output_dir"] and values["resume_from_checkpoint"] is not False:
         yield (
@@ -127,11 +147,11 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Values], Iterator[Finding]]], ...
     (("eval_steps", "evals_per_epoch"), _one_of("eval_steps", "evals_per_epoch", "both say when to evaluate")),
     (("save_steps", "saves_per_epoch"), _one_of("save_steps", "saves_per_epoch", "both say when to save")),
     (("bf16", "fp16"), _one_precision),
-    (("adapter", "lora_target_linear", "lora_target_modules"), _lora_keys_need_lora),
     (("lora_target_linear", "lora_target_modules"), _one_way_to_name_targets),
     (("val_set_size", "test_datasets"), _whole_rows_held_out),
     (("val_set_size", "test_datasets", "eval_steps", "evals_per_epoch", "eval_on_start"), _evaluation_needs_rows),
     (("cosine_min_lr_ratio", "lr_scheduler"), _floor_is_cosines),
     (("datasets", "test_datasets"), _columns_of_their_type),
+    (("datasets", "test_datasets"), _names_are_the_hubs),
     (("overwrite_output_dir", "resume_from_checkpoint"), _fresh_or_resumed),
 )

@@ -4,14 +4,25 @@ Names and meanings are Axolotl's where it has the key. Every section is frozen a
 strict (the text "4" is not the number 4).
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Names = Annotated[tuple[str, ...], Strict(False)]  # a YAML list; its entries stay strict
+
+
+def _at_home(name: str) -> str:
+    try:
+        return str(Path(name).expanduser()) if name.startswith("~") else name
+    except RuntimeError:  # the home of a user there is not; the file check says so
+        return name
+
+
+DiskName = Annotated[str, AfterValidator(_at_home)]
 
 
 class Section(BaseModel):
@@ -23,7 +34,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which model, and how its attention is computed."""
 
-    base_model: str = Field(min_length=1, description="Hub id or folder of the model to start from.")
+    base_model: DiskName = Field(min_length=1, description="Hub id or folder of the model to start from.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="auto: flash attention where it is installed and the device is a GPU, else SDPA."
@@ -42,7 +53,9 @@ class SpecialTokens(Section):
 class TokenizerSection(Section):
     """Which tokenizer, and the tokens added to it."""
 
-    tokenizer: str | None = Field(None, description="Hub id or folder of the tokenizer; default: base_model's own.")
+    tokenizer: DiskName | None = Field(
+        None, description="Hub id or folder of the tokenizer; default: base_model's own."
+    )
     special_tokens: SpecialTokens = Field(SpecialTokens(), description="Tokens with a role, by role.")
     tokens: Names = Field((), description="Tokens added to the vocabulary.")
 
@@ -50,7 +63,7 @@ class TokenizerSection(Section):
 class DatasetEntry(Section):
     """One source of rows."""
 
-    path: str = Field(min_length=1, description="A json, jsonl, csv or parquet file, a folder, or a hub id.")
+    path: DiskName = Field(min_length=1, description="A json, jsonl, csv or parquet file, a folder, or a hub id.")
     type: Literal["alpaca", "chat_template"] = Field(
         description="alpaca: columns instruction, input (may be missing), output. chat_template: a list of messages."
     )
@@ -146,12 +159,12 @@ class EvaluationSection(Section):
 class OutputSection(Section):
     """Where everything goes, how often it is saved and logged, and where a run goes on from."""
 
-    output_dir: str = Field("outputs/run", min_length=1, description="Folder for all that the run writes.")
+    output_dir: DiskName = Field("outputs/run", min_length=1, description="Folder for all that the run writes.")
     overwrite_output_dir: bool = Field(False, description="Delete what an earlier run wrote there, and start anew.")
     save_steps: PositiveInt | None = Field(None, description="A checkpoint every so many steps.")
     saves_per_epoch: PositiveInt | None = Field(None, description="So many checkpoints an epoch; default: one.")
-    save_total_limit: PositiveInt | None = Field(3, description="Checkpoints kept; the oldest go first.")
-    resume_from_checkpoint: bool | str = Field(
+    save_total_limit: NonNegativeInt = Field(3, description="Checkpoints kept; the oldest go first. 0: keep all.")
+    resume_from_checkpoint: bool | DiskName = Field(
         False, description="true: the newest whole checkpoint in output_dir, if there is one; or a checkpoint's folder."
     )
     logging_steps: PositiveInt = Field(1, description="A line in metrics.jsonl every so many steps.")

@@ -1,8 +1,15 @@
 """The one place where a Plan becomes an Accelerator."""
 
+from datetime import timedelta
+
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 from finetuner.errors import PlanError
 from finetuner.plan import Plan
@@ -19,7 +26,11 @@ def build_accelerator(plan: Plan, world: World) -> Accelerator:
         mixed_precision=_ACCELERATE_PRECISION[plan.precision],
         # Our groups are complete by construction; the end of a dataloader means nothing here.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=plan.grad_accum, sync_with_dataloader=False),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # the others wait while the main rank writes and hashes a checkpoint: 84 GB for 7B parameters
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+        ],
     )
     expected = {DistributedType.NO} if world.size == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if accelerator.num_processes != world.size or accelerator.distributed_type not in expected:

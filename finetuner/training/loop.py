@@ -21,6 +21,8 @@ from finetuner.training.optimizer import set_learning_rate
 
 # A single bad batch is survivable; weights that are NaN are not, and then every step is bad.
 MAX_BAD_STEPS = 3
+# The loss scaler of fp16 begins too high and halves at each overflow until it fits.
+MAX_BAD_STEPS_FP16 = 20
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def train(run: Run, state: TrainState, events: Events) -> TrainState:
         if schedule.logs_at(state.step):
             events.logged(_log_row(run, state, stats, tokens / seconds))
             tokens, seconds = 0, 0.0
-        if state.bad_steps >= MAX_BAD_STEPS:
+        fp16 = run.plan.precision == "fp16"
+        if state.bad_steps >= (MAX_BAD_STEPS_FP16 if fp16 else MAX_BAD_STEPS):
             raise TrainingError(
                 f"loss or gradient was not finite in {state.bad_steps} steps in a row (the last: {state.step}, loss "
                 f"{stats.loss}, gradient norm {stats.grad_norm}).\nNothing was saved since. Try a smaller "
@@ -98,7 +101,7 @@ def train(run: Run, state: TrainState, events: Events) -> TrainState:
             )
         if len(run.held_out_rows) and schedule.evaluates_at(state.step):
             events.evaluated(_evaluation_row(run, state, events))
-        if schedule.saves_at(state.step) and not state.bad_steps:
+        if schedule.saves_at(state.step) and (fp16 or not state.bad_steps):
             events.save(state)
     return state
 

@@ -17,7 +17,7 @@ class MetricsFile:
         """Starts an empty file, or keeps the rows of steps up to `resume_after`, so that a resumed run goes on as if it
         had never stopped."""
         self.path = path
-        kept = [] if resume_after is None else [r for r in read_metrics(path) if r["step"] <= resume_after]
+        kept = [] if resume_after is None else [r for r in read_metrics(path) if r.get("step", 0) <= resume_after]
         aside = path.with_name(path.name + ".tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         aside.replace(path)
