@@ -1,6 +1,7 @@
 """The tokenizer, with the tokens that the recipe adds to it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuner.errors import ModelError
@@ -44,6 +45,5 @@ def load_tokenizer(section: TokenizerSection, base_model: str, trust_remote_code
 
 def _no_tokenizer(name: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"cannot load a tokenizer from '{name}': {first}\nCheck base_model or tokenizer, and the network for a hub id."
-    )
+    where = "" if Path(name).is_dir() else f" (no folder of that name in {Path.cwd()}, so it was taken for a hub id)"
+    return f"cannot load a tokenizer from '{name}'{where}: {first}\nCheck base_model or tokenizer, and the network."
