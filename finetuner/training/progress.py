@@ -64,7 +64,6 @@ class Work:
     def __init__(self, screen: Screen, what: str, unit: str) -> None:
         self.screen, self.what, self.unit = screen, what, unit
         self.started = self.spoken = time.monotonic()
-        self.done, self.total = 0, 0
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -85,16 +84,12 @@ class Work:
         self.bar.stop()
 
     def at(self, done: int, total: int) -> None:
-        self.done, self.total = done, total
         now = time.monotonic()
         left = (now - self.started) / done * (total - done) if done else None
         self.bar.update(self.task, completed=done, total=total, left=left)
         if not self.screen.terminal and now - self.spoken > 10 and left is not None:
             self.spoken = now
             self.screen.line(f"{self.what}: {done:,} of {total:,} {self.unit}, {duration(left)} left")
-
-    def advance(self, count: int) -> None:
-        self.at(self.done + count, max(self.total, self.done + count))
 
 
 class TrainingProgress:
