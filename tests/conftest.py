@@ -40,6 +40,16 @@ def _own_cache(hf_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", hf_cache)
 
 
+@pytest.fixture(autouse=True)
+def _own_accelerate_state() -> None:
+    """Accelerate's state outlives its Accelerator: no test may find the precision of the one before it."""
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 512 tokens with ChatML turns; its end of text is <|endoftext|>, and it adds no BOS."""
