@@ -40,10 +40,12 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check
         raise RecipeError(render_problems(str(path), document.problems))
     notes = _resolve_aliases(document)
     values, recipe = _validate(document)
-    findings = [*rule_findings(values), *given_findings(document.values)] + (
-        list(file_findings(document.values)) if check_files else []
-    )
-    document.problems += [Problem(message, document.origin(where)) for where, message in findings]
+    findings = [*rule_findings(values), *given_findings(document.values)]
+    findings += file_findings(document.values) if check_files else ()
+    document.problems += [
+        Problem(f.message, document.origin(f.where), tuple(filter(None, map(document.origin, f.also))))
+        for f in findings
+    ]
     if document.problems or recipe is None:
         raise RecipeError(render_problems(str(path), document.problems))
     return Loaded(recipe, tuple(notes))

@@ -21,23 +21,32 @@ class Origin:
     def __str__(self) -> str:
         return f"{self.source}:{self.line}:{self.column}" if self.line else f"<{self.source}>"
 
+    def excerpt(self, *, marked: bool) -> list[str]:
+        """The line itself, with its number; with a caret below the column if `marked`."""
+        if not self.text:
+            return []
+        margin = f"{self.line:>6} | " if self.line else "         "
+        lines = [margin + self.text[:160]]
+        if marked and self.line and self.column <= 160:
+            lines.append(" " * (len(margin) - 2) + "| " + " " * (self.column - 1) + "^")
+        return lines
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: what is wrong and what to write instead."""
+    """One mistake: what is wrong and what to write instead. `also`: the other places that it is about."""
 
     message: str
     origin: Origin | None = None
+    also: tuple[Origin, ...] = ()
 
     def render(self) -> str:
         if self.origin is None:
             return self.message
         lines = [f"{self.origin}: {self.message}"]
-        if self.origin.text:
-            margin = f"{self.origin.line:>6} | " if self.origin.line else "         "
-            lines.append(margin + self.origin.text[:160])
-            if self.origin.line and self.origin.column <= 160:
-                lines.append(" " * (len(margin) - 2) + "| " + " " * (self.origin.column - 1) + "^")
+        places = {str(place): place for place in (*self.also, self.origin)}  # a rule may name one place twice
+        for place in sorted(places.values(), key=lambda o: (o.source, o.line)):
+            lines += place.excerpt(marked=place == self.origin)
         return "\n".join(lines)
 
 

@@ -1,0 +1,18 @@
+"""The recipe's sections. In YAML all keys are flat; each belongs to exactly one section here.
+
+Names and meanings are Axolotl's where it has the key. Every section is frozen and refuses unknown keys; types are
+strict (the text "4" is not the number 4).
+"""
+
+from finetuner.recipe.sections.adapter import AdapterSection
+from finetuner.recipe.sections.base import Section
+from finetuner.recipe.sections.data import DataSection, DatasetEntry
+from finetuner.recipe.sections.model import ModelSection, SpecialTokens, TokenizerSection
+from finetuner.recipe.sections.running import EvaluationSection, OutputSection
+from finetuner.recipe.sections.training import BatchSection, OptimizerSection, PrecisionSection, ScheduleSection
+
+__all__ = [
+    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "ModelSection",
+    "OptimizerSection", "OutputSection", "PrecisionSection", "ScheduleSection", "Section", "SpecialTokens",
+    "TokenizerSection",
+]  # fmt: skip

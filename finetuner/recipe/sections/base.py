@@ -1,0 +1,59 @@
+"""What every section is made of: a frozen, strict, closed model, and field types that carry their unit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic.fields import FieldInfo
+
+
+class Section(BaseModel):
+    """Frozen, strict, closed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a number counts; `finetuner explain` and the reference show it."""
+
+    name: str
+
+
+def unit_of(field: FieldInfo) -> str | None:
+    """The unit that a field's type carries, wherever in `X | None` it stands."""
+    return next((unit.name for unit in _units([*field.metadata, field.annotation])), None)
+
+
+def _units(parts: Any) -> Iterator[Unit]:
+    for part in parts:
+        if isinstance(part, Unit):
+            yield part
+        yield from _units(getattr(part, "__metadata__", ()))
+        yield from _units(get_args(part))
+
+
+def _at_home(name: str) -> str:
+    try:
+        return str(Path(name).expanduser()) if name.startswith("~") else name
+    except RuntimeError:  # the home of a user there is not; the file check says so
+        return name
+
+
+DiskName = Annotated[str, AfterValidator(_at_home)]
+Names = Annotated[tuple[str, ...], Strict(False)]  # a YAML list; its entries stay strict
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Steps = Annotated[int, Field(ge=1), Unit("steps")]
+StepsOrZero = Annotated[int, Field(ge=0), Unit("steps")]
+Rows = Annotated[int, Field(ge=1), Unit("rows")]
+TokenCount = Annotated[int, Field(ge=2), Unit("tokens")]
+Seconds = Annotated[float, Field(gt=0.0), Unit("seconds")]
+Share = Annotated[float, Field(ge=0.0, le=1.0), Unit("fraction of 1")]
+Chance = Annotated[float, Field(ge=0.0, lt=1.0), Unit("probability")]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Rate = Annotated[float, Field(gt=0.0), Unit("per step")]

@@ -1,0 +1,49 @@
+"""Batches, length, rate, update rule and number formats."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetuner.recipe.sections.base import Count, NonNegative, Positive, Rate, Rows, Section, Share, Steps, StepsOrZero
+
+
+class BatchSection(Section):
+    """How many rows make one step: ranks x micro_batch_size x gradient_accumulation_steps."""
+
+    micro_batch_size: Rows = Field(1, description="Rows in one forward pass on one rank.")
+    gradient_accumulation_steps: Count = Field(1, description="Forward passes per rank before each update.")
+    eval_batch_size: Rows | None = Field(None, description="As micro_batch_size, in evaluation; default: equal.")
+
+
+class ScheduleSection(Section):
+    """How long, and with which learning rate."""
+
+    num_epochs: Positive = Field(1.0, description="Passes over the training rows.")
+    max_steps: Steps | None = Field(None, description="Updates; when given, num_epochs is not used.")
+    learning_rate: Rate = Field(description="Peak learning rate.")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field("cosine", description="Shape after the warmup.")
+    warmup_steps: StepsOrZero | None = Field(None, description="Steps of linear rise from 0.")
+    warmup_ratio: Share | None = Field(None, description="The same, as a fraction of all steps.")
+    cosine_min_lr_ratio: Share = Field(0.0, description="Where the cosine ends, as a fraction of learning_rate.")
+
+
+class OptimizerSection(Section):
+    """The update rule."""
+
+    optimizer: Literal["adamw_torch", "adamw_torch_fused"] = Field(
+        "adamw_torch", description="AdamW (arXiv:1711.05101); both use PyTorch's fused kernel where there is one."
+    )
+    weight_decay: NonNegative = Field(0.0, description="On matrices only.")
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="Decay of the mean.")
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.999, description="Decay of the variance.")
+    adam_epsilon: Positive = Field(1e-8, description="Added to the denominator.")
+    max_grad_norm: NonNegative = Field(1.0, description="Longer gradients are scaled; 0: never.")
+
+
+class PrecisionSection(Section):
+    """Number formats and memory. Trainable weights are always fp32."""
+
+    bf16: Literal["auto"] | bool = Field("auto", description="Compute in bfloat16; auto: where the device has it.")
+    fp16: bool = Field(False, description="Compute in float16 with a loss scaler; GPUs only.")
+    tf32: bool = Field(False, description="Let GPUs round fp32 matrix products to TF32.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
