@@ -706,7 +706,7 @@ def test_a_secret_in_a_recipe_is_refused_and_not_repeated(refusal: Callable[...,
 
 def test_credentials_in_an_address_are_not_saved(write: Callable[..., Path]) -> None:
     text = BASE.replace("org/data", "https://me:pw123@host/rows.jsonl?sig=abc&v=1")
-    dumped = dump_recipe(load_recipe(write(text)), "a copy")
+    dumped = dump_recipe(load_recipe(write(text), check_files=False), "a copy")
     assert "pw123" not in dumped
     assert "abc" not in dumped
     assert "https://***@host/rows.jsonl?sig=***&v=1" in dumped
