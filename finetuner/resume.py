@@ -9,7 +9,9 @@ from finetuner.errors import CheckpointError
 MUST_MATCH = (
     "base_model", "tokenizer", "special_tokens", "tokens", "datasets", "test_datasets", "val_set_size", "sequence_len",
     "excess_length_strategy", "train_on_inputs", "adapter", "lora_r", "lora_alpha", "lora_target_linear",
-    "lora_target_modules", "seed",
+    "lora_target_modules", "lora_modules_to_save", "lora_fan_in_fan_out", "lora_model_dir", "peft_use_rslora",
+    "peft_use_dora", "peft_init_lora_weights", "peft_layers_to_transform", "peft_layers_pattern",
+    "unfrozen_parameters", "seed",
 )  # fmt: skip
 
 # These have no part in what is learned; micro-batches and ranks are compared through the global batch.

@@ -23,7 +23,7 @@ from finetuner.checkpoint import (
 from finetuner.data.prepare import Prepared, prepare
 from finetuner.errors import CheckpointError, FinetunerError, ModelError
 from finetuner.export.merge import merge_adapter, require_same_base
-from finetuner.models.adapter import add_lora, read_adapter
+from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
     count_parameters,
@@ -33,6 +33,7 @@ from finetuner.models.build import (
     load_model,
     recompute_activations,
     train_in_fp32,
+    train_only,
     trainable_parameters,
 )
 from finetuner.models.loss import TokenLoss, head_is_composable
@@ -215,6 +216,7 @@ def build_model(
     if recipe.precision.gradient_checkpointing:
         recompute_activations(model)
     if full:
+        train_only(model, recipe.adapter.unfrozen_parameters)
         return TokenLoss(model, composed=composed)
     adapted = add_lora(
         model,
@@ -226,6 +228,9 @@ def build_model(
     train_in_fp32(adapted)
     if checkpoint is not None:
         read_adapter(adapted, checkpoint)
+    elif recipe.adapter.lora_model_dir is not None:
+        require_same_base(Path(recipe.adapter.lora_model_dir), recipe.model.base_model)
+        start_from_adapter(adapted, Path(recipe.adapter.lora_model_dir))
     return TokenLoss(adapted, composed=composed)
 
 

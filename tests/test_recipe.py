@@ -627,6 +627,21 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"overwrite_output_dir": True, "resume_from_checkpoint": True},
         {"overwrite_output_dir": True},
     ),
+    (
+        "peft_layers_to_transform",
+        {"adapter": "lora", "peft_layers_to_transform": []},
+        {"adapter": "lora", "peft_layers_to_transform": [0]},
+    ),
+    (
+        "lora_target_modules",
+        {"adapter": "lora", "lora_target_modules": "q_proj)"},
+        {"adapter": "lora", "lora_target_modules": ".*q_proj"},
+    ),
+    (
+        "unfrozen_parameters",
+        {"adapter": "lora", "unfrozen_parameters": ["lm_head"]},
+        {"unfrozen_parameters": ["lm_head"]},
+    ),
 ]
 NEEDED = {"base_model": "org/model", "learning_rate": 1e-3, "datasets": [{"path": "org/data", "type": "alpaca"}]}
 

@@ -1,5 +1,6 @@
 """Hugging Face causal language models, ready to train."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,6 +124,24 @@ def _weight(module: nn.Module) -> torch.Tensor:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """name -> parameter that is trained. A tied tensor appears once, under its first name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train_only(model: nn.Module, patterns: tuple[str, ...] | None) -> None:
+    """Freeze all parameters but those whose name begins as one of the regular expressions says; None freezes none.
+
+    Raises ModelError for an expression that no name matches.
+    """
+    if patterns is None:
+        return
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(re.match(pattern, name) for name in names):
+            raise ModelError(
+                f"unfrozen_parameters has '{pattern}', but no parameter's name begins like that.\n"
+                f"They look like: {', '.join(names[:3])}, ..., {names[-1]}. (A tied head has no name of its own.)"
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
 
 
 def train_in_fp32(model: nn.Module) -> None:

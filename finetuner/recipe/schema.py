@@ -61,8 +61,6 @@ NOT_YET = {
     "fsdp_config": "FSDP",
     "load_in_4bit": "4-bit bases",
     "load_in_8bit": "8-bit bases",
-    "lora_modules_to_save": "training whole modules beside an adapter",
-    "peft_use_dora": "DoRA",
     "pretraining_dataset": "streaming corpora",
     "rl": "preference and reinforcement learning",
     "sample_packing": "packing",
