@@ -82,19 +82,22 @@ def _rows_to_train(model: "PreTrainedModel", ids: tuple[int, ...]) -> dict[str, 
     return rows
 
 
-def adapter_tensors(model: "PeftModel") -> dict[str, torch.Tensor]:
-    """The adapter's tensors under PEFT's file names; nothing of the frozen base is among them."""
+def adapter_tensors(model: "PeftModel", values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under PEFT's file names; nothing of the frozen base is among them.
+
+    `values`: whole tensors by the names of the model's own parameters, where the model holds only parts of them.
+    """
     from peft import get_peft_model_state_dict
 
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def write_adapter(model: "PeftModel", folder: Path) -> None:
+def write_adapter(model: "PeftModel", folder: Path, values: dict[str, torch.Tensor]) -> None:
     """adapter_model.safetensors and adapter_config.json, as `peft.PeftModel.from_pretrained` reads them."""
     from safetensors.torch import save_file
 
-    save_file(adapter_tensors(model), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(adapter_tensors(model, values), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     model.peft_config["default"].save_pretrained(str(folder))
 
 

@@ -12,8 +12,9 @@ from pydantic_core import ErrorDetails
 
 from finetuner.errors import RecipeError
 from finetuner.recipe.document import MAX_RECIPE_BYTES, Document, parse_value, parse_yaml
+from finetuner.recipe.prefix import drop_fsdp_prefix
 from finetuner.recipe.problems import KeyPath, Origin, Problem, did_you_mean, near_words, render_problems
-from finetuner.recipe.rules import file_findings, given_findings, rule_findings
+from finetuner.recipe.rules import deepspeed_findings, file_findings, given_findings, rule_findings
 from finetuner.recipe.schema import ALIASES, KEYS, NOT_YET, SECTIONS, Recipe
 from finetuner.recipe.sections import Section
 
@@ -34,14 +35,17 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check_files: bool = True) -> Loaded:
     """As load_recipe, with the notes. `check_files=False` leaves out whether named files exist."""
     document = parse_yaml(_read(Path(path)), str(path))
+    drop_fsdp_prefix(document)
     for number, override in enumerate(overrides, 1):
         _apply_override(document, number, override)
+    drop_fsdp_prefix(document, overrides=True)
     if not document.is_whole:
         raise RecipeError(render_problems(str(path), document.problems))
     notes = _resolve_aliases(document)
     values, recipe = _validate(document)
     findings = [*rule_findings(values), *given_findings(document.values)]
     findings += file_findings(document.values) if check_files else ()
+    findings += deepspeed_findings(document.values, check_files=check_files)
     document.problems += [
         Problem(f.message, document.origin(f.where), tuple(filter(None, map(document.origin, f.also))))
         for f in findings
