@@ -18,7 +18,8 @@ MUST_MATCH = (
 NO_MATTER = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "saves_per_epoch", "save_total_limit",
     "logging_steps", "eval_steps", "evals_per_epoch", "eval_on_start", "eval_batch_size", "micro_batch_size",
-    "gradient_accumulation_steps", "trust_remote_code",
+    "gradient_accumulation_steps", "trust_remote_code", "fsdp", "fsdp_config", "fsdp_version", "deepspeed",
+    "dp_replicate_size", "dp_shard_size",
 )  # fmt: skip
 
 

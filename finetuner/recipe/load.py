@@ -10,6 +10,7 @@ from finetuner.errors import RecipeError
 from finetuner.recipe.document import MAX_RECIPE_BYTES, Document, parse_value, parse_yaml
 from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, tool_of
 from finetuner.recipe.foreign.translate import translate
+from finetuner.recipe.prefix import drop_fsdp_prefix
 from finetuner.recipe.problems import (
     KeyPath,
     Note,
@@ -19,7 +20,7 @@ from finetuner.recipe.problems import (
     once,
     render_problems,
 )
-from finetuner.recipe.rules import file_findings, given_findings, given_notes, rule_findings
+from finetuner.recipe.rules import deepspeed_findings, file_findings, given_findings, given_notes, rule_findings
 from finetuner.recipe.schema import Recipe
 from finetuner.recipe.validate import validate
 
@@ -41,8 +42,10 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check_files: bool = True) -> Loaded:
     """As load_recipe, with the notes. `check_files=False` leaves out whether named files exist."""
     document = parse_yaml(read_text(Path(path)), str(path))
+    drop_fsdp_prefix(document)
     for number, override in enumerate(overrides, 1):
         _apply_override(document, number, override)
+    drop_fsdp_prefix(document, overrides=True)
     if not document.is_whole:
         raise RecipeError(render_problems(str(path), document.problems))
     tool = tool_of(document.values)
@@ -59,6 +62,7 @@ def resolve(document: Document, notes: list[Note], *, check_files: bool) -> Load
     values, recipe = validate(document)
     findings = [*rule_findings(values), *given_findings(document.values)]
     findings += file_findings(document.values) if check_files else ()
+    findings += deepspeed_findings(document.values, check_files=check_files)
     document.problems += [
         Problem(f.message, document.origin(f.where), tuple(filter(None, map(document.origin, f.also))))
         for f in findings

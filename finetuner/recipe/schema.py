@@ -13,6 +13,7 @@ from finetuner.recipe.sections import (
     PrecisionSection,
     ScheduleSection,
     Section,
+    ShardingSection,
     TokenizerSection,
 )
 
@@ -28,6 +29,7 @@ class Recipe(Section):
     schedule: ScheduleSection
     optimizer: OptimizerSection
     precision: PrecisionSection
+    sharding: ShardingSection
     evaluation: EvaluationSection
     output: OutputSection
 
@@ -41,6 +43,7 @@ SECTIONS: dict[str, type[Section]] = {
     "schedule": ScheduleSection,
     "optimizer": OptimizerSection,
     "precision": PrecisionSection,
+    "sharding": ShardingSection,
     "evaluation": EvaluationSection,
     "output": OutputSection,
 }
@@ -56,9 +59,6 @@ assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values
 NOT_YET = {
     "bnb_config": "4-bit bases",
     "chat_template": "chat templates other than the tokenizer's own",
-    "deepspeed": "DeepSpeed",
-    "fsdp": "FSDP",
-    "fsdp_config": "FSDP",
     "load_in_4bit": "4-bit bases",
     "load_in_8bit": "8-bit bases",
     "pretraining_dataset": "streaming corpora",

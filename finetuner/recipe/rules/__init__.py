@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 
-from finetuner.recipe.rules import adapter, data, training
+from finetuner.recipe.rules import adapter, data, sharding, training
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.rules.files import DATA_SUFFIXES, file_findings, looks_local
 from finetuner.recipe.rules.given import given_findings, given_notes
+from finetuner.recipe.rules.sharding import deepspeed_findings
 
 __all__ = [
     "DATA_SUFFIXES",
     "RULES",
     "Finding",
+    "deepspeed_findings",
     "file_findings",
     "given_findings",
     "given_notes",
@@ -18,7 +20,7 @@ __all__ = [
     "rule_findings",
 ]
 
-RULES: tuple[Rule, ...] = (*training.RULES, *adapter.RULES, *data.RULES)
+RULES: tuple[Rule, ...] = (*training.RULES, *adapter.RULES, *data.RULES, *sharding.RULES)
 
 
 def rule_findings(values: Values) -> Iterator[Finding]:

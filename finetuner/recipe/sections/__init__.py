@@ -9,10 +9,11 @@ from finetuner.recipe.sections.base import Section
 from finetuner.recipe.sections.data import DataSection, DatasetEntry
 from finetuner.recipe.sections.model import ModelSection, SpecialTokens, TokenizerSection
 from finetuner.recipe.sections.running import EvaluationSection, OutputSection
+from finetuner.recipe.sections.sharding import FsdpConfig, ShardingSection
 from finetuner.recipe.sections.training import BatchSection, OptimizerSection, PrecisionSection, ScheduleSection
 
 __all__ = [
-    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "ModelSection",
-    "OptimizerSection", "OutputSection", "PrecisionSection", "ScheduleSection", "Section", "SpecialTokens",
-    "TokenizerSection",
+    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "FsdpConfig", "ModelSection",
+    "OptimizerSection", "OutputSection", "PrecisionSection", "ScheduleSection", "Section", "ShardingSection",
+    "SpecialTokens", "TokenizerSection",
 ]  # fmt: skip
