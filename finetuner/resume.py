@@ -9,7 +9,7 @@ from finetuner.errors import CheckpointError
 MUST_MATCH = (
     "base_model", "tokenizer", "special_tokens", "tokens", "datasets", "test_datasets", "val_set_size", "sequence_len",
     "excess_length_strategy", "train_on_inputs", "adapter", "lora_r", "lora_alpha", "lora_target_linear",
-    "lora_target_modules", "seed",
+    "lora_target_modules", "load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "seed",
 )  # fmt: skip
 
 # These have no part in what is learned; micro-batches and ranks are compared through the global batch.

@@ -1,5 +1,6 @@
 """The composition root: one function per command, each builds the parts in order and hands them on."""
 
+import logging
 import warnings
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,13 @@ from finetuner.models.build import (
     trainable_parameters,
 )
 from finetuner.models.loss import TokenLoss, head_is_composable
+from finetuner.models.quantized import (
+    choose_format,
+    quantized_layers,
+    record_of,
+    require_bitsandbytes,
+    require_same_record,
+)
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan, Precision, Schedule
@@ -87,9 +95,11 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     with screen.work("tokenising", "rows") as work:
         prepared = prepare(recipe.data, vocabulary.tokenizer, plan.seed, work.at)
     schedule = plan.schedule(recipe, len(prepared.train))
+    if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
+        require_bitsandbytes()
     attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
     accelerator = build_accelerator(plan, world)
-    output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter == "lora"
+    output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter is not None
 
     facts = resume_facts(
         flat_values(recipe),
@@ -201,11 +211,15 @@ def build_model(
     """Base (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around both, on the device."""
     full = recipe.adapter.adapter is None
     source = str(checkpoint) if full and checkpoint is not None else recipe.model.base_model
+    dtype = torch.float32 if full else DTYPES[plan.precision]
+    form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
     model = load_model(
         source,
-        dtype=torch.float32 if full else DTYPES[plan.precision],
+        dtype=dtype,
         attention=attention,
         trust_remote_code=recipe.model.trust_remote_code,
+        form=form,
+        device=accelerator.device,
     )
     new_ids = ids_to_train(model, vocabulary)
     grow_embeddings(model, len(vocabulary.tokenizer))
@@ -225,6 +239,7 @@ def build_model(
     )
     train_in_fp32(adapted)
     if checkpoint is not None:
+        require_same_record(checkpoint, record_of(model))
         read_adapter(adapted, checkpoint)
     return TokenLoss(adapted, composed=composed)
 
@@ -288,6 +303,7 @@ def print_plan(recipe: Recipe, weights: Weights, prepared: Prepared, recipe_name
         ("model", f"{recipe.model.base_model} ({type(base).__name__}), {base.config._attn_implementation} attention"),
         ("parameters", f"{trainable:,} trained of {total:,} ({trainable / total:.2%})"),
         ("precision", f"{plan.precision} on {where}; trained weights in fp32"),
+        *_base_rows(base),
         ("rows", _rows_line(prepared)),
         ("global batch", plan.batch_equation),
         ("steps", _steps_line(schedule)),
@@ -298,6 +314,18 @@ def print_plan(recipe: Recipe, weights: Weights, prepared: Prepared, recipe_name
     for note in prepared.notes:
         screen.line(f"note: {note}")
     screen.line()
+
+
+def _base_rows(base: "PreTrainedModel") -> list[tuple[str, str]]:
+    """How a quantised base is held, and how many bytes it takes."""
+    record = record_of(base)
+    if record is None:
+        return []
+    held = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
+    layers = quantized_layers(base).values()
+    share = sum(layer.in_features * layer.out_features for layer in layers) / count_parameters(base)[1]
+    of = f"{len(record.modules)} linear layers, {share:.1%} of the weights"
+    return [("base", f"{record.format}: {of}; {held / 1e6:,.1f} MB in all")]
 
 
 def _rows_line(prepared: Prepared) -> str:
@@ -355,5 +383,7 @@ def quiet_libraries(screen: Screen) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|datasets|peft|torch|transformers)\b")
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()
+    # It says at import that a package of faster CPU kernels is not there; PEFT imports it wherever it is installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not (screen.speaks and screen.terminal):
         transformers.logging.disable_progress_bar()

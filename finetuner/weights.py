@@ -17,6 +17,7 @@ from finetuner.checkpoint import written_aside
 from finetuner.models.adapter import write_adapter
 from finetuner.models.build import cast_weights, use_token_ids
 from finetuner.models.loss import TokenLoss
+from finetuner.models.quantized import record_of, write_record
 from finetuner.output import move_into
 from finetuner.training.loop import Run
 from finetuner.training.optimizer import load_optimizer_tensors, optimizer_tensors
@@ -59,6 +60,9 @@ def write_model(weights: Weights, folder: Path) -> None:
     model: Any = weights.bare.model
     if weights.is_lora:
         write_adapter(model, folder)
+        record = record_of(weights.bare.bare)
+        if record is not None:
+            write_record(record, folder)
     else:
         use_token_ids(model, weights.token_ids)
         model.save_pretrained(folder)

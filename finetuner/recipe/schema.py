@@ -11,6 +11,7 @@ from finetuner.recipe.sections import (
     OptimizerSection,
     OutputSection,
     PrecisionSection,
+    QuantizationSection,
     ScheduleSection,
     Section,
     TokenizerSection,
@@ -24,6 +25,7 @@ class Recipe(Section):
     tokenizer: TokenizerSection
     data: DataSection
     adapter: AdapterSection
+    quantization: QuantizationSection
     batch: BatchSection
     schedule: ScheduleSection
     optimizer: OptimizerSection
@@ -37,6 +39,7 @@ SECTIONS: dict[str, type[Section]] = {
     "tokenizer": TokenizerSection,
     "data": DataSection,
     "adapter": AdapterSection,
+    "quantization": QuantizationSection,
     "batch": BatchSection,
     "schedule": ScheduleSection,
     "optimizer": OptimizerSection,
@@ -52,17 +55,19 @@ KEYS: dict[str, tuple[str, FieldInfo]] = {
 assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values()), "a key stands in two sections"
 
 # Other spellings of our keys, each accepted with one note.
-ALIASES = {"sequence_length": "sequence_len", "tokenizer_config": "tokenizer", "max_seq_length": "sequence_len"}
+ALIASES = {
+    "sequence_length": "sequence_len",
+    "tokenizer_config": "tokenizer",
+    "max_seq_length": "sequence_len",
+    "bnb_config": "bnb_config_kwargs",
+}
 
 # What people write for capabilities that are not built yet: named, so that nobody wonders about the spelling.
 NOT_YET = {
-    "bnb_config": "4-bit bases",
     "chat_template": "chat templates other than the tokenizer's own",
     "deepspeed": "DeepSpeed",
     "fsdp": "FSDP",
     "fsdp_config": "FSDP",
-    "load_in_4bit": "4-bit bases",
-    "load_in_8bit": "8-bit bases",
     "lora_modules_to_save": "training whole modules beside an adapter",
     "peft_use_dora": "DoRA",
     "pretraining_dataset": "streaming corpora",

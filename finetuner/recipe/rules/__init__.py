@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finetuner.recipe.rules import adapter, data, training
+from finetuner.recipe.rules import adapter, data, quantization, training
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.rules.files import DATA_SUFFIXES, file_findings, looks_local
 
 __all__ = ["DATA_SUFFIXES", "RULES", "Finding", "file_findings", "given_findings", "looks_local", "rule_findings"]
 
-RULES: tuple[Rule, ...] = (*training.RULES, *adapter.RULES, *data.RULES)
+RULES: tuple[Rule, ...] = (*training.RULES, *adapter.RULES, *quantization.RULES, *data.RULES)
 
 
 def rule_findings(values: Values) -> Iterator[Finding]:
@@ -25,5 +25,6 @@ def given_findings(raw: Mapping[str, Any]) -> Iterator[Finding]:
         for key in raw:
             if key.startswith("lora_") and raw[key] is not None:
                 yield Finding(
-                    (key,), f"{key} has no effect without `adapter: lora`. Add that line, or remove this one."
+                    (key,),
+                    f"{key} has no effect without an adapter. Add `adapter: lora`, or remove this line.",
                 )

@@ -8,11 +8,12 @@ from finetuner.recipe.sections.adapter import AdapterSection
 from finetuner.recipe.sections.base import Section
 from finetuner.recipe.sections.data import DataSection, DatasetEntry
 from finetuner.recipe.sections.model import ModelSection, SpecialTokens, TokenizerSection
+from finetuner.recipe.sections.quantization import FourBitSection, QuantizationSection
 from finetuner.recipe.sections.running import EvaluationSection, OutputSection
 from finetuner.recipe.sections.training import BatchSection, OptimizerSection, PrecisionSection, ScheduleSection
 
 __all__ = [
-    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "ModelSection",
-    "OptimizerSection", "OutputSection", "PrecisionSection", "ScheduleSection", "Section", "SpecialTokens",
-    "TokenizerSection",
+    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "FourBitSection",
+    "ModelSection", "OptimizerSection", "OutputSection", "PrecisionSection", "QuantizationSection", "ScheduleSection",
+    "Section", "SpecialTokens", "TokenizerSection",
 ]  # fmt: skip
