@@ -188,7 +188,10 @@ def test_products_are_in_the_compute_dtype_and_come_back_in_the_inputs():
         ({"load_in_4bit": True}, "Add `adapter: qlora`"),
         ({"load_in_8bit": True}, "Add `adapter: lora`"),
         ({"adapter": "qlora", "load_in_8bit": True}, "Write `adapter: lora` for 8 bits"),
-        ({"adapter": "lora", "bnb_config_kwargs": {}}, "has no effect without `adapter: qlora`"),
+        (
+            {"adapter": "lora", "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}},
+            "has no effect without `adapter: qlora`",
+        ),
     ],
 )
 def test_contradictions_name_both_lines(keys, message, write_recipe):

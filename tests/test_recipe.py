@@ -1,6 +1,8 @@
 """The recipe: every mistake is named where it stands, nothing is guessed, and what is dumped loads again."""
 
 import json
+import random
+import string
 import subprocess
 import sys
 import time
@@ -16,7 +18,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from finetuner.errors import RecipeError
-from finetuner.recipe import ALIASES, KEYS, NOT_YET, SECTIONS, Recipe, dump_recipe, load, load_recipe
+from finetuner.recipe import ALIASES, KEYS, SECTIONS, Recipe, dump_recipe, load, load_recipe
+from finetuner.recipe.foreign.translate import MEANINGS
+from finetuner.recipe.problems import near_words
 from finetuner.recipe.rules import RULES, rule_findings
 from finetuner.recipe.sections import TokenizerSection
 
@@ -103,7 +107,7 @@ def test_all_mistakes_come_in_one_message_with_their_places(
         "     5 | optimizer: adamw_torc",
         "       |            ^",
         "",
-        "r.yml:6:1: 'rl' is not supported yet (preference and reinforcement learning). Remove it.",
+        "r.yml:6:1: 'rl' is not supported yet: preference and reinforcement learning. Remove it.",
         "     6 | rl: dpo",
         "       | ^",
         "",
@@ -176,20 +180,26 @@ def test_a_missing_key_is_named_with_its_meaning(refusal: Callable[..., str], fi
     assert f"'{field}' is missing. {KEYS[field][1].description}" in refusal(text)
 
 
-def _slips(key: str) -> tuple[set[str], set[str]]:
-    deletions = {key[:i] + key[i + 1 :] for i in range(len(key))}
-    swaps = {key[:i] + key[i + 1] + key[i] + key[i + 2 :] for i in range(len(key) - 1)}
-    known = {*KEYS, *ALIASES, *NOT_YET}
-    return deletions - known, swaps - known
+def _misspellings(key: str) -> set[str]:
+    """Every word one slip away: a letter lost, two neighbours swapped, a letter wrong or one too many."""
+    letters = string.ascii_lowercase + string.digits + "_"
+    lost = {key[:i] + key[i + 1 :] for i in range(len(key))}
+    swapped = {key[:i] + key[i + 1] + key[i] + key[i + 2 :] for i in range(len(key) - 1)}
+    wrong = {key[:i] + letter + key[i + 1 :] for i in range(len(key)) for letter in letters}
+    added = {key[:i] + letter + key[i:] for i in range(len(key) + 1) for letter in letters}
+    return (lost | swapped | wrong | added) - {*KEYS, *MEANINGS, "plugins"}
 
 
-@pytest.mark.parametrize("key", sorted({*KEYS, *ALIASES}))
-def test_a_key_with_a_letter_lost_or_two_swapped_is_corrected(refusal: Callable[..., str], key: str) -> None:
-    for slips in _slips(key):
-        lines = refusal(BASE + "".join(f"{json.dumps(slip)}: 1\n" for slip in slips)).splitlines()
-        for slip in slips:
-            (line,) = (line for line in lines if f"unknown key '{slip}'." in line)
-            assert f"'{key}'" in line.partition("Did you mean")[2], line
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_every_misspelling_of_every_key_by_one_slip_is_corrected(refusal: Callable[..., str], key: str) -> None:
+    slips = sorted(_misspellings(key))
+    few = random.Random(key).sample(slips, 12)  # through a file; the rest, as the file's reader asks
+    lines = refusal(BASE + "".join(f"{json.dumps(slip)}: 1\n" for slip in few)).splitlines()
+    for slip in few:
+        (line,) = (line for line in lines if f"unknown key '{slip}'." in line)
+        assert f"'{key}'" in line.partition("Did you mean")[2], line
+    for slip in slips[:: max(1, len(slips) // 60)]:
+        assert key in near_words(slip, KEYS), slip
 
 
 # --- YAML 1.2, strictly ---
@@ -434,17 +444,23 @@ def test_a_key_without_a_value_means_its_default(write: Callable[..., Path]) -> 
     assert recipe == load_recipe(write(BASE))
 
 
-@pytest.mark.parametrize(("alias", "key"), ALIASES.items())
+@pytest.mark.parametrize(("alias", "key"), [item for item in ALIASES.items() if item[1] in KEYS])
 def test_an_alias_is_read_with_a_note_and_never_beside_its_key(
     write: Callable[..., Path], refusal: Callable[..., str], alias: str, key: str
 ) -> None:
-    value = "org/tokenizer" if key == "tokenizer" else "512"
+    value = json.dumps(ALIAS_VALUES.get(key, "text"))
     loaded = load(write(f"{BASE}{alias}: {value}\n"))
-    assert loaded.notes == (f"'{alias}' is read as '{key}'.",)
+    assert [str(note) for note in loaded.notes] == [f"line 6: {alias} is read as {key}"]
     assert loaded.recipe == load_recipe(write(f"{BASE}{key}: {value}\n"))
     message = refusal(f"{BASE}{alias}: {value}\n{key}: {value}\n")
     assert f"r.yml:6:1: '{alias}' and '{key}' are the same key. Remove one." in message
-    assert f"r.yml:6:{len(alias) + 3}: {key} is a list, but must be" in refusal(f"{BASE}{alias}: []\n")
+    assert f"r.yml:6:{len(alias) + 3}: {key} is" in refusal(f"{BASE}{alias}: [[0]]\n")
+
+
+ALIAS_VALUES = {
+    "sequence_len": 512, "eval_strategy": "steps", "neftune_noise_alpha": 5.0, "overrides_of_model_config": {},
+    "gradient_checkpointing": True, "bnb_config_kwargs": {},
+}  # fmt: skip
 
 
 # --- the Recipe ---
@@ -573,6 +589,8 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"val_set_size": 1, "eval_steps": 5},
     ),
     ("saves_per_epoch", {"save_steps": 5, "saves_per_epoch": 2}, {"saves_per_epoch": 2}),
+    ("load_in_4bit", {"adapter": "qlora", "load_in_4bit": False}, {"adapter": "qlora"}),
+    ("load_in_8bit", {"load_in_8bit": True}, {"load_in_8bit": True, "adapter": "lora"}),
     ("fp16", {"bf16": True, "fp16": True}, {"bf16": False, "fp16": True}),
     ("lora_target_linear", {"lora_target_linear": True}, {"lora_target_linear": True, "adapter": "lora"}),
     ("lora_r", {"lora_r": 16}, {"lora_r": 16, "adapter": "lora"}),

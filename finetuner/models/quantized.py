@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from finetuner.errors import CheckpointError, ModelError
-from finetuner.recipe.sections import FourBitSection, QuantizationSection
+from finetuner.recipe.sections import QuantizationSection
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -50,7 +50,7 @@ def choose_format(adapter: str | None, section: QuantizationSection, dtype: torc
         return Format("int8", dtype, compute_dtype=dtype)
     if adapter != "qlora" and not section.load_in_4bit:
         return None
-    four = section.bnb_config_kwargs or FourBitSection()
+    four = section.bnb_config_kwargs
     return Format(
         kind=four.bnb_4bit_quant_type,
         dtype=dtype,

@@ -12,9 +12,20 @@ from pydantic_core import ErrorDetails
 
 from finetuner.errors import RecipeError
 from finetuner.recipe.document import MAX_RECIPE_BYTES, Document, parse_value, parse_yaml
-from finetuner.recipe.problems import KeyPath, Origin, Problem, did_you_mean, near_words, render_problems
+from finetuner.recipe.foreign.translate import MEANINGS, translate
+from finetuner.recipe.problems import (
+    KeyPath,
+    Note,
+    Origin,
+    Problem,
+    did_you_mean,
+    meant,
+    near_words,
+    once,
+    render_problems,
+)
 from finetuner.recipe.rules import file_findings, given_findings, rule_findings
-from finetuner.recipe.schema import ALIASES, KEYS, NOT_YET, SECTIONS, Recipe
+from finetuner.recipe.schema import KEYS, SECTIONS, Recipe
 from finetuner.recipe.sections import Section
 
 
@@ -23,7 +34,7 @@ class Loaded:
     """A valid recipe, and what the user should know about how it was read."""
 
     recipe: Recipe
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check_files: bool = True) -> Recipe:
@@ -38,7 +49,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check
         _apply_override(document, number, override)
     if not document.is_whole:
         raise RecipeError(render_problems(str(path), document.problems))
-    notes = _resolve_aliases(document)
+    notes = translate(document)
     values, recipe = _validate(document)
     findings = [*rule_findings(values), *given_findings(document.values)]
     findings += file_findings(document.values) if check_files else ()
@@ -48,7 +59,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check
     ]
     if document.problems or recipe is None:
         raise RecipeError(render_problems(str(path), document.problems))
-    return Loaded(recipe, tuple(notes))
+    return Loaded(recipe, once(notes))
 
 
 def _read(path: Path) -> str:
@@ -112,24 +123,6 @@ def _apply_override(document: Document, number: int, override: str) -> None:
             del table[stale]
 
 
-def _resolve_aliases(document: Document) -> list[str]:
-    notes = []
-    for alias, key in ALIASES.items():
-        if alias not in document.values:
-            continue
-        if document.values.get(key) is not None:
-            where = document.origin((alias,), of_key=True)
-            document.problems.append(Problem(f"'{alias}' and '{key}' are the same key. Remove one.", where))
-            del document.values[alias]
-            continue
-        document.values[key] = document.values.pop(alias)
-        for table in (document.keys, document.places):
-            for path in [p for p in table if p[0] == alias]:
-                table[(key, *path[1:])] = table.pop(path)
-        notes.append(f"'{alias}' is read as '{key}'.")
-    return notes
-
-
 def _validate(document: Document) -> tuple[dict[str, Any], Recipe | None]:
     """Validate section by section; returns all keys that are valid, and the Recipe if every one is."""
     given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
@@ -171,9 +164,9 @@ def _valid_part(section_type: type[Section], rest: dict[str, Any], wrong: set[st
 
 
 def _unknown_key(key: str) -> str:
-    if key in NOT_YET:
-        return f"'{key}' is not supported yet ({NOT_YET[key]}). Remove it."
-    return f"unknown key '{key}'.{did_you_mean(key, [*KEYS, *ALIASES])}"
+    near = near_words(key, [*KEYS, *MEANINGS])
+    ours = [word for word in near if word in KEYS]
+    return f"unknown key '{key}'.{meant(ours or near)}"
 
 
 def _problems_of(

@@ -54,14 +54,6 @@ KEYS: dict[str, tuple[str, FieldInfo]] = {
 }
 assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values()), "a key stands in two sections"
 
-# Other spellings of our keys, each accepted with one note.
-ALIASES = {
-    "sequence_length": "sequence_len",
-    "tokenizer_config": "tokenizer",
-    "max_seq_length": "sequence_len",
-    "bnb_config": "bnb_config_kwargs",
-}
-
 # What people write for capabilities that are not built yet: named, so that nobody wonders about the spelling.
 NOT_YET = {
     "chat_template": "chat templates other than the tokenizer's own",

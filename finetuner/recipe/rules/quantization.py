@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from finetuner.recipe.rules.base import Finding, Rule, Values
+from finetuner.recipe.sections import FourBitSection
 
 
 def _four_bits_are_qlora(values: Values) -> Iterator[Finding]:
@@ -16,7 +17,7 @@ def _four_bits_are_qlora(values: Values) -> Iterator[Finding]:
     if adapter is None and four_bits:
         message = "a 4-bit base cannot be trained itself, only an adapter on it. Add `adapter: qlora`, or remove this."
         yield Finding(("load_in_4bit",), message)
-    if values["bnb_config_kwargs"] is not None and adapter != "qlora":
+    if values["bnb_config_kwargs"] != FourBitSection() and adapter != "qlora":
         message = "bnb_config_kwargs has no effect without `adapter: qlora`. Write that, or remove the block."
         yield Finding(("bnb_config_kwargs",), message, (("adapter",),))
 

@@ -32,4 +32,4 @@ class QuantizationSection(Section):
 
     load_in_4bit: bool | None = Field(None, description="Keep the base in 4 bits; adapter: qlora means the same.")
     load_in_8bit: bool = Field(False, description="Keep the base in 8 bits under adapter: lora (LLM.int8).")
-    bnb_config_kwargs: FourBitSection | None = Field(None, description="How the 4-bit base is kept.")
+    bnb_config_kwargs: FourBitSection = Field(FourBitSection(), description="How the 4-bit base is kept.")
