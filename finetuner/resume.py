@@ -11,7 +11,7 @@ MUST_MATCH = (
     "excess_length_strategy", "train_on_inputs", "adapter", "lora_r", "lora_alpha", "lora_target_linear",
     "lora_target_modules", "lora_modules_to_save", "lora_fan_in_fan_out", "lora_model_dir", "peft_use_rslora",
     "peft_use_dora", "peft_init_lora_weights", "peft_layers_to_transform", "peft_layers_pattern",
-    "unfrozen_parameters", "seed",
+    "unfrozen_parameters", "load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "seed",
 )  # fmt: skip
 
 # These have no part in what is learned; micro-batches and ranks are compared through the global batch.

@@ -1,5 +1,6 @@
 """The composition root: one function per command, each builds the parts in order and hands them on."""
 
+import logging
 import warnings
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,13 @@ from finetuner.models.build import (
     trainable_parameters,
 )
 from finetuner.models.loss import TokenLoss, head_is_composable
+from finetuner.models.quantized import (
+    choose_format,
+    quantized_layers,
+    record_of,
+    require_bitsandbytes,
+    require_same_record,
+)
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan, Precision, Schedule
@@ -75,8 +83,8 @@ def train(loaded: Loaded, recipe_name: str) -> None:
     for note in loaded.notes:
         screen.line(f"note: {note}")
     plan = Plan.from_recipe(recipe, world)
-    for note in plan.engine_notes:
-        screen.line(f"note: {note}")
+    for engine_note in plan.engine_notes:
+        screen.line(f"note: {engine_note}")
     quiet_libraries(screen)
     use_threads_and_matmuls(world, recipe.precision.tf32)
     if not world.is_main:
@@ -100,9 +108,11 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     with screen.work("tokenising", "rows") as work:
         prepared = prepare(recipe.data, vocabulary.tokenizer, plan.seed, work.at)
     schedule = plan.schedule(recipe, len(prepared.train))
+    if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
+        require_bitsandbytes()
     attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
     accelerator = build_accelerator(plan, world)
-    output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter == "lora"
+    output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter is not None
 
     facts = resume_facts(
         flat_values(recipe),
@@ -219,14 +229,23 @@ def build_model(
     engine takes them to the device in parts."""
     full, config = recipe.adapter.adapter is None, recipe.sharding.fsdp_config
     source = str(checkpoint) if full and checkpoint is not None else recipe.model.base_model
-    # Ranks that are handed their part by the main one need no weights of their own.
-    handed = isinstance(plan.engine, FsdpPlan) and plan.engine.main_rank_reads and not accelerator.is_main_process
-    model = (empty_model if handed else load_model)(
-        source,
-        dtype=torch.float32 if full else DTYPES[plan.precision],
-        attention=attention,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    dtype = torch.float32 if full else DTYPES[plan.precision]
+    form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
+    # Ranks that are handed their part by the main one need no weights of their own; a quantised base each reads itself.
+    main_reads = isinstance(plan.engine, FsdpPlan) and plan.engine.main_rank_reads and form is None
+    handed = main_reads and not accelerator.is_main_process
+    trust = recipe.model.trust_remote_code
+    if handed:
+        model = empty_model(source, dtype=dtype, attention=attention, trust_remote_code=trust)
+    else:
+        model = load_model(
+            source,
+            dtype=dtype,
+            attention=attention,
+            trust_remote_code=trust,
+            form=form,
+            device=accelerator.device,
+        )
     new_ids = ids_to_train(model, vocabulary)
     grow_embeddings(model, len(vocabulary.tokenizer))
     if plan.engine is None:
@@ -249,6 +268,7 @@ def build_model(
     )
     train_in_fp32(adapted)
     if checkpoint is not None:
+        require_same_record(checkpoint, record_of(model))
         read_adapter(adapted, checkpoint)
     elif recipe.adapter.lora_model_dir is not None:
         require_same_base(Path(recipe.adapter.lora_model_dir), recipe.model.base_model)
@@ -326,6 +346,7 @@ def print_plan(
         ("precision", f"{plan.precision} on {where}; trained weights in fp32"),
         ("engine", weights.run.engine.name),
         ("each rank holds", _held_line(weights.run)),
+        *_base_rows(base),
         ("rows", _rows_line(prepared)),
         ("global batch", plan.batch_equation),
         ("steps", _steps_line(schedule)),
@@ -353,6 +374,18 @@ def _held_line(run: Run) -> str:
             span([h.num_bytes for h in held], "bytes"),
         )
     )
+
+
+def _base_rows(base: "PreTrainedModel") -> list[tuple[str, str]]:
+    """How a quantised base is held, and how many bytes it takes."""
+    record = record_of(base)
+    if record is None:
+        return []
+    held = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
+    layers = quantized_layers(base).values()
+    share = sum(layer.in_features * layer.out_features for layer in layers) / count_parameters(base)[1]
+    of = f"{len(record.modules)} linear layers, {share:.1%} of the weights"
+    return [("base", f"{record.format}: {of}; {held / 1e6:,.1f} MB in all")]
 
 
 def _rows_line(prepared: Prepared) -> str:
@@ -410,5 +443,7 @@ def quiet_libraries(screen: Screen) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|datasets|peft|torch|transformers)\b")
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()
+    # It says at import that a package of faster CPU kernels is not there; PEFT imports it wherever it is installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not (screen.speaks and screen.terminal):
         transformers.logging.disable_progress_bar()

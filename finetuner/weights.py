@@ -17,6 +17,7 @@ from finetuner.checkpoint import written_aside
 from finetuner.models.adapter import write_adapter
 from finetuner.models.build import use_token_ids, write_model_folder
 from finetuner.models.loss import TokenLoss
+from finetuner.models.quantized import record_of, write_record
 from finetuner.output import move_into
 from finetuner.training.loop import Run
 
@@ -77,6 +78,9 @@ def write_model(weights: Weights, values: dict[str, torch.Tensor], folder: Path)
     model: Any = weights.bare.model
     if weights.is_lora:
         write_adapter(model, folder, values)
+        record = record_of(weights.bare.bare)
+        if record is not None:
+            write_record(record, folder)
     else:
         use_token_ids(model, weights.token_ids)
         write_model_folder(model, folder, values)

@@ -459,7 +459,7 @@ def test_an_alias_is_read_with_a_note_and_never_beside_its_key(
 
 ALIAS_VALUES = {
     "sequence_len": 512, "eval_strategy": "steps", "neftune_noise_alpha": 5.0, "overrides_of_model_config": {},
-    "gradient_checkpointing": True, "adam_epsilon": 1e-6,
+    "gradient_checkpointing": True, "adam_epsilon": 1e-6, "bnb_config_kwargs": {},
 }  # fmt: skip
 
 
@@ -589,6 +589,8 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"val_set_size": 1, "eval_steps": 5},
     ),
     ("saves_per_epoch", {"save_steps": 5, "saves_per_epoch": 2}, {"saves_per_epoch": 2}),
+    ("load_in_4bit", {"adapter": "qlora", "load_in_4bit": False}, {"adapter": "qlora"}),
+    ("load_in_8bit", {"load_in_8bit": True}, {"load_in_8bit": True, "adapter": "lora"}),
     ("fp16", {"bf16": True, "fp16": True}, {"bf16": False, "fp16": True}),
     ("lora_target_linear", {"lora_target_linear": True}, {"lora_target_linear": True, "adapter": "lora"}),
     ("lora_r", {"lora_r": 16}, {"lora_r": 16, "adapter": "lora"}),

@@ -11,15 +11,24 @@ from safetensors import SafetensorError
 from torch import nn
 
 from finetuner.errors import ModelError
+from finetuner.models.quantized import Format, FourBitLinear, adopt_layers, loading_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def load_model(
-    base_model: str, *, dtype: torch.dtype, attention: tuple[str, ...], trust_remote_code: bool = False
+    base_model: str,
+    *,
+    dtype: torch.dtype,
+    attention: tuple[str, ...],
+    trust_remote_code: bool = False,
+    form: Format | None = None,
+    device: torch.device | None = None,
 ) -> "PreTrainedModel":
     """A causal LM with its weights in `dtype`, on the CPU, with the first `attention` that the architecture has.
+
+    With a `form`, its linear layers but the head are quantised to it, on `device`, while they are read.
 
     Only safetensors: pickled weights can run code. Raises ModelError unless every weight of the model is in the files;
     transformers fills up what is missing with random numbers.
@@ -35,10 +44,18 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **(loading_arguments(base_model, form, device or torch.device("cpu"), trust_remote_code) if form else {}),
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if others and isinstance(error, ValueError | ImportError) and "attention" in str(error).lower():
-            return load_model(base_model, dtype=dtype, attention=tuple(others), trust_remote_code=trust_remote_code)
+            return load_model(
+                base_model,
+                dtype=dtype,
+                attention=tuple(others),
+                trust_remote_code=trust_remote_code,
+                form=form,
+                device=device,
+            )
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load a causal language model from '{base_model}': {first}\n"
@@ -51,6 +68,8 @@ def load_model(
             f"the weights of '{base_model}' are not those of its config ({type(model).__name__}): '{missing[0]}' and "
             f"{len(missing) - 1} more tensors are missing.\nFetch the model again, or mend its config.json."
         )
+    if form is not None and form.kind != "int8":
+        adopt_layers(model, form)
     return model
 
 
@@ -198,6 +217,8 @@ def empty_model(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) elements; tied tensors count once."""
+    """(trainable, all) elements; tied tensors count once, and the weights of a 4-bit layer as what they stand for."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    layers = [m for m in model.modules() if isinstance(m, FourBitLinear)]
+    unpacked = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in layers)
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + unpacked

@@ -17,9 +17,8 @@ def flat_values(recipe: Recipe) -> dict[str, Any]:
     for name in type(recipe).model_fields:
         section: BaseModel = getattr(recipe, name)
         out |= section.model_dump(mode="json", exclude_none=True)
-    unused = (
-        ("lora_", "peft_") if recipe.adapter.adapter is None else ()
-    )  # keys that would be refused as without effect
+    # keys that would be refused as without effect
+    unused = {None: ("lora_", "peft_", "bnb_"), "lora": ("bnb_",), "qlora": ()}[recipe.adapter.adapter]
     return {key: value for key, value in out.items() if value != {} and not key.startswith(unused)}
 
 

@@ -48,6 +48,7 @@ AXOLOTL: dict[str, Foreign] = {
     "type_of_model": renamed("model_type"),
     "model_config": renamed("overrides_of_model_config"),
     "gradient_checkpoint": renamed("gradient_checkpointing"),
+    "bnb_config": renamed("bnb_config_kwargs"),
     # attention
     "flash_attention": translated(_flash),
     "sdp_attention": _attention("sdpa"),

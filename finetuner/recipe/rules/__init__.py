@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from finetuner.recipe.rules import adapter, data, sharding, training
+from finetuner.recipe.rules import adapter, data, quantization, sharding, training
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.rules.files import DATA_SUFFIXES, file_findings, looks_local
 from finetuner.recipe.rules.given import given_findings, given_notes
@@ -20,7 +20,13 @@ __all__ = [
     "rule_findings",
 ]
 
-RULES: tuple[Rule, ...] = (*training.RULES, *adapter.RULES, *data.RULES, *sharding.RULES)
+RULES: tuple[Rule, ...] = (
+    *training.RULES,
+    *adapter.RULES,
+    *quantization.RULES,
+    *data.RULES,
+    *sharding.RULES,
+)
 
 
 def rule_findings(values: Values) -> Iterator[Finding]:

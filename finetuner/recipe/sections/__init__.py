@@ -8,12 +8,14 @@ from finetuner.recipe.sections.adapter import AdapterSection
 from finetuner.recipe.sections.base import Section
 from finetuner.recipe.sections.data import DataSection, DatasetEntry
 from finetuner.recipe.sections.model import ModelSection, SpecialTokens, TokenizerSection
+from finetuner.recipe.sections.quantization import FourBitSection, QuantizationSection
 from finetuner.recipe.sections.running import EvaluationSection, OutputSection
 from finetuner.recipe.sections.sharding import FsdpConfig, ShardingSection
 from finetuner.recipe.sections.training import BatchSection, OptimizerSection, PrecisionSection, ScheduleSection
 
 __all__ = [
-    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "FsdpConfig", "ModelSection",
-    "OptimizerSection", "OutputSection", "PrecisionSection", "ScheduleSection", "Section", "ShardingSection",
+    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "FourBitSection",
+    "FsdpConfig", "ModelSection",
+    "OptimizerSection", "OutputSection", "PrecisionSection", "QuantizationSection", "ScheduleSection", "Section", "ShardingSection",
     "SpecialTokens", "TokenizerSection",
 ]  # fmt: skip
