@@ -513,6 +513,8 @@ def _strategy(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
         return st.sampled_from(get_args(annotation))
     if get_origin(annotation) is tuple:
         return st.lists(_strategy(get_args(annotation)[0], []), min_size=least, max_size=3)
+    if get_origin(annotation) is dict:
+        return st.just({"zero_optimization": {"stage": 2}})
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return _fields(annotation)
     if annotation is bool:

@@ -177,7 +177,7 @@ AXOLOTL: dict[str, Foreign] = {
     **spread("processor_type image_size image_resize_algorithm multimodal image_base_path", blocked(_MULTIMODAL)),
     **spread("is_multimodal skip_multimodal", blocked(_MULTIMODAL)),
     **spread(
-        "sequence_parallel_degree context_parallel_size tensor_parallel_size dp_shard_size dp_replicate_size "
+        "sequence_parallel_degree context_parallel_size tensor_parallel_size "
         "heads_k_stride ring_attn_func sequence_parallel_mode",
         blocked(_SP, "Remove it; `fsdp` shards the model over GPUs.", says_nothing=(1,)),
     ),

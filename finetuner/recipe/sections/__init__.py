@@ -15,7 +15,6 @@ from finetuner.recipe.sections.training import BatchSection, OptimizerSection, P
 
 __all__ = [
     "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "FourBitSection",
-    "FsdpConfig", "ModelSection",
-    "OptimizerSection", "OutputSection", "PrecisionSection", "QuantizationSection", "ScheduleSection", "Section", "ShardingSection",
-    "SpecialTokens", "TokenizerSection",
+    "FsdpConfig", "ModelSection", "OptimizerSection", "OutputSection", "PrecisionSection", "QuantizationSection",
+    "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection",
 ]  # fmt: skip
