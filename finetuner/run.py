@@ -20,7 +20,10 @@ from finetuner.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
-from finetuner.data.prepare import Prepared, prepare
+from finetuner.data.batches import Layout, padding_share
+from finetuner.data.cache import packs_held_out, prepare_once
+from finetuner.data.prepare import Prepared
+from finetuner.data.templates import chosen_template
 from finetuner.errors import CheckpointError, FinetunerError, ModelError
 from finetuner.export.merge import merge_adapter, require_same_base
 from finetuner.models.adapter import add_lora, read_adapter
@@ -36,6 +39,7 @@ from finetuner.models.build import (
     trainable_parameters,
 )
 from finetuner.models.loss import TokenLoss, head_is_composable
+from finetuner.models.packing import require_isolation, wants_flat_packs
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan, Precision, Schedule
@@ -83,18 +87,16 @@ def train(loaded: Loaded, recipe_name: str) -> None:
 
 
 def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: Screen) -> None:
-    vocabulary = load_tokenizer(recipe.tokenizer, recipe.model.base_model, recipe.model.trust_remote_code)
-    with screen.work("tokenising", "rows") as work:
-        prepared = prepare(recipe.data, vocabulary.tokenizer, plan.seed, work.at)
-    schedule = plan.schedule(recipe, len(prepared.train))
+    vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
+    schedule = plan.schedule(recipe, len(prepared.train_rows))
     attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
     accelerator = build_accelerator(plan, world)
     output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter == "lora"
 
     facts = resume_facts(
         flat_values(recipe),
-        num_rows=len(prepared.train),
-        rows_sha256=prepared.train.sha256,
+        num_rows=len(prepared.train_rows),
+        rows_sha256=prepared.train_rows.sha256,
         global_batch=plan.global_batch,
     )
     checkpoint = choose_checkpoint(recipe, accelerator, screen)
@@ -121,9 +123,11 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         optimizer=accelerator.prepare(build_optimizer(parameters, recipe.optimizer)),
         plan=plan,
         schedule=schedule,
-        train_rows=prepared.train,
-        held_out_rows=prepared.held_out,
+        train_rows=prepared.train_rows,
+        held_out_rows=prepared.held_out_rows,
         max_grad_norm=recipe.optimizer.max_grad_norm,
+        layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
+        eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
     )
     weights = Weights(run, bare, parameters, vocabulary.tokenizer, is_lora, special_ids(recipe, vocabulary.tokenizer))
     if checkpoint is not None:
@@ -145,6 +149,24 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     else:
         screen.line(f"done: the model is in {output_dir}")
     accelerator.end_training()
+
+
+def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tuple[Vocabulary, Prepared]:
+    """The tokenizer with the recipe's chat template, and the documents that it makes of the rows."""
+    vocabulary = load_tokenizer(recipe.tokenizer, recipe.model.base_model, recipe.model.trust_remote_code)
+    tokenizer = vocabulary.tokenizer
+    tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)  # saved with the result
+    with screen.work("tokenising", "rows") as work:
+        return vocabulary, prepare_once(recipe.data, recipe.packing, tokenizer, seed, world, work.at)
+
+
+def layout_of(recipe: Recipe, model: "PreTrainedModel", *, packed: bool) -> Layout:
+    return Layout(
+        packed=packed,
+        flat=packed and wants_flat_packs(model),
+        pad_to=recipe.data.sequence_len if recipe.packing.pad_to_sequence_len else None,
+        by_length=recipe.packing.group_by_length,
+    )
 
 
 def make_room(recipe: Recipe, recipe_name: str, weights: Weights, state: TrainState, screen: Screen) -> None:
@@ -212,6 +234,8 @@ def build_model(
     model.to(accelerator.device)  # before the probe: flash attention has no CPU kernels
     with accelerator.autocast():
         composed = head_is_composable(model)
+        if recipe.packing.sample_packing or packs_held_out(recipe.packing):
+            require_isolation(model)
     if recipe.precision.gradient_checkpointing:
         recompute_activations(model)
     if full:
@@ -288,7 +312,8 @@ def print_plan(recipe: Recipe, weights: Weights, prepared: Prepared, recipe_name
         ("model", f"{recipe.model.base_model} ({type(base).__name__}), {base.config._attn_implementation} attention"),
         ("parameters", f"{trainable:,} trained of {total:,} ({trainable / total:.2%})"),
         ("precision", f"{plan.precision} on {where}; trained weights in fp32"),
-        ("rows", _rows_line(prepared)),
+        ("rows", rows_line(prepared)),
+        ("batches", _padding_line(weights.run, prepared)),
         ("global batch", plan.batch_equation),
         ("steps", _steps_line(schedule)),
         ("learning rate", _rate_line(schedule)),
@@ -300,10 +325,18 @@ def print_plan(recipe: Recipe, weights: Weights, prepared: Prepared, recipe_name
     screen.line()
 
 
-def _rows_line(prepared: Prepared) -> str:
+def rows_line(prepared: Prepared) -> str:
     store = prepared.train
     line = f"{len(store):,} to train on ({store.num_tokens:,} tokens, {store.num_trained:,} trained)"
+    if prepared.train_packs is not None:
+        line += f" in {len(prepared.train_packs):,} packs, {prepared.train_packs.fill:.1%} full"
     return line + (f", {len(prepared.held_out):,} held out" if len(prepared.held_out) else "")
+
+
+def _padding_line(run: Run, prepared: Prepared) -> str:
+    share = padding_share(run.train_rows, run.plan, run.schedule, run.layout)
+    what = "packed rows, documents apart" if run.layout.packed else "padded rows"
+    return f"{what}; {share:.1%} of the tokens computed are padding"
 
 
 def _steps_line(schedule: Schedule) -> str:
@@ -313,6 +346,23 @@ def _steps_line(schedule: Schedule) -> str:
 
 def _rate_line(schedule: Schedule) -> str:
     return f"{schedule.peak_lr:g}, {schedule.shape}, {schedule.warmup_steps} warmup steps"
+
+
+def prepare_data(loaded: Loaded, recipe_name: str) -> None:
+    """Prepare the recipe's rows, so that training finds them ready. Raises FinetunerError."""
+    recipe, screen = loaded.recipe, Screen(speaks=True)
+    for note in loaded.notes:
+        screen.line(f"note: {note}")
+    quiet_libraries(screen)
+    _, prepared = prepare_rows(recipe, World(), recipe.output.seed, screen)
+    rows = [("recipe", recipe_name), ("rows", rows_line(prepared)), ("longest", f"{prepared.train.longest:,} tokens")]
+    screen.table(rows)
+    for note in prepared.notes:
+        screen.line(f"note: {note}")
+    if prepared.listed is not None:
+        if prepared.counts:
+            screen.line(f"note: these rows are listed in {prepared.listed}")
+        screen.line(f"done: {prepared.listed.parent}")
 
 
 def merge(loaded: Loaded, recipe_name: str) -> None:

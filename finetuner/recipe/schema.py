@@ -10,6 +10,7 @@ from finetuner.recipe.sections import (
     ModelSection,
     OptimizerSection,
     OutputSection,
+    PackingSection,
     PrecisionSection,
     ScheduleSection,
     Section,
@@ -23,6 +24,7 @@ class Recipe(Section):
     model: ModelSection
     tokenizer: TokenizerSection
     data: DataSection
+    packing: PackingSection
     adapter: AdapterSection
     batch: BatchSection
     schedule: ScheduleSection
@@ -36,6 +38,7 @@ SECTIONS: dict[str, type[Section]] = {
     "model": ModelSection,
     "tokenizer": TokenizerSection,
     "data": DataSection,
+    "packing": PackingSection,
     "adapter": AdapterSection,
     "batch": BatchSection,
     "schedule": ScheduleSection,
@@ -57,7 +60,6 @@ ALIASES = {"sequence_length": "sequence_len", "tokenizer_config": "tokenizer", "
 # What people write for capabilities that are not built yet: named, so that nobody wonders about the spelling.
 NOT_YET = {
     "bnb_config": "4-bit bases",
-    "chat_template": "chat templates other than the tokenizer's own",
     "deepspeed": "DeepSpeed",
     "fsdp": "FSDP",
     "fsdp_config": "FSDP",
@@ -67,7 +69,6 @@ NOT_YET = {
     "peft_use_dora": "DoRA",
     "pretraining_dataset": "streaming corpora",
     "rl": "preference and reinforcement learning",
-    "sample_packing": "packing",
     "torch_compile": "compilation",
     "wandb_project": "experiment trackers",
 }

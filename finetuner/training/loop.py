@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from finetuner.data.batches import evaluation_batches, step_batches
+from finetuner.data.batches import Batch, Layout, evaluation_batches, step_batches
 from finetuner.data.order import mix
-from finetuner.data.tokens import TokenStore
+from finetuner.data.tokens import Rows
 from finetuner.errors import TrainingError
 from finetuner.plan import Plan, Schedule
 from finetuner.training.metrics import peak_memory_bytes
@@ -43,9 +43,11 @@ class Run:
     optimizer: AcceleratedOptimizer
     plan: Plan
     schedule: Schedule
-    train_rows: TokenStore
-    held_out_rows: TokenStore
+    train_rows: Rows
+    held_out_rows: Rows
     max_grad_norm: float
+    layout: Layout
+    eval_layout: Layout
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def train_step(run: Run, step: int) -> StepStats:
     set_learning_rate(run.optimizer.optimizer, lr)  # before backward: an engine may step inside the last one
     # Dropout is a function of (seed, step, rank), so that a resumed run needs no generator's state.
     torch.manual_seed(mix(plan.seed, step, plan.rank) >> 1)
-    group = [b.to(accelerator.device) for b in step_batches(run.train_rows, plan, run.schedule, step)]
+    group = [b.to(accelerator.device) for b in step_batches(run.train_rows, plan, run.schedule, step, run.layout)]
     counts = torch.tensor(
         [sum(b.num_trained for b in group), sum(b.num_tokens for b in group)], device=accelerator.device
     )
@@ -125,7 +127,7 @@ def train_step(run: Run, step: int) -> StepStats:
     total = torch.zeros((), device=accelerator.device)
     for batch in group:
         with accelerator.accumulate(run.model):
-            loss = run.model(batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
+            loss = loss_of(run.model, batch)
             accelerator.backward(loss * scale)
         total += loss.detach()
     norm = accelerator.clip_grad_norm_(run.model.parameters(), run.max_grad_norm or math.inf)
@@ -140,6 +142,11 @@ def train_step(run: Run, step: int) -> StepStats:
     return StepStats(loss_sum / num_tokens, grad_norm, lr, num_tokens, input_tokens, updated=finite)
 
 
+def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Summed loss of a batch; `model` is a TokenLoss, prepared."""
+    return model(batch.input_ids, batch.attention_mask, batch.positions, batch.targets, batch.position_ids)
+
+
 @torch.no_grad()
 def evaluate(run: Run, progress: Callable[[int], None] = lambda rows: None) -> tuple[float, int]:
     """(mean loss over all trained tokens of the held-out rows, their number); the same at every batch size."""
@@ -147,9 +154,9 @@ def evaluate(run: Run, progress: Callable[[int], None] = lambda rows: None) -> t
     total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     count = 0
     with _evaluating(run.model):
-        for host_batch in evaluation_batches(run.held_out_rows, run.plan):
+        for host_batch in evaluation_batches(run.held_out_rows, run.plan, run.eval_layout):
             batch = host_batch.to(device)
-            total += run.model(batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
+            total += loss_of(run.model, batch)
             count += batch.num_trained
             progress(len(batch.input_ids))
     sums = run.accelerator.reduce(torch.stack([total, torch.full_like(total, count)]), "sum")
