@@ -32,7 +32,9 @@ def prepared(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Prepared]:
 
     def of(*paths: Path, seed: int = 0, **keys: Any) -> Prepared:
         entries = [{"path": str(path), "type": "alpaca"} for path in paths]
-        section = DataSection.model_validate({"datasets": entries, "sequence_len": 4096, "max_dropped_fraction": 1.0} | keys)
+        section = DataSection.model_validate(
+            {"datasets": entries, "sequence_len": 4096, "max_dropped_fraction": 1.0} | keys
+        )
         return prepare(section, tokenizer, seed)
 
     return of

@@ -14,6 +14,7 @@ from finetuner.recipe.sections import (
     PrecisionSection,
     ScheduleSection,
     Section,
+    ShardingSection,
     TokenizerSection,
 )
 
@@ -30,6 +31,7 @@ class Recipe(Section):
     schedule: ScheduleSection
     optimizer: OptimizerSection
     precision: PrecisionSection
+    sharding: ShardingSection
     evaluation: EvaluationSection
     output: OutputSection
 
@@ -44,6 +46,7 @@ SECTIONS: dict[str, type[Section]] = {
     "schedule": ScheduleSection,
     "optimizer": OptimizerSection,
     "precision": PrecisionSection,
+    "sharding": ShardingSection,
     "evaluation": EvaluationSection,
     "output": OutputSection,
 }
@@ -54,19 +57,12 @@ KEYS: dict[str, tuple[str, FieldInfo]] = {
 }
 assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values()), "a key stands in two sections"
 
-# Other spellings of our keys, each accepted with one note.
-ALIASES = {"sequence_length": "sequence_len", "tokenizer_config": "tokenizer", "max_seq_length": "sequence_len"}
 
 # What people write for capabilities that are not built yet: named, so that nobody wonders about the spelling.
 NOT_YET = {
     "bnb_config": "4-bit bases",
-    "deepspeed": "DeepSpeed",
-    "fsdp": "FSDP",
-    "fsdp_config": "FSDP",
     "load_in_4bit": "4-bit bases",
     "load_in_8bit": "8-bit bases",
-    "lora_modules_to_save": "training whole modules beside an adapter",
-    "peft_use_dora": "DoRA",
     "pretraining_dataset": "streaming corpora",
     "rl": "preference and reinforcement learning",
     "torch_compile": "compilation",

@@ -10,11 +10,11 @@ from finetuner.recipe.sections.data import DataSection, PackingSection
 from finetuner.recipe.sections.datasets import DatasetEntry, InstructionFormat, MessageProperties
 from finetuner.recipe.sections.model import ModelSection, SpecialTokens, TokenizerSection
 from finetuner.recipe.sections.running import EvaluationSection, OutputSection
+from finetuner.recipe.sections.sharding import FsdpConfig, ShardingSection
 from finetuner.recipe.sections.training import BatchSection, OptimizerSection, PrecisionSection, ScheduleSection
 
 __all__ = [
-    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection",
+    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "FsdpConfig",
     "InstructionFormat", "MessageProperties", "ModelSection", "OptimizerSection", "OutputSection", "PackingSection",
-    "PrecisionSection", "ScheduleSection", "Section", "SpecialTokens",
-    "TokenizerSection",
+    "PrecisionSection", "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection",
 ]  # fmt: skip
