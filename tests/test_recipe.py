@@ -119,7 +119,8 @@ def test_all_mistakes_come_in_one_message_with_their_places(
         "    10 |     feild_messages: chat",
         "       |     ^",
         "",
-        "r.yml:12:11: datasets.1.type is the text 'alpca', but must be one of: alpaca, chat_template. "
+        "r.yml:12:11: datasets.1.type is the text 'alpca', but must be one of: alpaca, completion, "
+        "chat_template, input_output, prompt_completion. "
         "Did you mean 'alpaca'?",
         "    12 |     type: alpca",
         "       |           ^",
@@ -527,7 +528,7 @@ def _strategy(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
         high = below if below is not None else _bound(metadata, "le", 1e30)
         odd = st.sampled_from([1e-05, 1e-8, 0.1, 5e-324, 0.3333333333333333])
         return odd | st.floats(low, high, exclude_min=above is not None, exclude_max=below is not None)
-    assert annotation is str, annotation
+    assert annotation in (str, Any), annotation
     return texts.filter(lambda text: len(text) >= least)
 
 
@@ -545,10 +546,10 @@ def _recipe_of(given_keys: dict[str, dict[str, Any]]) -> Recipe:
         wrong = {str(path[0]) for path, *_ in rule_findings(values)}
         if not wrong:
             return Recipe.model_validate(sections)
-        if wrong & {"datasets", "test_datasets"}:  # the rule speaks of one column of one entry
+        if wrong & {"datasets", "test_datasets"}:  # the rule speaks of some key of one entry
             for entry in [*given_keys["data"].get("datasets", []), *given_keys["data"].get("test_datasets", [])]:
-                entry.pop("field_messages", None)
-                entry.pop("name", None)
+                for key in entry.keys() - {"path", "split", "max_samples"}:
+                    del entry[key]
         for name, keys in given_keys.items():
             given_keys[name] = {k: v for k, v in keys.items() if k not in wrong - {"datasets", "test_datasets"}}
 
@@ -583,6 +584,8 @@ def test_a_dump_writes_every_default(write: Callable[..., Path]) -> None:
 # --- rules across keys ---
 
 # (name of the key at fault, what is wrong, what is right)
+CHAT = {"path": "a/b", "type": "chat_template"}
+COMPLETION = {"path": "a/b", "type": "completion"}
 RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("warmup_ratio", {"warmup_steps": 5, "warmup_ratio": 0.1}, {"warmup_steps": 5}),
     (
@@ -626,6 +629,36 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"datasets": [{"path": "a/b", "type": "alpaca", "field_messages": "chat"}]},
         {"datasets": [{"path": "a/b", "type": "chat_template", "field_messages": "chat"}]},
     ),
+    ("field", {"datasets": [{"path": "a/b", "field": "t"}]}, {"datasets": [COMPLETION | {"field": "t"}]}),
+    (
+        "message_field_role",
+        {"datasets": [CHAT | {"message_field_role": "from", "message_property_mappings": {"role": "from"}}]},
+        {"datasets": [CHAT | {"message_field_role": "from"}]},
+    ),
+    ("shards_idx", {"datasets": [CHAT | {"shards_idx": 1}]}, {"datasets": [CHAT | {"shards_idx": 1, "shards": 2}]}),
+    (
+        "format",
+        {"datasets": [{"path": "a/b", "type": {"format": "{input}{instuction}"}}]},
+        {"datasets": [{"path": "a/b", "type": {"format": "{input}{instruction}"}}]},
+    ),
+    (
+        "no_input_format",
+        {"datasets": [{"path": "a/b", "type": {"no_input_format": "Say it: "}}]},
+        {"datasets": [{"path": "a/b", "type": {"no_input_format": "Say it: {instruction}"}}]},
+    ),
+    (
+        "chat_template",
+        {"datasets": [CHAT | {"chat_template": "chatml"}, CHAT | {"chat_template": "llama3"}]},
+        {"datasets": [CHAT | {"chat_template": "llama3"}, CHAT | {"chat_template": "llama3"}]},
+    ),
+    ("chat_template", {"chat_template": "jinja"}, {"chat_template": "jinja", "chat_template_jinja": "t.jinja"}),
+    ("chat_template", {"chat_template": "chatlm"}, {"chat_template": "tokenizer_default_fallback_chatml"}),
+    (
+        "chat_template_jinja",
+        {"chat_template": "chatml", "chat_template_jinja": "t.jinja"},
+        {"chat_template_jinja": "t.jinja"},
+    ),
+    ("group_by_length", {"sample_packing": True, "group_by_length": True}, {"group_by_length": True}),
     (
         "overwrite_output_dir",
         {"overwrite_output_dir": True, "resume_from_checkpoint": True},

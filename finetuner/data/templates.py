@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
+from finetuner.recipe.sections.datasets import FALLBACK
 
 _CHATML = (
     "{% for message in messages %}"
@@ -88,14 +89,13 @@ TEMPLATES: dict[str, str] = {
     "phi_4": _PHI_4,
     "zephyr": _ZEPHYR,
 }
-_FALLBACK = "tokenizer_default_fallback_"
 
 
 def chosen_template(section: DataSection, own: str | None) -> str | None:
     """The template that the recipe asks for, `own` being the tokenizer's; the one that is saved with the result.
 
-    A dataset's choice stands above the recipe's, and all datasets choose the same (a rule says so).
-    Raises DataError for a name that is not among TEMPLATES.
+    A dataset's choice stands above the recipe's, and all datasets choose the same (a rule says so). Raises DataError if
+    the file that chat_template_jinja names cannot be read.
     """
     name, text = section.chat_template, section.chat_template_jinja
     for entry in (*section.datasets, *section.test_datasets):
@@ -105,18 +105,9 @@ def chosen_template(section: DataSection, own: str | None) -> str | None:
         return _text_or_file(text)
     if name is None or name == "tokenizer_default":
         return own
-    if name.startswith(_FALLBACK):
-        return own if own is not None else _named(name.removeprefix(_FALLBACK))
-    return _named(name)
-
-
-def _named(name: str) -> str:
-    if name not in TEMPLATES:
-        raise DataError(
-            f"there is no chat template '{name}'. Write tokenizer_default, jinja (with chat_template_jinja), or one "
-            f"of: {', '.join(TEMPLATES)}."
-        )
-    return TEMPLATES[name]
+    if name.startswith(FALLBACK) and own is not None:
+        return own
+    return TEMPLATES[name.removeprefix(FALLBACK)]
 
 
 def _text_or_file(text: str) -> str:

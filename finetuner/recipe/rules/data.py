@@ -7,7 +7,7 @@ from finetuner.recipe.problems import did_you_mean
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.rules.files import DATA_SUFFIXES
 from finetuner.recipe.sections import DatasetEntry, InstructionFormat
-from finetuner.recipe.sections.datasets import KEYS_OF_TYPE
+from finetuner.recipe.sections.datasets import CHAT_TEMPLATES, FALLBACK, KEYS_OF_TYPE
 
 
 def _entries(values: Values) -> Iterator[tuple[str, int, DatasetEntry]]:
@@ -97,6 +97,19 @@ def _one_chat_template(values: Values) -> Iterator[Finding]:
         first = first or (chosen, where if named else (key, i))
 
 
+def _a_template_of_that_name(values: Values) -> Iterator[Finding]:
+    names: list[tuple[tuple[str | int, ...], str | None]] = [(("chat_template",), values["chat_template"])]
+    names += [((key, i, "chat_template"), entry.chat_template) for key, i, entry in _entries(values)]
+    known = ("tokenizer_default", "jinja", *CHAT_TEMPLATES)
+    for where, name in names:
+        if name is not None and name.removeprefix(FALLBACK) not in known:
+            message = (
+                f"there is no chat template '{name}'. Write one of: {', '.join(known)}."
+                f"{did_you_mean(name, known)} A template of your own: jinja, and chat_template_jinja beside it."
+            )
+            yield Finding(where, message)
+
+
 def _template_and_its_text(values: Values) -> Iterator[Finding]:
     places: list[tuple[tuple[str | int, ...], str | None, str | None]] = [
         ((), values["chat_template"], values["chat_template_jinja"])
@@ -126,6 +139,7 @@ RULES: tuple[Rule, ...] = (
     (_SOURCES, _shards_that_are),
     (_SOURCES, _placeholders_of_a_format),
     ((*_SOURCES, "chat_template", "chat_template_jinja"), _one_chat_template),
+    ((*_SOURCES, "chat_template"), _a_template_of_that_name),
     ((*_SOURCES, "chat_template", "chat_template_jinja"), _template_and_its_text),
     (("sample_packing", "group_by_length"), _packing_makes_lengths_equal),
 )

@@ -8,6 +8,12 @@ from pydantic_core import PydanticCustomError
 from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Names, Rows, Section
 
 TypeName = Literal["alpaca", "completion", "chat_template", "input_output", "prompt_completion"]
+# Chat templates that come with finetuner, by name; data/templates.py holds them.
+CHAT_TEMPLATES = (
+    "alpaca", "chatml", "gemma", "llama3", "mistral_v1", "mistral_v2v3", "mistral_v3_tekken", "phi_3", "phi_4",
+    "zephyr",
+)  # fmt: skip
+FALLBACK = "tokenizer_default_fallback_"  # before a name: for a tokenizer that has no template
 Ends = Literal["all", "turn", "last", "none"]
 
 
