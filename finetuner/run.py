@@ -371,6 +371,10 @@ def merge(loaded: Loaded, recipe_name: str) -> None:
         f"merged {merged.num_merged} of {merged.num_tensors} tensors ({merged.num_bytes / 1e6:,.0f} MB) in "
         f"{duration(merged.seconds)}"
     )
+    if merged.num_dequantised:
+        screen.line(
+            f"{merged.num_dequantised} tensors rounded as the quantised base was that the adapter was trained on"
+        )
     screen.line(f"done: {merged.folder}")
 
 
