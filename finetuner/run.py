@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from finetuner import __version__
 from finetuner.checkpoint import (
@@ -24,16 +24,18 @@ from finetuner.checkpoint import (
 from finetuner.data.prepare import Prepared, prepare
 from finetuner.errors import CheckpointError, FinetunerError, ModelError
 from finetuner.export.merge import merge_adapter, require_same_base
-from finetuner.models.adapter import add_lora, read_adapter
+from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
     count_parameters,
     embedding_rows,
+    empty_model,
     grow_embeddings,
     length_notes,
     load_model,
     recompute_activations,
     train_in_fp32,
+    train_only,
     trainable_parameters,
 )
 from finetuner.models.loss import TokenLoss, head_is_composable
@@ -49,13 +51,22 @@ from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan, Precision, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.resume import check_resume, resume_facts
-from finetuner.training.accelerator import build_accelerator, use_threads_and_matmuls
+from finetuner.sharding import FsdpPlan
+from finetuner.training.accelerator import build_accelerator, build_engine, leave_ranks, use_threads_and_matmuls
 from finetuner.training.loop import Events, Run, StepStats, TrainState
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
 from finetuner.training.optimizer import build_optimizer
 from finetuner.training.progress import Screen, TrainingProgress, duration
-from finetuner.weights import Weights, checkpoint_bytes, read_optimizer, result_mark, write_checkpoint, write_result
+from finetuner.weights import (
+    Weights,
+    checkpoint_bytes,
+    gather,
+    read_optimizer,
+    result_mark,
+    write_checkpoint,
+    write_result,
+)
 from finetuner.world import World
 
 if TYPE_CHECKING:
@@ -72,6 +83,8 @@ def train(loaded: Loaded, recipe_name: str) -> None:
     for note in loaded.notes:
         screen.line(f"note: {note}")
     plan = Plan.from_recipe(recipe, world)
+    for engine_note in plan.engine_notes:
+        screen.line(f"note: {engine_note}")
     quiet_libraries(screen)
     use_threads_and_matmuls(world, recipe.precision.tf32)
     if not world.is_main:
@@ -123,28 +136,32 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     bare = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator)
     for note in length_notes(bare.bare, prepared.train.longest):
         screen.line(f"note: {note}")
-    module = accelerator.prepare(bare)
-    parameters = trainable_parameters(bare)
+    counted = count_parameters(bare)
     run = Run(
         accelerator=accelerator,
-        model=module,
-        optimizer=accelerator.prepare(build_optimizer(parameters, recipe.optimizer)),
+        engine=build_engine(
+            accelerator,
+            bare,
+            plan,
+            full=not is_lora,
+            make_optimizer=lambda: build_optimizer(trainable_parameters(bare), recipe.optimizer),
+        ),
         plan=plan,
         schedule=schedule,
         train_rows=prepared.train,
         held_out_rows=prepared.held_out,
         max_grad_norm=recipe.optimizer.max_grad_norm,
     )
-    weights = Weights(run, bare, parameters, vocabulary.tokenizer, is_lora, special_ids(recipe, vocabulary.tokenizer))
+    parameters, token_ids = trainable_parameters(bare), special_ids(recipe, vocabulary.tokenizer)
+    weights = Weights(run, bare, parameters, vocabulary.tokenizer, is_lora, token_ids)
     if checkpoint is not None:
         read_optimizer(weights, checkpoint)
         screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
-    print_plan(recipe, weights, prepared, recipe_name, screen)
+    print_plan(recipe, weights, counted, prepared, recipe_name, screen)
     if accelerator.is_main_process:
-        make_room(recipe, recipe_name, weights, state, screen)
+        make_room(recipe, recipe_name, counted[0], state, screen)
     fit(recipe, weights, facts, state, screen)
-    if accelerator.is_main_process:
-        write_result(weights, output_dir, DTYPES[plan.precision])
+    write_result(weights, output_dir, DTYPES[plan.precision])
     accelerator.wait_for_everyone()
     if is_lora:
         screen.line(f"done: the adapter is in {output_dir}")
@@ -154,18 +171,18 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         screen.line(f"merge it into the base: python -m finetuner.merge {recipe_name}")
     else:
         screen.line(f"done: the model is in {output_dir}")
-    accelerator.end_training()
+    leave_ranks(accelerator)
 
 
-def make_room(recipe: Recipe, recipe_name: str, weights: Weights, state: TrainState, screen: Screen) -> None:
+def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainState, screen: Screen) -> None:
     """What is removed or replaced in output_dir goes now, when nothing can be wrong with the input any more."""
     output_dir, keep = Path(recipe.output.output_dir), recipe.output.save_total_limit
     if recipe.output.overwrite_output_dir:
         remove_run_files(output_dir, keep=Path(recipe_name))
     for folder in set_aside_after(output_dir, state.step):
         screen.line(f"note: {folder} is of steps that this run takes anew; delete it if you do not need it")
-    require_space(output_dir, checkpoint_bytes(weights.parameters), (keep or 1) + 1)
-    result_mark(output_dir, weights.is_lora).unlink(missing_ok=True)
+    require_space(output_dir, checkpoint_bytes(num_trained), (keep or 1) + 1)
+    result_mark(output_dir, recipe.adapter.adapter is not None).unlink(missing_ok=True)
     copy = output_dir / "recipe.yml"
     if copy.resolve() != Path(recipe_name).resolve():
         heading = f"{Path(recipe_name).name} as finetuner {__version__} understood it"
@@ -208,27 +225,39 @@ def build_model(
     checkpoint: Path | None,
     accelerator: Accelerator,
 ) -> TokenLoss:
-    """Base (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around both, on the device."""
-    full = recipe.adapter.adapter is None
+    """Base (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around both; on the CPU if an
+    engine takes them to the device in parts."""
+    full, config = recipe.adapter.adapter is None, recipe.sharding.fsdp_config
     source = str(checkpoint) if full and checkpoint is not None else recipe.model.base_model
     dtype = torch.float32 if full else DTYPES[plan.precision]
     form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
-    model = load_model(
-        source,
-        dtype=dtype,
-        attention=attention,
-        trust_remote_code=recipe.model.trust_remote_code,
-        form=form,
-        device=accelerator.device,
-    )
+    # Ranks that are handed their part by the main one need no weights of their own; a quantised base each reads itself.
+    main_reads = isinstance(plan.engine, FsdpPlan) and plan.engine.main_rank_reads and form is None
+    handed = main_reads and not accelerator.is_main_process
+    trust = recipe.model.trust_remote_code
+    if handed:
+        model = empty_model(source, dtype=dtype, attention=attention, trust_remote_code=trust)
+    else:
+        model = load_model(
+            source,
+            dtype=dtype,
+            attention=attention,
+            trust_remote_code=trust,
+            form=form,
+            device=accelerator.device,
+        )
     new_ids = ids_to_train(model, vocabulary)
     grow_embeddings(model, len(vocabulary.tokenizer))
-    model.to(accelerator.device)  # before the probe: flash attention has no CPU kernels
-    with accelerator.autocast():
-        composed = head_is_composable(model)
-    if recipe.precision.gradient_checkpointing:
+    if plan.engine is None:
+        model.to(accelerator.device)
+        with accelerator.autocast():
+            composed = head_is_composable(model)
+    else:  # it may be larger than the device
+        composed = broadcast_object_list([not handed and head_is_composable(model)])[0]
+    if recipe.precision.gradient_checkpointing or (config is not None and config.activation_checkpointing):
         recompute_activations(model)
     if full:
+        train_only(model, recipe.adapter.unfrozen_parameters)
         return TokenLoss(model, composed=composed)
     adapted = add_lora(
         model,
@@ -241,6 +270,9 @@ def build_model(
     if checkpoint is not None:
         require_same_record(checkpoint, record_of(model))
         read_adapter(adapted, checkpoint)
+    elif recipe.adapter.lora_model_dir is not None:
+        require_same_base(Path(recipe.adapter.lora_model_dir), recipe.model.base_model)
+        start_from_adapter(adapted, Path(recipe.adapter.lora_model_dir))
     return TokenLoss(adapted, composed=composed)
 
 
@@ -275,9 +307,10 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
             screen.line(f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update is skipped")
 
     def save(state: TrainState) -> None:
+        gathered = gather(weights, optimizer=True)
         if main:
             folder = checkpoint_folder(output_dir, state.step)
-            save_checkpoint(folder, state, facts, partial(write_checkpoint, weights))
+            save_checkpoint(folder, state, facts, partial(write_checkpoint, weights, gathered))
             prune(output_dir, recipe.output.save_total_limit)
         run.accelerator.wait_for_everyone()
 
@@ -293,9 +326,17 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
         return train_loop(run, state, events)
 
 
-def print_plan(recipe: Recipe, weights: Weights, prepared: Prepared, recipe_name: str, screen: Screen) -> None:
+def print_plan(
+    recipe: Recipe,
+    weights: Weights,
+    counted: tuple[int, int],
+    prepared: Prepared,
+    recipe_name: str,
+    screen: Screen,
+) -> None:
+    """Called by all ranks together; the main one prints."""
     plan, schedule, base = weights.run.plan, weights.run.schedule, weights.bare.bare
-    trainable, total = count_parameters(weights.bare)
+    trainable, total = counted
     device = weights.run.accelerator.device
     where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     rows = [
@@ -303,6 +344,8 @@ def print_plan(recipe: Recipe, weights: Weights, prepared: Prepared, recipe_name
         ("model", f"{recipe.model.base_model} ({type(base).__name__}), {base.config._attn_implementation} attention"),
         ("parameters", f"{trainable:,} trained of {total:,} ({trainable / total:.2%})"),
         ("precision", f"{plan.precision} on {where}; trained weights in fp32"),
+        ("engine", weights.run.engine.name),
+        ("each rank holds", _held_line(weights.run)),
         *_base_rows(base),
         ("rows", _rows_line(prepared)),
         ("global batch", plan.batch_equation),
@@ -314,6 +357,23 @@ def print_plan(recipe: Recipe, weights: Weights, prepared: Prepared, recipe_name
     for note in prepared.notes:
         screen.line(f"note: {note}")
     screen.line()
+
+
+def _held_line(run: Run) -> str:
+    """What the ranks hold between steps; the range over them where they differ."""
+    held = gather_object([run.engine.held()])
+
+    def span(values: list[int], unit: str) -> str:
+        low, high = min(values), max(values)
+        return f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}"
+
+    return ", ".join(
+        (
+            span([h.parameters for h in held], "parameters"),
+            span([h.optimizer for h in held], "updated by it"),
+            span([h.num_bytes for h in held], "bytes"),
+        )
+    )
 
 
 def _base_rows(base: "PreTrainedModel") -> list[tuple[str, str]]:

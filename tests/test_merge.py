@@ -123,8 +123,8 @@ def test_what_does_not_fit_is_refused_before_the_first_byte(
     with pytest.raises(ModelError, match="is neither a folder nor reachable on the hub"):
         merge_adapter(adapter, "nobody/nothing", target)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(ModelError, match="use_dora"):
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_bias": True}))
+    with pytest.raises(ModelError, match="lora_bias"):
         merge_adapter(adapter, str(tiny_model), target)
     assert not target.exists()
 

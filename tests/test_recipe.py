@@ -459,7 +459,7 @@ def test_an_alias_is_read_with_a_note_and_never_beside_its_key(
 
 ALIAS_VALUES = {
     "sequence_len": 512, "eval_strategy": "steps", "neftune_noise_alpha": 5.0, "overrides_of_model_config": {},
-    "gradient_checkpointing": True, "bnb_config_kwargs": {},
+    "gradient_checkpointing": True, "adam_epsilon": 1e-6, "bnb_config_kwargs": {},
 }  # fmt: skip
 
 
@@ -513,6 +513,8 @@ def _strategy(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
         return st.sampled_from(get_args(annotation))
     if get_origin(annotation) is tuple:
         return st.lists(_strategy(get_args(annotation)[0], []), min_size=least, max_size=3)
+    if get_origin(annotation) is dict:
+        return st.just({"zero_optimization": {"stage": 2}})
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return _fields(annotation)
     if annotation is bool:
@@ -601,11 +603,6 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("lora_target_modules", {"lora_target_modules": ["q"]}, {"lora_target_modules": ["q"], "adapter": "lora"}),
     ("lora_target_modules", {"adapter": "lora", "lora_target_modules": []}, {"adapter": "lora"}),
-    (
-        "lora_target_modules",
-        {"adapter": "lora", "lora_target_linear": True, "lora_target_modules": ["q"]},
-        {"adapter": "lora", "lora_target_linear": True},
-    ),
     ("val_set_size", {"val_set_size": 2.5}, {"val_set_size": 2.0}),
     (
         "val_set_size",
@@ -633,6 +630,21 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         "overwrite_output_dir",
         {"overwrite_output_dir": True, "resume_from_checkpoint": True},
         {"overwrite_output_dir": True},
+    ),
+    (
+        "peft_layers_to_transform",
+        {"adapter": "lora", "peft_layers_to_transform": []},
+        {"adapter": "lora", "peft_layers_to_transform": [0]},
+    ),
+    (
+        "lora_target_modules",
+        {"adapter": "lora", "lora_target_modules": "q_proj)"},
+        {"adapter": "lora", "lora_target_modules": ".*q_proj"},
+    ),
+    (
+        "unfrozen_parameters",
+        {"adapter": "lora", "unfrozen_parameters": ["lm_head"]},
+        {"unfrozen_parameters": ["lm_head"]},
     ),
 ]
 NEEDED = {"base_model": "org/model", "learning_rate": 1e-3, "datasets": [{"path": "org/data", "type": "alpaca"}]}
@@ -698,3 +710,22 @@ assert not heavy(), heavy()
 def test_a_misspelled_required_key_is_one_mistake(refusal: Callable[..., str]) -> None:
     message = refusal(BASE.replace("learning_rate", "learning_rat"))
     assert "1 mistake\n" in message and "Did you mean 'learning_rate'?" in message
+
+
+# --- secrets ---
+
+
+def test_a_secret_in_a_recipe_is_refused_and_not_repeated(refusal: Callable[..., str]) -> None:
+    for text in ("hub_token: hf_abc123\n", "wandb_api_key: 'hf_abc123'\n"):
+        message = refusal(BASE + text)
+        assert "secrets in a recipe" in message
+        assert "hf_abc123" not in message
+    assert "hf_abc123" not in refusal(BASE, "hub_token=hf_abc123")
+
+
+def test_credentials_in_an_address_are_not_saved(write: Callable[..., Path]) -> None:
+    text = BASE.replace("org/data", "https://me:pw123@host/rows.jsonl?sig=abc&v=1")
+    dumped = dump_recipe(load_recipe(write(text), check_files=False), "a copy")
+    assert "pw123" not in dumped
+    assert "abc" not in dumped
+    assert "https://***@host/rows.jsonl?sig=***&v=1" in dumped

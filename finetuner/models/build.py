@@ -1,5 +1,9 @@
 """Hugging Face causal language models, ready to train."""
 
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,15 +148,72 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def train_only(model: nn.Module, patterns: tuple[str, ...] | None) -> None:
+    """Freeze all parameters but those whose name begins as one of the regular expressions says; None freezes none.
+
+    Raises ModelError for an expression that no name matches.
+    """
+    if patterns is None:
+        return
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(re.match(pattern, name) for name in names):
+            raise ModelError(
+                f"unfrozen_parameters has '{pattern}', but no parameter's name begins like that.\n"
+                f"They look like: {', '.join(names[:3])}, ..., {names[-1]}. (A tied head has no name of its own.)"
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
+
+
 def train_in_fp32(model: nn.Module) -> None:
     """A step of AdamW at a small rate is below half a bf16 ulp of most weights: they would not move at all."""
     for parameter in trainable_parameters(model).values():
         parameter.data = parameter.data.float()
 
 
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """All weights to `dtype`, for storing: no step may follow."""
-    model.to(dtype=dtype)
+def write_model_folder(model: "PreTrainedModel", folder: Path, values: Mapping[str, torch.Tensor]) -> None:
+    """An ordinary model folder with `values` for its weights; of the model itself only the configs are used."""
+    model.save_pretrained(folder, state_dict=dict(values))
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    dtypes = {str(v.dtype).removeprefix("torch.") for v in values.values() if v.is_floating_point()}
+    if len(dtypes) == 1:
+        config["dtype"] = dtypes.pop()  # transformers wrote that of the live weights
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def empty_model(
+    base_model: str, *, dtype: torch.dtype, attention: tuple[str, ...], trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """As load_model, with arbitrary numbers for weights, for ranks that are handed theirs by another.
+
+    On Linux its memory is not occupied before it is written to, so a rank pays for its part alone.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+    first_choice, *others = attention
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=first_choice, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        if others and "attention" in str(error).lower():
+            return empty_model(base_model, dtype=dtype, attention=tuple(others), trust_remote_code=trust_remote_code)
+        raise
+    model.tie_weights()
+    parameters: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                new = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                module._parameters[name] = parameters.setdefault(id(parameter), new)  # what is tied stays tied
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    return model
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from finetuner.recipe.sections import (
     QuantizationSection,
     ScheduleSection,
     Section,
+    ShardingSection,
     TokenizerSection,
 )
 
@@ -30,6 +31,7 @@ class Recipe(Section):
     schedule: ScheduleSection
     optimizer: OptimizerSection
     precision: PrecisionSection
+    sharding: ShardingSection
     evaluation: EvaluationSection
     output: OutputSection
 
@@ -44,6 +46,7 @@ SECTIONS: dict[str, type[Section]] = {
     "schedule": ScheduleSection,
     "optimizer": OptimizerSection,
     "precision": PrecisionSection,
+    "sharding": ShardingSection,
     "evaluation": EvaluationSection,
     "output": OutputSection,
 }
@@ -57,11 +60,6 @@ assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values
 # What people write for capabilities that are not built yet: named, so that nobody wonders about the spelling.
 NOT_YET = {
     "chat_template": "chat templates other than the tokenizer's own",
-    "deepspeed": "DeepSpeed",
-    "fsdp": "FSDP",
-    "fsdp_config": "FSDP",
-    "lora_modules_to_save": "training whole modules beside an adapter",
-    "peft_use_dora": "DoRA",
     "pretraining_dataset": "streaming corpora",
     "rl": "preference and reinforcement learning",
     "sample_packing": "packing",

@@ -10,10 +10,11 @@ from finetuner.recipe.sections.data import DataSection, DatasetEntry
 from finetuner.recipe.sections.model import ModelSection, SpecialTokens, TokenizerSection
 from finetuner.recipe.sections.quantization import FourBitSection, QuantizationSection
 from finetuner.recipe.sections.running import EvaluationSection, OutputSection
+from finetuner.recipe.sections.sharding import FsdpConfig, ShardingSection
 from finetuner.recipe.sections.training import BatchSection, OptimizerSection, PrecisionSection, ScheduleSection
 
 __all__ = [
     "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "FourBitSection",
-    "ModelSection", "OptimizerSection", "OutputSection", "PrecisionSection", "QuantizationSection", "ScheduleSection",
-    "Section", "SpecialTokens", "TokenizerSection",
+    "FsdpConfig", "ModelSection", "OptimizerSection", "OutputSection", "PrecisionSection", "QuantizationSection",
+    "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection",
 ]  # fmt: skip
