@@ -103,6 +103,17 @@ def convert(
         typer.echo(f"{foreign}, a recipe of {result.tool}, is now {out}. Next: finetuner check {out}")
 
 
+@app.command()
+def data(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Prepare the dataset, so that training finds it ready."""
+    from finetuner.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    from finetuner import run
+
+    run.prepare_data(loaded, recipe)
+
+
 @app.command("import-gguf")
 def import_gguf(
     source: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that holds one.", show_default=False)],

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
 from finetuner import __version__
+from finetuner.assemble import DTYPES, build_model
 from finetuner.checkpoint import (
     checkpoint_folder,
     list_checkpoints,
@@ -21,37 +22,29 @@ from finetuner.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
-from finetuner.data.prepare import Prepared, prepare
+from finetuner.data.batches import Layout
+from finetuner.data.cache import prepare_once
+from finetuner.data.prepare import Prepared
+from finetuner.data.templates import chosen_template
 from finetuner.errors import CheckpointError, FinetunerError, ModelError
 from finetuner.export.merge import merge_adapter, require_same_base
-from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
     count_parameters,
-    embedding_rows,
-    empty_model,
-    grow_embeddings,
     length_notes,
-    load_model,
-    recompute_activations,
-    train_in_fp32,
-    train_only,
     trainable_parameters,
 )
-from finetuner.models.loss import TokenLoss, head_is_composable
+from finetuner.models.packing import wants_flat_packs
 from finetuner.models.quantized import (
     choose_format,
-    quantized_layers,
-    record_of,
     require_bitsandbytes,
-    require_same_record,
 )
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
-from finetuner.plan import Plan, Precision, Schedule
+from finetuner.plan import Plan
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.resume import check_resume, resume_facts
-from finetuner.sharding import FsdpPlan
+from finetuner.summary import print_plan, rows_line
 from finetuner.training.accelerator import build_accelerator, build_engine, leave_ranks, use_threads_and_matmuls
 from finetuner.training.loop import Events, Run, StepStats, TrainState
 from finetuner.training.loop import train as train_loop
@@ -71,8 +64,6 @@ from finetuner.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(loaded: Loaded, recipe_name: str) -> None:
@@ -104,10 +95,8 @@ def train(loaded: Loaded, recipe_name: str) -> None:
 
 
 def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: Screen) -> None:
-    vocabulary = load_tokenizer(recipe.tokenizer, recipe.model.base_model, recipe.model.trust_remote_code)
-    with screen.work("tokenising", "rows") as work:
-        prepared = prepare(recipe.data, vocabulary.tokenizer, plan.seed, work.at)
-    schedule = plan.schedule(recipe, len(prepared.train))
+    vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
+    schedule = plan.schedule(recipe, len(prepared.train_rows))
     if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
         require_bitsandbytes()
     attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
@@ -116,8 +105,8 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
 
     facts = resume_facts(
         flat_values(recipe),
-        num_rows=len(prepared.train),
-        rows_sha256=prepared.train.sha256,
+        num_rows=len(prepared.train_rows),
+        rows_sha256=prepared.train_rows.sha256,
         global_batch=plan.global_batch,
     )
     checkpoint = choose_checkpoint(recipe, accelerator, screen)
@@ -148,9 +137,11 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         ),
         plan=plan,
         schedule=schedule,
-        train_rows=prepared.train,
-        held_out_rows=prepared.held_out,
+        train_rows=prepared.train_rows,
+        held_out_rows=prepared.held_out_rows,
         max_grad_norm=recipe.optimizer.max_grad_norm,
+        layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
+        eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
     )
     parameters, token_ids = trainable_parameters(bare), special_ids(recipe, vocabulary.tokenizer)
     weights = Weights(run, bare, parameters, vocabulary.tokenizer, is_lora, token_ids)
@@ -172,6 +163,24 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     else:
         screen.line(f"done: the model is in {output_dir}")
     leave_ranks(accelerator)
+
+
+def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tuple[Vocabulary, Prepared]:
+    """The tokenizer with the recipe's chat template, and the documents that it makes of the rows."""
+    vocabulary = load_tokenizer(recipe.tokenizer, recipe.model.base_model, recipe.model.trust_remote_code)
+    tokenizer = vocabulary.tokenizer
+    tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)  # saved with the result
+    with screen.work("tokenising", "rows") as work:
+        return vocabulary, prepare_once(recipe.data, recipe.packing, tokenizer, seed, world, work.at)
+
+
+def layout_of(recipe: Recipe, model: "PreTrainedModel", *, packed: bool) -> Layout:
+    return Layout(
+        packed=packed,
+        flat=packed and wants_flat_packs(model),
+        pad_to=recipe.data.sequence_len if recipe.packing.pad_to_sequence_len else None,
+        by_length=recipe.packing.group_by_length,
+    )
 
 
 def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainState, screen: Screen) -> None:
@@ -217,72 +226,6 @@ def choose_checkpoint(recipe: Recipe, accelerator: Accelerator, screen: Screen) 
     return broadcast_object_list(chosen)[0]
 
 
-def build_model(
-    recipe: Recipe,
-    plan: Plan,
-    vocabulary: Vocabulary,
-    attention: tuple[str, ...],
-    checkpoint: Path | None,
-    accelerator: Accelerator,
-) -> TokenLoss:
-    """Base (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around both; on the CPU if an
-    engine takes them to the device in parts."""
-    full, config = recipe.adapter.adapter is None, recipe.sharding.fsdp_config
-    source = str(checkpoint) if full and checkpoint is not None else recipe.model.base_model
-    dtype = torch.float32 if full else DTYPES[plan.precision]
-    form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
-    # Ranks that are handed their part by the main one need no weights of their own; a quantised base each reads itself.
-    main_reads = isinstance(plan.engine, FsdpPlan) and plan.engine.main_rank_reads and form is None
-    handed = main_reads and not accelerator.is_main_process
-    trust = recipe.model.trust_remote_code
-    if handed:
-        model = empty_model(source, dtype=dtype, attention=attention, trust_remote_code=trust)
-    else:
-        model = load_model(
-            source,
-            dtype=dtype,
-            attention=attention,
-            trust_remote_code=trust,
-            form=form,
-            device=accelerator.device,
-        )
-    new_ids = ids_to_train(model, vocabulary)
-    grow_embeddings(model, len(vocabulary.tokenizer))
-    if plan.engine is None:
-        model.to(accelerator.device)
-        with accelerator.autocast():
-            composed = head_is_composable(model)
-    else:  # it may be larger than the device
-        composed = broadcast_object_list([not handed and head_is_composable(model)])[0]
-    if recipe.precision.gradient_checkpointing or (config is not None and config.activation_checkpointing):
-        recompute_activations(model)
-    if full:
-        train_only(model, recipe.adapter.unfrozen_parameters)
-        return TokenLoss(model, composed=composed)
-    adapted = add_lora(
-        model,
-        recipe.adapter,
-        base_model=recipe.model.base_model,
-        seed=plan.seed,
-        new_token_ids=new_ids,
-    )
-    train_in_fp32(adapted)
-    if checkpoint is not None:
-        require_same_record(checkpoint, record_of(model))
-        read_adapter(adapted, checkpoint)
-    elif recipe.adapter.lora_model_dir is not None:
-        require_same_base(Path(recipe.adapter.lora_model_dir), recipe.model.base_model)
-        start_from_adapter(adapted, Path(recipe.adapter.lora_model_dir))
-    return TokenLoss(adapted, composed=composed)
-
-
-def ids_to_train(model: "PreTrainedModel", vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Tokens that the base model has never seen: added by the recipe, or beyond the base's embedding rows because the
-    tokenizer is another one."""
-    known = len(vocabulary.tokenizer) - len(vocabulary.new_ids)
-    return tuple(range(min(known, embedding_rows(model)), len(vocabulary.tokenizer)))
-
-
 def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     """Role -> id of the special tokens that the recipe names, such as {"eos_token_id": 2}."""
     named = recipe.tokenizer.special_tokens.model_dump(exclude_none=True)
@@ -326,81 +269,21 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
         return train_loop(run, state, events)
 
 
-def print_plan(
-    recipe: Recipe,
-    weights: Weights,
-    counted: tuple[int, int],
-    prepared: Prepared,
-    recipe_name: str,
-    screen: Screen,
-) -> None:
-    """Called by all ranks together; the main one prints."""
-    plan, schedule, base = weights.run.plan, weights.run.schedule, weights.bare.bare
-    trainable, total = counted
-    device = weights.run.accelerator.device
-    where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-    rows = [
-        ("recipe", recipe_name),
-        ("model", f"{recipe.model.base_model} ({type(base).__name__}), {base.config._attn_implementation} attention"),
-        ("parameters", f"{trainable:,} trained of {total:,} ({trainable / total:.2%})"),
-        ("precision", f"{plan.precision} on {where}; trained weights in fp32"),
-        ("engine", weights.run.engine.name),
-        ("each rank holds", _held_line(weights.run)),
-        *_base_rows(base),
-        ("rows", _rows_line(prepared)),
-        ("global batch", plan.batch_equation),
-        ("steps", _steps_line(schedule)),
-        ("learning rate", _rate_line(schedule)),
-        ("output", recipe.output.output_dir),
-    ]
-    screen.table(rows)
-    for note in prepared.notes:
+def prepare_data(loaded: Loaded, recipe_name: str) -> None:
+    """Prepare the recipe's rows, so that training finds them ready. Raises FinetunerError."""
+    recipe, screen = loaded.recipe, Screen(speaks=True)
+    for note in loaded.notes:
         screen.line(f"note: {note}")
-    screen.line()
-
-
-def _held_line(run: Run) -> str:
-    """What the ranks hold between steps; the range over them where they differ."""
-    held = gather_object([run.engine.held()])
-
-    def span(values: list[int], unit: str) -> str:
-        low, high = min(values), max(values)
-        return f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}"
-
-    return ", ".join(
-        (
-            span([h.parameters for h in held], "parameters"),
-            span([h.optimizer for h in held], "updated by it"),
-            span([h.num_bytes for h in held], "bytes"),
-        )
-    )
-
-
-def _base_rows(base: "PreTrainedModel") -> list[tuple[str, str]]:
-    """How a quantised base is held, and how many bytes it takes."""
-    record = record_of(base)
-    if record is None:
-        return []
-    held = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
-    layers = quantized_layers(base).values()
-    share = sum(layer.in_features * layer.out_features for layer in layers) / count_parameters(base)[1]
-    of = f"{len(record.modules)} linear layers, {share:.1%} of the weights"
-    return [("base", f"{record.format}: {of}; {held / 1e6:,.1f} MB in all")]
-
-
-def _rows_line(prepared: Prepared) -> str:
-    store = prepared.train
-    line = f"{len(store):,} to train on ({store.num_tokens:,} tokens, {store.num_trained:,} trained)"
-    return line + (f", {len(prepared.held_out):,} held out" if len(prepared.held_out) else "")
-
-
-def _steps_line(schedule: Schedule) -> str:
-    epochs = schedule.epoch_at(schedule.total_steps)
-    return f"{schedule.total_steps:,} = {epochs:.4g} epochs of {schedule.steps_per_epoch:,}"
-
-
-def _rate_line(schedule: Schedule) -> str:
-    return f"{schedule.peak_lr:g}, {schedule.shape}, {schedule.warmup_steps} warmup steps"
+    quiet_libraries(screen)
+    _, prepared = prepare_rows(recipe, World(), recipe.output.seed, screen)
+    rows = [("recipe", recipe_name), ("rows", rows_line(prepared)), ("longest", f"{prepared.train.longest:,} tokens")]
+    screen.table(rows)
+    for line in prepared.notes:
+        screen.line(f"note: {line}")
+    if prepared.listed is not None:
+        if prepared.counts:
+            screen.line(f"note: these rows are listed in {prepared.listed}")
+        screen.line(f"done: {prepared.listed.parent}")
 
 
 def merge(loaded: Loaded, recipe_name: str) -> None:

@@ -10,6 +10,7 @@ from finetuner.recipe.sections import (
     ModelSection,
     OptimizerSection,
     OutputSection,
+    PackingSection,
     PrecisionSection,
     QuantizationSection,
     ScheduleSection,
@@ -25,6 +26,7 @@ class Recipe(Section):
     model: ModelSection
     tokenizer: TokenizerSection
     data: DataSection
+    packing: PackingSection
     adapter: AdapterSection
     quantization: QuantizationSection
     batch: BatchSection
@@ -40,6 +42,7 @@ SECTIONS: dict[str, type[Section]] = {
     "model": ModelSection,
     "tokenizer": TokenizerSection,
     "data": DataSection,
+    "packing": PackingSection,
     "adapter": AdapterSection,
     "quantization": QuantizationSection,
     "batch": BatchSection,
@@ -59,10 +62,8 @@ assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values
 
 # What people write for capabilities that are not built yet: named, so that nobody wonders about the spelling.
 NOT_YET = {
-    "chat_template": "chat templates other than the tokenizer's own",
     "pretraining_dataset": "streaming corpora",
     "rl": "preference and reinforcement learning",
-    "sample_packing": "packing",
     "torch_compile": "compilation",
     "wandb_project": "experiment trackers",
 }

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetuner.data.batches import evaluation_batches, step_batches
+from finetuner.data.batches import Batch, Layout, evaluation_batches, step_batches
 from finetuner.data.order import mix
-from finetuner.data.tokens import TokenStore
+from finetuner.data.tokens import Rows
 from finetuner.errors import TrainingError
 from finetuner.plan import Plan, Schedule
 from finetuner.training.engine import Engine
@@ -41,9 +41,11 @@ class Run:
     engine: Engine
     plan: Plan
     schedule: Schedule
-    train_rows: TokenStore
-    held_out_rows: TokenStore
+    train_rows: Rows
+    held_out_rows: Rows
     max_grad_norm: float
+    layout: Layout
+    eval_layout: Layout
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def train_step(run: Run, step: int) -> StepStats:
     engine.set_learning_rate(lr)
     # Dropout is a function of (seed, step, rank), so that a resumed run needs no generator's state.
     torch.manual_seed(mix(plan.seed, step, plan.rank) >> 1)
-    group = [b.to(accelerator.device) for b in step_batches(run.train_rows, plan, run.schedule, step)]
+    group = [b.to(accelerator.device) for b in step_batches(run.train_rows, plan, run.schedule, step, run.layout)]
     counts = torch.tensor(
         [sum(b.num_trained for b in group), sum(b.num_tokens for b in group)], device=accelerator.device
     )
@@ -122,12 +124,17 @@ def train_step(run: Run, step: int) -> StepStats:
     total = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(group, 1):
         with engine.micro_batch(last=i == len(group)):
-            loss = engine.module(batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
+            loss = loss_of(engine.module, batch)
             engine.backward(loss * scale)
         total += loss.detach()
     loss_sum = float(accelerator.reduce(total, "sum"))  # makes a GPU's queue run dry, as the norm does, once a step
     grad_norm, updated = engine.update(run.max_grad_norm, loss_is_finite=math.isfinite(loss_sum))
     return StepStats(loss_sum / num_tokens, grad_norm, lr, num_tokens, input_tokens, updated=updated)
+
+
+def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Summed loss of a batch; `model` is a TokenLoss, prepared."""
+    return model(batch.input_ids, batch.attention_mask, batch.positions, batch.targets, batch.position_ids)
 
 
 @torch.no_grad()
@@ -137,9 +144,9 @@ def evaluate(run: Run, progress: Callable[[int], None] = lambda rows: None) -> t
     total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     count = 0
     with _evaluating(run.engine.module):
-        for host_batch in evaluation_batches(run.held_out_rows, run.plan):
+        for host_batch in evaluation_batches(run.held_out_rows, run.plan, run.eval_layout):
             batch = host_batch.to(device)
-            total += run.engine.module(batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
+            total += loss_of(run.engine.module, batch)
             count += batch.num_trained
             progress(len(batch.input_ids))
     sums = run.accelerator.reduce(torch.stack([total, torch.full_like(total, count)]), "sum")
