@@ -191,7 +191,7 @@ def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainSt
     for folder in set_aside_after(output_dir, state.step):
         screen.line(f"note: {folder} is of steps that this run takes anew; delete it if you do not need it")
     require_space(output_dir, checkpoint_bytes(num_trained), (keep or 1) + 1)
-    result_mark(output_dir, recipe.adapter.adapter == "lora").unlink(missing_ok=True)
+    result_mark(output_dir, recipe.adapter.adapter is not None).unlink(missing_ok=True)
     copy = output_dir / "recipe.yml"
     if copy.resolve() != Path(recipe_name).resolve():
         heading = f"{Path(recipe_name).name} as finetuner {__version__} understood it"
@@ -314,6 +314,10 @@ def merge(loaded: Loaded, recipe_name: str) -> None:
         f"merged {merged.num_merged} of {merged.num_tensors} tensors ({merged.num_bytes / 1e6:,.0f} MB) in "
         f"{duration(merged.seconds)}"
     )
+    if merged.num_dequantised:
+        screen.line(
+            f"{merged.num_dequantised} tensors rounded as the quantised base was that the adapter was trained on"
+        )
     screen.line(f"done: {merged.folder}")
 
 

@@ -28,7 +28,7 @@ class Change(Protocol):
 
     @abstractmethod
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """In fp32, rounded once at the end to the base's number format."""
+        """In fp32, rounded once at the end to the number format of `weight`."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ def read_changes(adapter: Path, base_names: set[str]) -> dict[str, Change]:
     for key, tensor in tensors.items():
         module, kind = _split_key(key, config)
         if kind in LORA_PARTS:
-            name = _base_name(f"{module}.weight", key, base_names)
+            name = base_name(f"{module}.weight", key, base_names)
             parts.setdefault(name, {})[kind] = tensor
         elif kind == TOKEN_ROWS:
             ids = tuple(config["trainable_token_indices"][module.rpartition(".")[2]])
-            changes[_base_name(f"{module}.weight", key, base_names)] = Rows(tensor, ids)
+            changes[base_name(f"{module}.weight", key, base_names)] = Rows(tensor, ids)
         elif not _is_tied_copy(module, tensor, tensors, base_names):
-            changes[_base_name(module, key, base_names)] = Whole(tensor)
+            changes[base_name(module, key, base_names)] = Whole(tensor)
     for name, part in parts.items():
         wanted = LORA_PARTS if config.get("use_dora") else LORA_PARTS[:2]
         missing = [kind for kind in wanted if kind not in part]
@@ -168,7 +168,8 @@ def _is_tied_copy(name: str, tensor: torch.Tensor, tensors: dict[str, torch.Tens
     )
 
 
-def _base_name(name: str, key: str, base_names: set[str]) -> str:
+def base_name(name: str, key: str, base_names: set[str]) -> str:
+    """The tensor of the base that `key` of the adapter is about. Raises ModelError if it has none."""
     # Files saved from the model without its head (older GPT-2, for one) leave out the first part of the name.
     for candidate in (name, name.partition(".")[2]):
         if candidate in base_names:

@@ -1,4 +1,8 @@
-"""An adapter into its base, tensor by tensor: memory for a few tensors, whatever the model's size."""
+"""An adapter into its base, tensor by tensor: memory for a few tensors, whatever the model's size.
+
+An adapter that was trained on a base in 4 or 8 bits corrects that base's rounding too. Modules that were quantised then
+go through the same round trip before the adapter is added, so that the merged model is the one that was trained.
+"""
 
 import hashlib
 import json
@@ -14,8 +18,9 @@ from safetensors import safe_open
 
 from finetuner.checkpoint import written_aside
 from finetuner.errors import ModelError
-from finetuner.export.changes import Change, read_changes
+from finetuner.export.changes import Change, base_name, read_changes
 from finetuner.export.safetensors_stream import TensorInfo, read_header, write_stream
+from finetuner.models.quantized import RECORD, Record, read_record, require_bitsandbytes, seen_in_training
 
 Report = Callable[[int, int], None]  # MB done, MB in all
 
@@ -36,6 +41,7 @@ class Merged:
     folder: Path
     num_merged: int
     num_tensors: int
+    num_dequantised: int
     num_bytes: int
     seconds: float
 
@@ -74,7 +80,9 @@ def merge_adapter(
     shards = {path: read_header(path) for path in weight_files(base)}
     if "quantization_config" in json.loads((base / "config.json").read_text()):
         raise ModelError(f"the base model '{base}' is quantised; an adapter is merged into full weights. Name those.")
-    changes = read_changes(adapter, {name for infos in shards.values() for name in infos})
+    base_names = {name for infos in shards.values() for name in infos}
+    changes = read_changes(adapter, base_names)
+    quantised = read_quantised(adapter, base_names)
     after = {
         path: {
             name: replace(info, shape=changes[name].shape_after(name, info.shape)) if name in changes else info
@@ -97,7 +105,7 @@ def merge_adapter(
 
             def counted(path: Path = path, infos: dict[str, TensorInfo] = infos) -> Iterator[tuple[str, torch.Tensor]]:
                 nonlocal done
-                for name, tensor in merged_tensors(path, infos, changes):
+                for name, tensor in merged_tensors(path, infos, changes, quantised):
                     yield name, tensor
                     done += infos[name].num_bytes
                     report(done // 1_000_000, num_bytes // 1_000_000)
@@ -105,17 +113,27 @@ def merge_adapter(
             write_stream(aside / path.name, infos, counted())
         _write_beside(base, adapter, aside, after, num_bytes, max(grown, default=None), token_ids or {})
     num_tensors = sum(len(infos) for infos in shards.values())
-    return Merged(output, len(changes), num_tensors, num_bytes, time.monotonic() - started)
+    return Merged(output, len(changes), num_tensors, len(quantised), num_bytes, time.monotonic() - started)
 
 
 def merged_tensors(
-    path: Path, infos: dict[str, TensorInfo], changes: dict[str, Change]
+    path: Path, infos: dict[str, TensorInfo], changes: dict[str, Change], quantised: dict[str, Record]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of one file, changed where the adapter says so; one in memory at a time."""
     with safe_open(str(path), framework="pt") as file:
         for name in infos:
             weight = file.get_tensor(name)
-            yield name, changes[name].apply(weight) if name in changes else weight
+            seen = seen_in_training(weight, quantised[name]) if name in quantised else weight
+            yield name, (changes[name].apply(seen) if name in changes else seen).to(weight.dtype)
+
+
+def read_quantised(adapter: Path, base_names: set[str]) -> dict[str, Record]:
+    """Base tensor -> how it was kept while the adapter was trained, for those that were quantised."""
+    record = read_record(adapter)
+    if record is None:
+        return {}
+    require_bitsandbytes()
+    return {base_name(f"{module}.weight", f"{module} of {RECORD}", base_names): record for module in record.modules}
 
 
 def find_base(base_model: str) -> Path:

@@ -293,6 +293,20 @@ def read_record(folder: Path) -> Record | None:
         raise ModelError(f"'{folder / RECORD}' cannot be read ({error}). Fetch the adapter again.") from error
 
 
+def seen_in_training(weight: torch.Tensor, record: Record) -> torch.Tensor:
+    """`weight` (out, in), quantised and read back as the products of the training run saw it, in fp32.
+
+    Bit for bit on the kind of device that the run quantised on; kernels of another kind may take the other one of two
+    levels that are equally near.
+    """
+    form, weight = record.format, weight.to(record.format.dtype)
+    if form.kind != "int8":
+        return FourBitLinear.quantize(weight, form).dequantized().to(form.compute_dtype).float()
+    functional = require_bitsandbytes().functional
+    codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+    return functional.int8_vectorwise_dequant(codes, scales).to(form.compute_dtype).float()
+
+
 def require_same_record(folder: Path, record: Record | None) -> None:
     """Raises CheckpointError unless the checkpoint's adapter was trained on a base that was kept in the same way."""
     saved = read_record(folder)
