@@ -259,6 +259,8 @@ def refuse_another_launch_config(
             ("fsdp_reshard_after_forward", engine.reshard_after_forward),
             ("fsdp_state_dict_type", "SHARDED_STATE_DICT" if engine.sharded_checkpoints else "FULL_STATE_DICT"),
             ("fsdp_transformer_layer_cls_to_wrap", ",".join(engine.layer_classes) or None),
+            ("dp_replicate_size", str(engine.num_replicas)),
+            ("dp_shard_size", str(engine.num_shards)),
         ):
             shown = str(value).lower() if isinstance(value, bool) else value
             if value is not None and there.get(key, shown) != shown:

@@ -18,6 +18,8 @@ FSDP_SETTINGS = {
     "FSDP_RESHARD_AFTER_FORWARD": "fsdp_reshard_after_forward",
     "FSDP_STATE_DICT_TYPE": "fsdp_state_dict_type",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "fsdp_transformer_layer_cls_to_wrap",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "dp_replicate_size",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "dp_shard_size",
 }
 DEEPSPEED_SETTINGS = {
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
@@ -113,7 +115,7 @@ def read_launch(env: Mapping[str, str]) -> Launch:
 def take_engine_from_launcher() -> None:
     """Accelerate would build the launch configuration's engine by itself; here the recipe's is built, and the two were
     found to agree."""
-    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         os.environ.pop(name, None)
 
 

@@ -76,7 +76,7 @@ class ZeroEngine:
 
     def whole(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         from deepspeed.utils import safe_get_full_fp32_param
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         out: Tensors = {}
         for name, tensor in tensors.items():
@@ -95,14 +95,12 @@ class ZeroEngine:
             out[name] = tensor.to("cpu", copy=True).contiguous()
 
     def optimizer_state(self, parameters: Mapping[str, nn.Parameter]) -> Tensors:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         out: Tensors = {}
         for name, parameter in parameters.items():
             state = self.optimizer.state[self._flat(parameter)]
             for key, value in state.items():
                 spread = value.numel() > 1
-                self._keep(out, f"{name}::{key}", safe_get_full_optimizer_state(parameter, key) if spread else value)
+                self._keep(out, f"{name}::{key}", self._whole_state(parameter, key) if spread else value)
         return out
 
     def load_optimizer_state(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -140,6 +138,21 @@ class ZeroEngine:
     def _position(self, parameter: nn.Parameter) -> tuple[int, int, int]:
         optimizer = self.module.optimizer
         return optimizer.grad_position[optimizer.get_param_id(parameter)]
+
+    def _whole_state(self, parameter: nn.Parameter, state_name: str) -> torch.Tensor:
+        if self.plan.stage == 3:
+            from deepspeed.utils import safe_get_full_optimizer_state
+
+            return safe_get_full_optimizer_state(parameter, state_name)
+        # DeepSpeed's function for stages 1 and 2 knows the states only of some optimizers
+        whole = torch.zeros(parameter.numel(), device=self.accelerator.device)
+        fragment: Any = parameter
+        if fragment._hp_mapping is not None:
+            there, here = fragment._hp_mapping.hp_fragment_address, fragment._hp_mapping.lp_fragment_address
+            state = self.optimizer.state[self._flat(parameter)][state_name]
+            whole.narrow(0, here.start, here.numel).copy_(state.narrow(0, there.start, there.numel))
+        distributed.all_reduce(whole)
+        return whole.reshape(parameter.shape)
 
     @torch.no_grad()
     def _write_part(self, parameter: nn.Parameter, value: torch.Tensor, state_name: str | None) -> None:
