@@ -17,8 +17,10 @@ MUST_MATCH = (
 # These have no part in what is learned; micro-batches and ranks are compared through the global batch.
 NO_MATTER = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "saves_per_epoch", "save_total_limit",
-    "logging_steps", "eval_steps", "evals_per_epoch", "eval_on_start", "eval_batch_size", "micro_batch_size",
-    "gradient_accumulation_steps", "trust_remote_code",
+    "logging_steps", "eval_steps", "evals_per_epoch", "eval_on_start", "eval_strategy", "save_strategy",
+    "save_first_step", "save_only_model", "max_skipped_steps", "loss_watchdog_threshold", "loss_watchdog_patience",
+    "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end", "eval_batch_size",
+    "micro_batch_size", "gradient_accumulation_steps", "trust_remote_code",
 )  # fmt: skip
 
 

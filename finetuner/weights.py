@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetuner.checkpoint import written_aside
-from finetuner.models.adapter import write_adapter
+from finetuner.checkpoint import checkpoint_folder, damage, written_aside
+from finetuner.errors import CheckpointError
+from finetuner.models.adapter import read_adapter, write_adapter
 from finetuner.models.build import cast_weights, use_token_ids
 from finetuner.models.loss import TokenLoss
 from finetuner.output import move_into
@@ -73,6 +74,22 @@ def write_result(weights: Weights, output_dir: Path, dtype: torch.dtype) -> None
         write_model(weights, aside)
     move_into(output_dir / "final.tmp", output_dir, last=result_mark(output_dir, weights.is_lora).name)
     (output_dir / "final.tmp").rmdir()
+
+
+def read_best(weights: Weights, output_dir: Path, step: int) -> None:
+    """Take over the weights that the checkpoint of `step` has. Raises CheckpointError if it is damaged or gone."""
+    folder = checkpoint_folder(output_dir, step)
+    wrong = damage(folder)
+    if wrong:
+        raise CheckpointError(
+            f"the best weights, of step {step}, cannot be read from {folder}: {wrong}.\n"
+            "To take the last ones instead: resume_from_checkpoint=true load_best_model_at_end=false"
+        )
+    model: Any = weights.bare.model
+    if weights.is_lora:
+        read_adapter(model, folder)
+    else:
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
 
 
 def result_mark(output_dir: Path, is_lora: bool) -> Path:

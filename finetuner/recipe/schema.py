@@ -7,6 +7,7 @@ from finetuner.recipe.sections import (
     BatchSection,
     DataSection,
     EvaluationSection,
+    GuardSection,
     ModelSection,
     OptimizerSection,
     OutputSection,
@@ -29,6 +30,7 @@ class Recipe(Section):
     optimizer: OptimizerSection
     precision: PrecisionSection
     evaluation: EvaluationSection
+    guards: GuardSection
     output: OutputSection
 
 
@@ -42,6 +44,7 @@ SECTIONS: dict[str, type[Section]] = {
     "optimizer": OptimizerSection,
     "precision": PrecisionSection,
     "evaluation": EvaluationSection,
+    "guards": GuardSection,
     "output": OutputSection,
 }
 

@@ -83,7 +83,9 @@ class Translation:
             if name in PLUGINS:
                 self.notes.append(Note((str(name).rpartition(".")[2],), f"without effect: {PLUGINS[name]}", origin))
             else:
-                message = f"the plugin '{name}' is not supported yet: plugins of other tools are not run here. Remove it."
+                message = (
+                    f"the plugin '{name}' is not supported yet: plugins of other tools are not run here. Remove it."
+                )
                 place = self.document.origin(("plugins", i))
                 self.document.problems.append(Problem(message + did_you_mean(str(name), PLUGINS), place))
 

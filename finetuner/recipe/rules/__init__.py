@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finetuner.recipe.rules import adapter, data, training
+from finetuner.recipe.rules import adapter, data, guards, training
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.rules.files import DATA_SUFFIXES, file_findings, looks_local
 
 __all__ = ["DATA_SUFFIXES", "RULES", "Finding", "file_findings", "given_findings", "looks_local", "rule_findings"]
 
-RULES: tuple[Rule, ...] = (*training.RULES, *adapter.RULES, *data.RULES)
+RULES: tuple[Rule, ...] = (*training.RULES, *adapter.RULES, *data.RULES, *guards.RULES)
 
 
 def rule_findings(values: Values) -> Iterator[Finding]:

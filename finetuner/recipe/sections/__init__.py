@@ -7,12 +7,13 @@ strict (the text "4" is not the number 4).
 from finetuner.recipe.sections.adapter import AdapterSection
 from finetuner.recipe.sections.base import Section
 from finetuner.recipe.sections.data import DataSection, DatasetEntry
+from finetuner.recipe.sections.guards import GuardSection
 from finetuner.recipe.sections.model import ModelSection, SpecialTokens, TokenizerSection
 from finetuner.recipe.sections.running import EvaluationSection, OutputSection
 from finetuner.recipe.sections.training import BatchSection, OptimizerSection, PrecisionSection, ScheduleSection
 
 __all__ = [
-    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "ModelSection",
-    "OptimizerSection", "OutputSection", "PrecisionSection", "ScheduleSection", "Section", "SpecialTokens",
-    "TokenizerSection",
+    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "GuardSection",
+    "ModelSection", "OptimizerSection", "OutputSection", "PrecisionSection", "ScheduleSection", "Section",
+    "SpecialTokens", "TokenizerSection",
 ]  # fmt: skip
