@@ -11,9 +11,8 @@ from typing import Literal
 from finetuner.errors import PlanError
 from finetuner.recipe import Recipe
 from finetuner.recipe.sections import EvaluationSection, OutputSection, PrecisionSection, ScheduleSection
+from finetuner.sharding import EnginePlan, Precision, plan_engine
 from finetuner.world import World
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,8 @@ class Plan:
     eval_batch: int
     precision: Precision
     seed: int
+    engine: EnginePlan = None
+    engine_notes: tuple[str, ...] = ()
 
     @property
     def global_batch(self) -> int:
@@ -43,14 +44,25 @@ class Plan:
     def from_recipe(cls, recipe: Recipe, world: World) -> "Plan":
         """Raises PlanError if this world cannot do what the recipe asks for."""
         batch = recipe.batch
+        precision = choose_precision(recipe.precision, world)
+        engine, notes = plan_engine(
+            recipe.sharding,
+            world,
+            precision=precision,
+            micro_batch=batch.micro_batch_size,
+            grad_accum=batch.gradient_accumulation_steps,
+            max_grad_norm=recipe.optimizer.max_grad_norm,
+        )
         return cls(
             data_parallel=world.size,
             rank=world.rank,
             micro_batch=batch.micro_batch_size,
             grad_accum=batch.gradient_accumulation_steps,
             eval_batch=batch.eval_batch_size or batch.micro_batch_size,
-            precision=choose_precision(recipe.precision, world),
+            precision=precision,
             seed=recipe.output.seed,
+            engine=engine,
+            engine_notes=notes,
         )
 
     def schedule(self, recipe: Recipe, num_rows: int) -> "Schedule":

@@ -11,7 +11,7 @@ MUST_MATCH = (
     "excess_length_strategy", "train_on_inputs", "adapter", "lora_r", "lora_alpha", "lora_target_linear",
     "lora_target_modules", "lora_modules_to_save", "lora_fan_in_fan_out", "lora_model_dir", "peft_use_rslora",
     "peft_use_dora", "peft_init_lora_weights", "peft_layers_to_transform", "peft_layers_pattern",
-    "unfrozen_parameters", "seed",
+    "unfrozen_parameters", "load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "seed",
 )  # fmt: skip
 
 # These have no part in what is learned; micro-batches and ranks are compared through the global batch.
@@ -21,6 +21,7 @@ NO_MATTER = (
     "save_first_step", "save_only_model", "max_skipped_steps", "loss_watchdog_threshold", "loss_watchdog_patience",
     "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end", "eval_batch_size",
     "micro_batch_size", "gradient_accumulation_steps", "trust_remote_code",
+    "fsdp", "fsdp_config", "fsdp_version", "deepspeed", "dp_replicate_size", "dp_shard_size",
 )  # fmt: skip
 
 

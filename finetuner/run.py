@@ -1,15 +1,18 @@
 """The composition root: one function per command, each builds the parts in order and hands them on."""
 
+import logging
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from finetuner import __version__
+from finetuner.assembly import DTYPES, build_model
 from finetuner.checkpoint import (
     checkpoint_folder,
     list_checkpoints,
@@ -23,27 +26,25 @@ from finetuner.checkpoint import (
 from finetuner.data.prepare import Prepared, prepare
 from finetuner.errors import CheckpointError, FinetunerError, ModelError, PreemptedError
 from finetuner.export.merge import merge_adapter, require_same_base
-from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
     count_parameters,
-    embedding_rows,
-    grow_embeddings,
     length_notes,
-    load_model,
-    recompute_activations,
-    train_in_fp32,
-    train_only,
     trainable_parameters,
 )
-from finetuner.models.loss import TokenLoss, head_is_composable
-from finetuner.models.tokenizer import Vocabulary, load_tokenizer
+from finetuner.models.quantized import (
+    choose_format,
+    quantized_layers,
+    record_of,
+    require_bitsandbytes,
+)
+from finetuner.models.tokenizer import load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
-from finetuner.plan import Plan, Precision, Schedule
+from finetuner.plan import Plan, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.recipe.sections import GuardSection
 from finetuner.resume import check_resume, resume_facts
-from finetuner.training.accelerator import build_accelerator, use_threads_and_matmuls
+from finetuner.training.accelerator import build_accelerator, build_engine, leave_ranks, use_threads_and_matmuls
 from finetuner.training.guards import Guards
 from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
@@ -55,9 +56,10 @@ from finetuner.training.stopping import stop_wishes
 from finetuner.weights import (
     Weights,
     checkpoint_bytes,
-    read_best,
+    gather,
     read_optimizer,
     result_mark,
+    write_best,
     write_checkpoint,
     write_model,
     write_result,
@@ -66,8 +68,6 @@ from finetuner.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(loaded: Loaded, recipe_name: str) -> None:
@@ -78,6 +78,8 @@ def train(loaded: Loaded, recipe_name: str) -> None:
     for note in loaded.notes:
         screen.line(f"note: {note}")
     plan = Plan.from_recipe(recipe, world)
+    for engine_note in plan.engine_notes:
+        screen.line(f"note: {engine_note}")
     quiet_libraries(screen)
     use_threads_and_matmuls(world, recipe.precision.tf32)
     if not world.is_main:
@@ -102,9 +104,11 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     with screen.work("tokenising", "rows") as work:
         prepared = prepare(recipe.data, vocabulary.tokenizer, plan.seed, work.at)
     schedule = plan.schedule(recipe, len(prepared.train))
+    if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
+        require_bitsandbytes()
     attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
     accelerator = build_accelerator(plan, world)
-    output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter == "lora"
+    output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter is not None
 
     facts = resume_facts(
         flat_values(recipe),
@@ -133,12 +137,16 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     bare = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator)
     for note in length_notes(bare.bare, prepared.train.longest):
         screen.line(f"note: {note}")
-    module = accelerator.prepare(bare)
-    parameters = trainable_parameters(bare)
+    counted = count_parameters(bare)
     run = Run(
         accelerator=accelerator,
-        model=module,
-        optimizer=accelerator.prepare(build_optimizer(parameters, recipe.optimizer)),
+        engine=build_engine(
+            accelerator,
+            bare,
+            plan,
+            full=not is_lora,
+            make_optimizer=lambda: build_optimizer(trainable_parameters(bare), recipe.optimizer),
+        ),
         plan=plan,
         schedule=schedule,
         train_rows=prepared.train,
@@ -146,18 +154,19 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         max_grad_norm=recipe.optimizer.max_grad_norm,
         guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
     )
-    weights = Weights(run, bare, parameters, vocabulary.tokenizer, is_lora, special_ids(recipe, vocabulary.tokenizer))
+    parameters, token_ids = trainable_parameters(bare), special_ids(recipe, vocabulary.tokenizer)
+    weights = Weights(run, bare, parameters, vocabulary.tokenizer, is_lora, token_ids)
     if checkpoint is not None:
         read_optimizer(weights, checkpoint)
         screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
-    print_plan(recipe, weights, prepared, recipe_name, screen)
+    print_plan(recipe, weights, counted, prepared, recipe_name, screen)
     if accelerator.is_main_process:
-        make_room(recipe, recipe_name, weights, state, screen)
+        make_room(recipe, recipe_name, counted[0], state, screen)
     state = fit(recipe, weights, facts, state, screen)
-    if accelerator.is_main_process:
-        say_how_it_ended(recipe.guards, state, schedule.total_steps, screen)
-        if recipe.guards.load_best_model_at_end and state.best_step not in (None, state.step):
-            read_best(weights, output_dir, state.best_step)
+    say_how_it_ended(recipe.guards, state, schedule.total_steps, screen)
+    if recipe.guards.load_best_model_at_end and state.best_step not in (None, state.step):
+        write_best(weights, output_dir, DTYPES[plan.precision], state.best_step or 0)
+    else:
         write_result(weights, output_dir, DTYPES[plan.precision])
     accelerator.wait_for_everyone()
     if is_lora:
@@ -168,19 +177,19 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         screen.line(f"merge it into the base: python -m finetuner.merge {recipe_name}")
     else:
         screen.line(f"done: the model is in {output_dir}")
-    accelerator.end_training()
+    leave_ranks(accelerator)
 
 
-def make_room(recipe: Recipe, recipe_name: str, weights: Weights, state: TrainState, screen: Screen) -> None:
+def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainState, screen: Screen) -> None:
     """What is removed or replaced in output_dir goes now, when nothing can be wrong with the input any more."""
     output_dir, keep = Path(recipe.output.output_dir), recipe.output.save_total_limit
     if recipe.output.overwrite_output_dir:
         remove_run_files(output_dir, keep=Path(recipe_name))
     for folder in set_aside_after(output_dir, state.step):
         screen.line(f"note: {folder} is of steps that this run takes anew; delete it if you do not need it")
-    count = (keep or 1) + 1 + weights.run.guards.saves_best
-    require_space(output_dir, checkpoint_bytes(weights.parameters), count)
-    result_mark(output_dir, weights.is_lora).unlink(missing_ok=True)
+    count = (keep or 1) + 1 + (recipe.guards.load_best_model_at_end or recipe.output.save_strategy == "best")
+    require_space(output_dir, checkpoint_bytes(num_trained), count)
+    result_mark(output_dir, recipe.adapter.adapter is not None).unlink(missing_ok=True)
     copy = output_dir / "recipe.yml"
     if copy.resolve() != Path(recipe_name).resolve():
         heading = f"{Path(recipe_name).name} as finetuner {__version__} understood it"
@@ -215,56 +224,6 @@ def choose_checkpoint(recipe: Recipe, accelerator: Accelerator, screen: Screen) 
     return broadcast_object_list(chosen)[0]
 
 
-def build_model(
-    recipe: Recipe,
-    plan: Plan,
-    vocabulary: Vocabulary,
-    attention: tuple[str, ...],
-    checkpoint: Path | None,
-    accelerator: Accelerator,
-) -> TokenLoss:
-    """Base (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around both, on the device."""
-    full = recipe.adapter.adapter is None
-    source = str(checkpoint) if full and checkpoint is not None else recipe.model.base_model
-    model = load_model(
-        source,
-        dtype=torch.float32 if full else DTYPES[plan.precision],
-        attention=attention,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    new_ids = ids_to_train(model, vocabulary)
-    grow_embeddings(model, len(vocabulary.tokenizer))
-    model.to(accelerator.device)  # before the probe: flash attention has no CPU kernels
-    with accelerator.autocast():
-        composed = head_is_composable(model)
-    if recipe.precision.gradient_checkpointing:
-        recompute_activations(model)
-    if full:
-        train_only(model, recipe.adapter.unfrozen_parameters)
-        return TokenLoss(model, composed=composed)
-    adapted = add_lora(
-        model,
-        recipe.adapter,
-        base_model=recipe.model.base_model,
-        seed=plan.seed,
-        new_token_ids=new_ids,
-    )
-    train_in_fp32(adapted)
-    if checkpoint is not None:
-        read_adapter(adapted, checkpoint)
-    elif recipe.adapter.lora_model_dir is not None:
-        require_same_base(Path(recipe.adapter.lora_model_dir), recipe.model.base_model)
-        start_from_adapter(adapted, Path(recipe.adapter.lora_model_dir))
-    return TokenLoss(adapted, composed=composed)
-
-
-def ids_to_train(model: "PreTrainedModel", vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Tokens that the base model has never seen: added by the recipe, or beyond the base's embedding rows because the
-    tokenizer is another one."""
-    known = len(vocabulary.tokenizer) - len(vocabulary.new_ids)
-    return tuple(range(min(known, embedding_rows(model)), len(vocabulary.tokenizer)))
-
-
 def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     """Role -> id of the special tokens that the recipe names, such as {"eos_token_id": 2}."""
     named = recipe.tokenizer.special_tokens.model_dump(exclude_none=True)
@@ -290,10 +249,13 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
 
     def save(state: TrainState, stops: bool) -> None:
         model_only = recipe.output.save_only_model and not stops
-        write = write_model if model_only else write_checkpoint
+        gathered = gather(weights, optimizer=not model_only)
+        write: Callable[[Path], None] = partial(write_checkpoint, weights, gathered)
+        if model_only:
+            write = partial(write_model, weights, gathered.model)
         if main:
             folder = checkpoint_folder(output_dir, state.step)
-            save_checkpoint(folder, state, facts | {"model_only": model_only}, partial(write, weights))
+            save_checkpoint(folder, state, facts | {"model_only": model_only}, write)
             prune(output_dir, recipe.output.save_total_limit, state.best_step if run.guards.saves_best else None)
         run.accelerator.wait_for_everyone()
 
@@ -324,9 +286,17 @@ def say_how_it_ended(section: GuardSection, state: TrainState, total_steps: int,
         screen.line(f"the result is of step {state.best_step or state.step}, the best on held-out rows ({loss})")
 
 
-def print_plan(recipe: Recipe, weights: Weights, prepared: Prepared, recipe_name: str, screen: Screen) -> None:
+def print_plan(
+    recipe: Recipe,
+    weights: Weights,
+    counted: tuple[int, int],
+    prepared: Prepared,
+    recipe_name: str,
+    screen: Screen,
+) -> None:
+    """Called by all ranks together; the main one prints."""
     plan, schedule, base = weights.run.plan, weights.run.schedule, weights.bare.bare
-    trainable, total = count_parameters(weights.bare)
+    trainable, total = counted
     device = weights.run.accelerator.device
     where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     rows = [
@@ -334,6 +304,9 @@ def print_plan(recipe: Recipe, weights: Weights, prepared: Prepared, recipe_name
         ("model", f"{recipe.model.base_model} ({type(base).__name__}), {base.config._attn_implementation} attention"),
         ("parameters", f"{trainable:,} trained of {total:,} ({trainable / total:.2%})"),
         ("precision", f"{plan.precision} on {where}; trained weights in fp32"),
+        ("engine", weights.run.engine.name),
+        ("each rank holds", _held_line(weights.run)),
+        *_base_rows(base),
         ("rows", _rows_line(prepared)),
         ("global batch", plan.batch_equation),
         ("steps", _steps_line(schedule)),
@@ -344,6 +317,35 @@ def print_plan(recipe: Recipe, weights: Weights, prepared: Prepared, recipe_name
     for note in prepared.notes:
         screen.line(f"note: {note}")
     screen.line()
+
+
+def _held_line(run: Run) -> str:
+    """What the ranks hold between steps; the range over them where they differ."""
+    held = gather_object([run.engine.held()])
+
+    def span(values: list[int], unit: str) -> str:
+        low, high = min(values), max(values)
+        return f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}"
+
+    return ", ".join(
+        (
+            span([h.parameters for h in held], "parameters"),
+            span([h.optimizer for h in held], "updated by it"),
+            span([h.num_bytes for h in held], "bytes"),
+        )
+    )
+
+
+def _base_rows(base: "PreTrainedModel") -> list[tuple[str, str]]:
+    """How a quantised base is held, and how many bytes it takes."""
+    record = record_of(base)
+    if record is None:
+        return []
+    held = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
+    layers = quantized_layers(base).values()
+    share = sum(layer.in_features * layer.out_features for layer in layers) / count_parameters(base)[1]
+    of = f"{len(record.modules)} linear layers, {share:.1%} of the weights"
+    return [("base", f"{record.format}: {of}; {held / 1e6:,.1f} MB in all")]
 
 
 def _rows_line(prepared: Prepared) -> str:
@@ -401,5 +403,7 @@ def quiet_libraries(screen: Screen) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|datasets|peft|torch|transformers)\b")
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()
+    # It says at import that a package of faster CPU kernels is not there; PEFT imports it wherever it is installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not (screen.speaks and screen.terminal):
         transformers.logging.disable_progress_bar()

@@ -5,6 +5,8 @@ and the tokenizer. A result is the same without the optimizer, and a full model 
 """
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetuner.checkpoint import checkpoint_folder, damage, written_aside
+from finetuner.checkpoint import MANIFEST, checkpoint_folder, damage, written_aside
 from finetuner.errors import CheckpointError
-from finetuner.models.adapter import read_adapter, write_adapter
-from finetuner.models.build import cast_weights, use_token_ids
+from finetuner.models.adapter import write_adapter
+from finetuner.models.build import use_token_ids, write_model_folder
 from finetuner.models.loss import TokenLoss
+from finetuner.models.quantized import record_of, write_record
 from finetuner.output import move_into
 from finetuner.training.loop import Run
-from finetuner.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,46 +40,70 @@ class Weights:
     token_ids: dict[str, int]
 
 
-def write_checkpoint(weights: Weights, folder: Path) -> None:
-    write_model(weights, folder)
-    optimizer = weights.run.optimizer.optimizer
-    save_file(optimizer_tensors(optimizer, weights.parameters), folder / "optimizer.safetensors")
+@dataclass(frozen=True)
+class Gathered:
+    """Whole tensors on the CPU of the main rank; empty on the others."""
+
+    model: dict[str, torch.Tensor]  # by the names of the model in TokenLoss; of a LoRA run the adapter alone
+    optimizer: dict[str, torch.Tensor]
+
+
+def gather(weights: Weights, *, optimizer: bool) -> Gathered:
+    """Called by all ranks together."""
+    engine = weights.run.engine
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in weights.bare.model.state_dict(keep_vars=True).items():
+        if tensor.requires_grad or not weights.is_lora:
+            found.setdefault(id(tensor), (name, tensor))  # a tied tensor under its first name
+    model = engine.whole(dict(found.values()))
+    return Gathered(model, engine.optimizer_state(weights.parameters) if optimizer else {})
+
+
+def write_checkpoint(weights: Weights, gathered: Gathered, folder: Path) -> None:
+    """By the main rank alone."""
+    write_model(weights, gathered.model, folder)
+    save_file(gathered.optimizer, folder / "optimizer.safetensors")
     scaler = weights.run.accelerator.scaler
     if scaler is not None:
         (folder / "scaler.json").write_text(json.dumps(scaler.state_dict()))
 
 
 def read_optimizer(weights: Weights, folder: Path) -> None:
-    """Load the optimizer and scaler that write_checkpoint wrote; the model was built from the same folder."""
-    tensors = load_file(folder / "optimizer.safetensors")
-    load_optimizer_tensors(weights.run.optimizer.optimizer, weights.parameters, tensors)
+    """Load the optimizer and scaler that write_checkpoint wrote, by all ranks; the model was built from the same
+    folder."""
+    weights.run.engine.load_optimizer_state(weights.parameters, load_file(folder / "optimizer.safetensors"))
     scaler = weights.run.accelerator.scaler
     if scaler is not None and (folder / "scaler.json").exists():
         scaler.load_state_dict(json.loads((folder / "scaler.json").read_text()))
 
 
-def write_model(weights: Weights, folder: Path) -> None:
+def write_model(weights: Weights, values: dict[str, torch.Tensor], folder: Path) -> None:
     model: Any = weights.bare.model
     if weights.is_lora:
-        write_adapter(model, folder)
+        write_adapter(model, folder, values)
+        record = record_of(weights.bare.bare)
+        if record is not None:
+            write_record(record, folder)
     else:
         use_token_ids(model, weights.token_ids)
-        model.save_pretrained(folder)
+        write_model_folder(model, folder, values)
     weights.tokenizer.save_pretrained(folder)
 
 
 def write_result(weights: Weights, output_dir: Path, dtype: torch.dtype) -> None:
-    """The result, into output_dir itself. No step may follow: a full model is cast to `dtype` in place."""
+    """The result, into output_dir itself, a full model in `dtype`. Called by all ranks together."""
+    values = gather(weights, optimizer=False).model
+    if not weights.run.accelerator.is_main_process:
+        return
     if not weights.is_lora:
-        cast_weights(weights.bare.model, dtype)
-    with written_aside(output_dir / "final.tmp") as aside:
-        write_model(weights, aside)
-    move_into(output_dir / "final.tmp", output_dir, last=result_mark(output_dir, weights.is_lora).name)
-    (output_dir / "final.tmp").rmdir()
+        values = {name: v.to(dtype) if v.is_floating_point() else v for name, v in values.items()}
+    _publish(weights, output_dir, lambda aside: write_model(weights, values, aside))
 
 
-def read_best(weights: Weights, output_dir: Path, step: int) -> None:
-    """Take over the weights that the checkpoint of `step` has. Raises CheckpointError if it is damaged or gone."""
+def write_best(weights: Weights, output_dir: Path, dtype: torch.dtype, step: int) -> None:
+    """As write_result, with what the checkpoint of `step` holds. Raises CheckpointError if it is damaged or gone."""
+    if not weights.run.accelerator.is_main_process:
+        return
     folder = checkpoint_folder(output_dir, step)
     wrong = damage(folder)
     if wrong:
@@ -85,11 +111,29 @@ def read_best(weights: Weights, output_dir: Path, step: int) -> None:
             f"the best weights, of step {step}, cannot be read from {folder}: {wrong}.\n"
             "To take the last ones instead: resume_from_checkpoint=true load_best_model_at_end=false"
         )
-    model: Any = weights.bare.model
-    if weights.is_lora:
-        read_adapter(model, folder)
-    else:
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
+
+    def write(aside: Path) -> None:
+        if weights.is_lora:
+            for path in folder.iterdir():
+                if path.name not in _CHECKPOINTS_OWN:
+                    shutil.copyfile(path, aside / path.name)
+        else:
+            kind: Any = type(weights.bare.bare)
+            kind.from_pretrained(folder, dtype=dtype).save_pretrained(aside)
+            weights.tokenizer.save_pretrained(aside)
+
+    _publish(weights, output_dir, write)
+
+
+_CHECKPOINTS_OWN = (MANIFEST, "state.json", "optimizer.safetensors", "scaler.json")
+
+
+def _publish(weights: Weights, output_dir: Path, write: Callable[[Path], None]) -> None:
+    """Write aside, then move into output_dir with the mark last."""
+    with written_aside(output_dir / "final.tmp") as aside:
+        write(aside)
+    move_into(output_dir / "final.tmp", output_dir, last=result_mark(output_dir, weights.is_lora).name)
+    (output_dir / "final.tmp").rmdir()
 
 
 def result_mark(output_dir: Path, is_lora: bool) -> Path:
@@ -97,6 +141,6 @@ def result_mark(output_dir: Path, is_lora: bool) -> Path:
     return output_dir / ("adapter_config.json" if is_lora else "config.json")
 
 
-def checkpoint_bytes(parameters: dict[str, nn.Parameter]) -> int:
+def checkpoint_bytes(num_trained: int) -> int:
     """Every trained parameter and AdamW's two moments of it, in fp32."""
-    return 12 * sum(p.numel() for p in parameters.values())
+    return 12 * num_trained

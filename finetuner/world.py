@@ -3,12 +3,38 @@
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TextIO
 
 from finetuner.errors import PlanError
 
 DeviceType = Literal["cpu", "cuda", "mps"]
+
+
+# What `accelerate launch` passes on of its FSDP configuration, by the names of that configuration.
+FSDP_SETTINGS = {
+    "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "fsdp_cpu_ram_efficient_loading",
+    "FSDP_RESHARD_AFTER_FORWARD": "fsdp_reshard_after_forward",
+    "FSDP_STATE_DICT_TYPE": "fsdp_state_dict_type",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "fsdp_transformer_layer_cls_to_wrap",
+}
+DEEPSPEED_SETTINGS = {
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "zero_stage",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the configuration of `accelerate launch` says about the run. The recipe decides; this is compared with it.
+
+    `settings`: key of that configuration -> text.
+    """
+
+    engine: Literal["fsdp", "deepspeed"] | None = None
+    mixed_precision: str = "no"
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -26,6 +52,7 @@ class World:
     device: DeviceType = "cpu"
     bf16: bool = False
     num_threads: int = 1
+    launch: Launch = Launch()
 
     @property
     def is_main(self) -> bool:
@@ -65,7 +92,29 @@ class World:
             device=device,
             bf16=bf16,
             num_threads=threads_for_a_rank(env, local_size, _num_usable_cores()),
+            launch=read_launch(env),
         )
+
+
+def read_launch(env: Mapping[str, str]) -> Launch:
+    """What `accelerate launch` was configured to do, from the variables by which it tells its Accelerator."""
+    engine: Literal["fsdp", "deepspeed"] | None = None
+    table: Mapping[str, str] = {}
+    if env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        engine, table = "deepspeed", DEEPSPEED_SETTINGS
+    elif env.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        engine, table = "fsdp", FSDP_SETTINGS
+    settings = {
+        key: env[name] for name, key in table.items() if env.get(name, "").lower() not in ("", "none", "no_wrap")
+    }
+    return Launch(engine, env.get("ACCELERATE_MIXED_PRECISION", "no"), settings)
+
+
+def take_engine_from_launcher() -> None:
+    """Accelerate would build the launch configuration's engine by itself; here the recipe's is built, and the two were
+    found to agree."""
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        os.environ.pop(name, None)
 
 
 def refuse_a_launch_that_lost_its_ranks(env: Mapping[str, str]) -> None:

@@ -20,15 +20,17 @@ MAY_IMPORT = {
     "errors": set(),
     "world": {"errors"},
     "recipe": {"errors"},
-    "plan": {"recipe"},
+    "sharding": {"recipe"},
+    "plan": {"recipe", "sharding"},
     "data": {"recipe", "plan"},
     "models": {"recipe", "plan"},
-    "training": {"recipe", "plan", "data", "models"},
+    "training": {"recipe", "plan", "sharding", "data", "models"},
     "output": {"errors"},
     "resume": {"errors"},
     "checkpoint": {"training"},
     "export": {"models", "checkpoint"},
     "weights": {"training", "models", "checkpoint", "output"},
+    "assembly": {"recipe", "sharding", "plan", "models", "export"},
 }
 COMMANDS = {"run", "cli", "train", "merge", "__init__"}
 

@@ -459,7 +459,7 @@ def test_an_alias_is_read_with_a_note_and_never_beside_its_key(
 
 ALIAS_VALUES = {
     "sequence_len": 512, "eval_strategy": "epoch", "neftune_noise_alpha": 5.0, "overrides_of_model_config": {},
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": True, "adam_epsilon": 1e-6, "bnb_config_kwargs": {},
 }  # fmt: skip
 
 
@@ -513,6 +513,8 @@ def _strategy(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
         return st.sampled_from(get_args(annotation))
     if get_origin(annotation) is tuple:
         return st.lists(_strategy(get_args(annotation)[0], []), min_size=least, max_size=3)
+    if get_origin(annotation) is dict:
+        return st.just({"zero_optimization": {"stage": 2}})
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return _fields(annotation)
     if annotation is bool:
@@ -589,6 +591,8 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"val_set_size": 1, "eval_steps": 5},
     ),
     ("saves_per_epoch", {"save_steps": 5, "saves_per_epoch": 2}, {"saves_per_epoch": 2}),
+    ("load_in_4bit", {"adapter": "qlora", "load_in_4bit": False}, {"adapter": "qlora"}),
+    ("load_in_8bit", {"load_in_8bit": True}, {"load_in_8bit": True, "adapter": "lora"}),
     ("fp16", {"bf16": True, "fp16": True}, {"bf16": False, "fp16": True}),
     ("lora_target_linear", {"lora_target_linear": True}, {"lora_target_linear": True, "adapter": "lora"}),
     ("lora_r", {"lora_r": 16}, {"lora_r": 16, "adapter": "lora"}),
@@ -599,11 +603,6 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("lora_target_modules", {"lora_target_modules": ["q"]}, {"lora_target_modules": ["q"], "adapter": "lora"}),
     ("lora_target_modules", {"adapter": "lora", "lora_target_modules": []}, {"adapter": "lora"}),
-    (
-        "lora_target_modules",
-        {"adapter": "lora", "lora_target_linear": True, "lora_target_modules": ["q"]},
-        {"adapter": "lora", "lora_target_linear": True},
-    ),
     ("val_set_size", {"val_set_size": 2.5}, {"val_set_size": 2.0}),
     (
         "val_set_size",
@@ -725,3 +724,22 @@ assert not heavy(), heavy()
 def test_a_misspelled_required_key_is_one_mistake(refusal: Callable[..., str]) -> None:
     message = refusal(BASE.replace("learning_rate", "learning_rat"))
     assert "1 mistake\n" in message and "Did you mean 'learning_rate'?" in message
+
+
+# --- secrets ---
+
+
+def test_a_secret_in_a_recipe_is_refused_and_not_repeated(refusal: Callable[..., str]) -> None:
+    for text in ("hub_token: hf_abc123\n", "wandb_api_key: 'hf_abc123'\n"):
+        message = refusal(BASE + text)
+        assert "secrets in a recipe" in message
+        assert "hf_abc123" not in message
+    assert "hf_abc123" not in refusal(BASE, "hub_token=hf_abc123")
+
+
+def test_credentials_in_an_address_are_not_saved(write: Callable[..., Path]) -> None:
+    text = BASE.replace("org/data", "https://me:pw123@host/rows.jsonl?sig=abc&v=1")
+    dumped = dump_recipe(load_recipe(write(text), check_files=False), "a copy")
+    assert "pw123" not in dumped
+    assert "abc" not in dumped
+    assert "https://***@host/rows.jsonl?sig=***&v=1" in dumped

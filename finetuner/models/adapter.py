@@ -93,22 +93,29 @@ _SAME_ADAPTER = {
 }  # fmt: skip
 
 
-def adapter_tensors(model: "PeftModel") -> dict[str, torch.Tensor]:
-    """The adapter's tensors under PEFT's file names; nothing of the frozen base is among them."""
+def adapter_tensors(model: "PeftModel", values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under PEFT's file names; nothing of the frozen base is among them.
+
+    `values`: whole tensors by the names of the model's own parameters, where the model holds only parts of them.
+    """
     from peft import get_peft_model_state_dict
 
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if values is not None:  # it has a tied tensor once, and PEFT wants both names
+        live = model.state_dict(keep_vars=True)
+        first = {id(live[name]): value for name, value in values.items()}
+        values = {name: first[id(tensor)] for name, tensor in live.items() if id(tensor) in first}
+    tensors = get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False)
     # Of a tied pair PEFT wants both halves in the file, and safetensors no two tensors in one memory.
     once = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
     tensors = {name: t if once[t.data_ptr()] == name else t.clone() for name, t in tensors.items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def write_adapter(model: "PeftModel", folder: Path) -> None:
+def write_adapter(model: "PeftModel", folder: Path, values: dict[str, torch.Tensor]) -> None:
     """adapter_model.safetensors and adapter_config.json, as `peft.PeftModel.from_pretrained` reads them."""
     from safetensors.torch import save_file
 
-    save_file(adapter_tensors(model), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(adapter_tensors(model, values), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     model.peft_config["default"].save_pretrained(str(folder))
 
 

@@ -1,6 +1,9 @@
 """Hugging Face causal language models, ready to train."""
 
+import json
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,15 +11,24 @@ from safetensors import SafetensorError
 from torch import nn
 
 from finetuner.errors import ModelError
+from finetuner.models.quantized import Format, FourBitLinear, adopt_layers, loading_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def load_model(
-    base_model: str, *, dtype: torch.dtype, attention: tuple[str, ...], trust_remote_code: bool = False
+    base_model: str,
+    *,
+    dtype: torch.dtype,
+    attention: tuple[str, ...],
+    trust_remote_code: bool = False,
+    form: Format | None = None,
+    device: torch.device | None = None,
 ) -> "PreTrainedModel":
     """A causal LM with its weights in `dtype`, on the CPU, with the first `attention` that the architecture has.
+
+    With a `form`, its linear layers but the head are quantised to it, on `device`, while they are read.
 
     Only safetensors: pickled weights can run code. Raises ModelError unless every weight of the model is in the files;
     transformers fills up what is missing with random numbers.
@@ -32,10 +44,18 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **(loading_arguments(base_model, form, device or torch.device("cpu"), trust_remote_code) if form else {}),
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if others and isinstance(error, ValueError | ImportError) and "attention" in str(error).lower():
-            return load_model(base_model, dtype=dtype, attention=tuple(others), trust_remote_code=trust_remote_code)
+            return load_model(
+                base_model,
+                dtype=dtype,
+                attention=tuple(others),
+                trust_remote_code=trust_remote_code,
+                form=form,
+                device=device,
+            )
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load a causal language model from '{base_model}': {first}\n"
@@ -48,6 +68,8 @@ def load_model(
             f"the weights of '{base_model}' are not those of its config ({type(model).__name__}): '{missing[0]}' and "
             f"{len(missing) - 1} more tensors are missing.\nFetch the model again, or mend its config.json."
         )
+    if form is not None and form.kind != "int8":
+        adopt_layers(model, form)
     return model
 
 
@@ -150,12 +172,53 @@ def train_in_fp32(model: nn.Module) -> None:
         parameter.data = parameter.data.float()
 
 
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """All weights to `dtype`, for storing: no step may follow."""
-    model.to(dtype=dtype)
+def write_model_folder(model: "PreTrainedModel", folder: Path, values: Mapping[str, torch.Tensor]) -> None:
+    """An ordinary model folder with `values` for its weights; of the model itself only the configs are used."""
+    model.save_pretrained(folder, state_dict=dict(values))
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    dtypes = {str(v.dtype).removeprefix("torch.") for v in values.values() if v.is_floating_point()}
+    if len(dtypes) == 1:
+        config["dtype"] = dtypes.pop()  # transformers wrote that of the live weights
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def empty_model(
+    base_model: str, *, dtype: torch.dtype, attention: tuple[str, ...], trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """As load_model, with arbitrary numbers for weights, for ranks that are handed theirs by another.
+
+    On Linux its memory is not occupied before it is written to, so a rank pays for its part alone.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+    first_choice, *others = attention
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=first_choice, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        if others and "attention" in str(error).lower():
+            return empty_model(base_model, dtype=dtype, attention=tuple(others), trust_remote_code=trust_remote_code)
+        raise
+    model.tie_weights()
+    parameters: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                new = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                module._parameters[name] = parameters.setdefault(id(parameter), new)  # what is tied stays tied
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    return model
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) elements; tied tensors count once."""
+    """(trainable, all) elements; tied tensors count once, and the weights of a 4-bit layer as what they stand for."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    layers = [m for m in model.modules() if isinstance(m, FourBitLinear)]
+    unpacked = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in layers)
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + unpacked

@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from finetuner.recipe.secrets import hidden
+
 KeyPath = tuple[str | int, ...]
 
 MAX_SHOWN = 50
@@ -26,7 +28,8 @@ class Origin:
         if not self.text:
             return []
         margin = f"{self.line:>6} | " if self.line else "         "
-        lines = [margin + self.text[:160]]
+        shown = hidden(self.text)[:160]
+        lines = [margin + shown]
         if marked and self.line and self.column <= 160:
             lines.append(" " * (len(margin) - 2) + "| " + " " * (self.column - 1) + "^")
         return lines

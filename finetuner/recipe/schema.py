@@ -12,8 +12,10 @@ from finetuner.recipe.sections import (
     OptimizerSection,
     OutputSection,
     PrecisionSection,
+    QuantizationSection,
     ScheduleSection,
     Section,
+    ShardingSection,
     TokenizerSection,
 )
 
@@ -25,10 +27,12 @@ class Recipe(Section):
     tokenizer: TokenizerSection
     data: DataSection
     adapter: AdapterSection
+    quantization: QuantizationSection
     batch: BatchSection
     schedule: ScheduleSection
     optimizer: OptimizerSection
     precision: PrecisionSection
+    sharding: ShardingSection
     evaluation: EvaluationSection
     guards: GuardSection
     output: OutputSection
@@ -39,10 +43,12 @@ SECTIONS: dict[str, type[Section]] = {
     "tokenizer": TokenizerSection,
     "data": DataSection,
     "adapter": AdapterSection,
+    "quantization": QuantizationSection,
     "batch": BatchSection,
     "schedule": ScheduleSection,
     "optimizer": OptimizerSection,
     "precision": PrecisionSection,
+    "sharding": ShardingSection,
     "evaluation": EvaluationSection,
     "guards": GuardSection,
     "output": OutputSection,
@@ -54,16 +60,9 @@ KEYS: dict[str, tuple[str, FieldInfo]] = {
 }
 assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values()), "a key stands in two sections"
 
-
 # What people write for capabilities that are not built yet: named, so that nobody wonders about the spelling.
 NOT_YET = {
-    "bnb_config": "4-bit bases",
     "chat_template": "chat templates other than the tokenizer's own",
-    "deepspeed": "DeepSpeed",
-    "fsdp": "FSDP",
-    "fsdp_config": "FSDP",
-    "load_in_4bit": "4-bit bases",
-    "load_in_8bit": "8-bit bases",
     "pretraining_dataset": "streaming corpora",
     "rl": "preference and reinforcement learning",
     "sample_packing": "packing",

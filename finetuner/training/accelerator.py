@@ -1,5 +1,10 @@
-"""The one place where a Plan becomes an Accelerator."""
+"""The one place where a Plan becomes an Accelerator and an engine.
 
+Accelerate sets up the ranks, the device, the precision, and DDP. FSDP2 and ZeRO are built on its ranks directly: see
+fsdp.py and zero.py for why.
+"""
+
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -10,16 +15,21 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
+from torch import distributed
 
 from finetuner.errors import PlanError
+from finetuner.models.loss import TokenLoss
 from finetuner.plan import Plan
-from finetuner.world import World
+from finetuner.sharding import FsdpPlan, ZeroPlan
+from finetuner.training.engine import CopiesEngine, Engine
+from finetuner.world import World, take_engine_from_launcher
 
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def build_accelerator(plan: Plan, world: World) -> Accelerator:
     """Raises PlanError if Accelerate did not set up the ranks that the launcher started."""
+    take_engine_from_launcher()
     accelerator = Accelerator(
         # Without it, Accelerate on a machine with no GPU runs every rank as a world of its own.
         cpu=world.device == "cpu",
@@ -39,7 +49,42 @@ def build_accelerator(plan: Plan, world: World) -> Accelerator:
             f"{accelerator.distributed_type.value}. Start with `accelerate launch` or `torchrun`, without a config of "
             "another engine (`accelerate launch --config_file ...`, `accelerate config`)."
         )
+    if plan.engine is not None and not distributed.is_initialized():
+        # One process, started by no launcher: a group of one, so that a sharded recipe means the same there.
+        backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     return accelerator
+
+
+def build_engine(
+    accelerator: Accelerator,
+    loss: TokenLoss,
+    plan: Plan,
+    *,
+    full: bool,
+    make_optimizer: Callable[[], torch.optim.Optimizer],
+) -> Engine:
+    """Spread `loss` as the plan says, in place. `make_optimizer` is called when its parameters are what they will be.
+
+    Each engine asserts that it is the one that was asked for.
+    """
+    if isinstance(plan.engine, FsdpPlan):
+        from finetuner.training.fsdp import FsdpEngine, shard_module
+
+        shard_module(loss, plan.engine, accelerator.device, full=full)
+        return FsdpEngine(accelerator, loss, make_optimizer(), plan.engine)
+    if isinstance(plan.engine, ZeroPlan):
+        from finetuner.training.zero import ZeroEngine
+
+        return ZeroEngine(accelerator, loss, make_optimizer(), plan.engine)
+    return CopiesEngine(accelerator, loss.to(accelerator.device), make_optimizer)
+
+
+def leave_ranks(accelerator: Accelerator) -> None:
+    """At the end of a run, well or ill: a group of one that build_accelerator made would meet the next run."""
+    accelerator.end_training()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def use_threads_and_matmuls(world: World, tf32: bool) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from finetuner.data.batches import evaluation_batches, step_batches
@@ -16,9 +15,9 @@ from finetuner.data.order import mix
 from finetuner.data.tokens import TokenStore
 from finetuner.errors import PreemptedError
 from finetuner.plan import Plan, Schedule
+from finetuner.training.engine import Engine
 from finetuner.training.guards import Guards
 from finetuner.training.metrics import peak_memory_bytes
-from finetuner.training.optimizer import set_learning_rate
 from finetuner.training.state import TrainState
 
 
@@ -27,8 +26,7 @@ class Run:
     """What a step needs."""
 
     accelerator: Accelerator
-    model: nn.Module  # TokenLoss, prepared
-    optimizer: AcceleratedOptimizer
+    engine: Engine
     plan: Plan
     schedule: Schedule
     train_rows: TokenStore
@@ -112,9 +110,9 @@ def _stop_is_wished(run: Run, events: Events) -> bool:
 
 def train_step(run: Run, step: int) -> StepStats:
     """Descend along d(summed loss / trained tokens), over all ranks and micro-batches at once."""
-    accelerator, plan = run.accelerator, run.plan
+    accelerator, plan, engine = run.accelerator, run.plan, run.engine
     lr = run.schedule.lr_at(step)
-    set_learning_rate(run.optimizer.optimizer, lr)  # before backward: an engine may step inside the last one
+    engine.set_learning_rate(lr)
     # Dropout is a function of (seed, step, rank), so that a resumed run needs no generator's state.
     torch.manual_seed(mix(plan.seed, step, plan.rank) >> 1)
     group = [b.to(accelerator.device) for b in step_batches(run.train_rows, plan, run.schedule, step)]
@@ -122,26 +120,18 @@ def train_step(run: Run, step: int) -> StepStats:
         [sum(b.num_trained for b in group), sum(b.num_tokens for b in group)], device=accelerator.device
     )
     num_tokens, input_tokens = (int(n) for n in accelerator.reduce(counts, "sum"))
-    # accelerator.backward divides by the accumulation steps, and the gradients of the ranks are averaged. Undo both,
-    # so that the gradient does not depend on how the global batch is split.
-    scale = plan.grad_accum * plan.data_parallel / num_tokens
-    run.model.train()
+    # The gradients of the ranks are averaged. Undo that: the gradient must not depend on how the global batch is split.
+    scale = plan.data_parallel / num_tokens
+    engine.module.train()
     total = torch.zeros((), device=accelerator.device)
-    for batch in group:
-        with accelerator.accumulate(run.model):
-            loss = run.model(batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
-            accelerator.backward(loss * scale)
+    for i, batch in enumerate(group, 1):
+        with engine.micro_batch(last=i == len(group)):
+            loss = engine.module(batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
+            engine.backward(loss * scale)
         total += loss.detach()
-    norm = accelerator.clip_grad_norm_(run.model.parameters(), run.max_grad_norm or math.inf)
-    assert norm is not None, "the last micro-batch of a group ends the accumulation"
-    loss_sum = float(accelerator.reduce(total, "sum"))  # these two make a GPU's queue run dry, once a step
-    grad_norm = float(norm)
-    finite = math.isfinite(grad_norm) and math.isfinite(loss_sum)
-    if finite or plan.precision == "fp16":  # the loss scaler of fp16 looks for overflow itself
-        run.optimizer.step()
-        finite = finite and not run.optimizer.step_was_skipped
-    run.optimizer.zero_grad()
-    return StepStats(loss_sum / num_tokens, grad_norm, lr, num_tokens, input_tokens, updated=finite)
+    loss_sum = float(accelerator.reduce(total, "sum"))  # makes a GPU's queue run dry, as the norm does, once a step
+    grad_norm, updated = engine.update(run.max_grad_norm, loss_is_finite=math.isfinite(loss_sum))
+    return StepStats(loss_sum / num_tokens, grad_norm, lr, num_tokens, input_tokens, updated=updated)
 
 
 @torch.no_grad()
@@ -150,10 +140,10 @@ def evaluate(run: Run, progress: Callable[[int], None] = lambda rows: None) -> t
     device = run.accelerator.device
     total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     count = 0
-    with _evaluating(run.model):
+    with _evaluating(run.engine.module):
         for host_batch in evaluation_batches(run.held_out_rows, run.plan):
             batch = host_batch.to(device)
-            total += run.model(batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
+            total += run.engine.module(batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
             count += batch.num_trained
             progress(len(batch.input_ids))
     sums = run.accelerator.reduce(torch.stack([total, torch.full_like(total, count)]), "sum")

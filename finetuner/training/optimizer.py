@@ -32,11 +32,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, on_cpu: bool = True
 ) -> dict[str, torch.Tensor]:
     """ "parameter name::state name" -> tensor. Learning rates and decays are the recipe's and not among them."""
     return {
-        f"{name}::{key}": value.detach().cpu().contiguous()
+        f"{name}::{key}": value.detach().cpu().contiguous() if on_cpu else value.detach()
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetuner.recipe.foreign.base import Foreign, blocked, ignored, renamed, spread, translated
+from finetuner.recipe.secrets import SECRET_KEYS
 
 _LOSS_HEAD = (
     "here the chunked loss head keeps (tokens x vocabulary) logits out of memory, in the place of fused cross entropy; "
@@ -50,6 +51,7 @@ AXOLOTL: dict[str, Foreign] = {
     "auto_resume_from_checkpoints": translated(lambda on: {"resume_from_checkpoint": True} if on else {}),
     "metric_for_best_model": blocked("a metric other than eval_loss", says_nothing=("eval_loss", "loss")),
     "greater_is_better": blocked("a metric other than eval_loss, which is better when lower"),
+    "bnb_config": renamed("bnb_config_kwargs"),
     # attention
     "flash_attention": translated(_flash),
     "sdp_attention": _attention("sdpa"),
@@ -102,6 +104,10 @@ AXOLOTL: dict[str, Foreign] = {
     "default_system_message": blocked("a system message for every template", "Put it into the rows or the template."),
     "split_thinking": blocked("splitting the reasoning off", "Put it into the rows."),
     "telemetry": ignored("nothing is reported to anyone"),
+    **spread(
+        " ".join(SECRET_KEYS),
+        blocked("secrets in a recipe", "Use `hf auth login`, `wandb login` or the service's environment variable."),
+    ),
     # Liger, cut cross entropy and other kernels
     **spread(
         "liger_rope liger_rms_norm liger_rms_norm_gated liger_layer_norm liger_swiglu liger_glu_activation "
@@ -174,7 +180,7 @@ AXOLOTL: dict[str, Foreign] = {
     **spread("processor_type image_size image_resize_algorithm multimodal image_base_path", blocked(_MULTIMODAL)),
     **spread("is_multimodal skip_multimodal", blocked(_MULTIMODAL)),
     **spread(
-        "sequence_parallel_degree context_parallel_size tensor_parallel_size dp_shard_size dp_replicate_size "
+        "sequence_parallel_degree context_parallel_size tensor_parallel_size "
         "heads_k_stride ring_attn_func sequence_parallel_mode",
         blocked(_SP, "Remove it; `fsdp` shards the model over GPUs.", says_nothing=(1,)),
     ),
@@ -245,11 +251,39 @@ AXOLOTL: dict[str, Foreign] = {
     "dataset_shard_num": blocked("training on a part of all datasets", "Use `shards` or a split slice of a dataset."),
     "dataset_shard_idx": blocked("training on a part of all datasets", "Use `shards` or a split slice of a dataset."),
     "skip_prepare_dataset": blocked("rows that are rendered while training"),
+    **spread(
+        "gptq_groupsize gptq_model_v1", blocked("GPTQ and AWQ bases", "Take the unquantised base and adapter: qlora.")
+    ),
+    "adam_eps": renamed("adam_epsilon"),
+    "eta_min": blocked("the schedule's end as a rate", "Write cosine_min_lr_ratio, as a fraction of learning_rate."),
+    "torch_dtype": ignored("bf16 and fp16 say what is computed in"),
+    "streaming_multipack_buffer_size": ignored(_PACKER),
+    **spread(
+        "sample_packing_eff_est sample_packing_seq_len_multiplier total_num_tokens total_supervised_tokens "
+        "is_preprocess",
+        ignored("it is counted from the rows"),
+    ),
+    **spread(
+        "fused_attn_kernel use_dsv4_kernels use_glm_dsa_kernels gemma4_hybrid_attn_impl dsv4_fp4_grouped_mode "
+        "use_eaft eaft_alpha eaft_k tiled_mlp tiled_mlp_num_shards ple_cpu_offload nvfp4_merge_aware llmcompressor "
+        "use_onebitllms reinit_weights",
+        blocked("this way of training or computing"),
+    ),
+    "freeze_mm_modules": blocked(_MULTIMODAL),
+    "expert_parallel_num_nvl_bytes": blocked(_MOE),
+    "expert_parallel_token_capacity": blocked(_MOE),
+    **spread(
+        "swanlab_description swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer "
+        "swanlab_log_model swanlab_lark_webhook_url swanlab_lark_secret trackio_project_name trackio_run_name",
+        blocked("this tracker", "Use use_tensorboard, wandb_project or use_mlflow."),
+    ),
+    "eval_table_max_new_tokens": blocked("generating during evaluation", says_nothing=(0, 128)),
     "flex_attn_compile_kwargs": blocked("settings of flex attention's compiler"),
 }
 
 # Axolotl's keys for datasets[], as above. `type` and the like are ours.
 DATASET: dict[str, Foreign] = {
+    **spread("field_chosen field_rejected field_prompt chosen_format rejected_format prompt_format", blocked(_RL)),
     "conversation": blocked(
         "conversation templates by FastChat's names", "Write chat_template: chatml, or another name."
     ),
@@ -259,6 +293,69 @@ DATASET: dict[str, Foreign] = {
     "logprobs_field": blocked("distillation"),
     "temperature": blocked("distillation"),
     "trust_remote_code": blocked("dataset scripts", "Convert the dataset to parquet or jsonl."),
+}
+
+_AO = "torchao's optimizers. Write adamw_bnb_8bit"
+_KERNEL_HUB = "attention kernels from the hub. Write flash_attention_2"
+
+# Values of our keys that other tools know and that cannot be done here yet.
+UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
+    "optimizer": {
+        **dict.fromkeys(
+            (
+                "adamw_torch_4bit",
+                "adamw_torch_8bit",
+                "adamw_torch_fp8",
+                "ao_adamw_4bit",
+                "ao_adamw_8bit",
+                "ao_adamw_fp8",
+            ),
+            _AO,
+        ),
+        **dict.fromkeys(
+            (
+                "optimi_adamw",
+                "adopt_adamw",
+                "came_pytorch",
+                "dion",
+                "ademamix",
+                "ademamix_8bit",
+                "q_galore_adamw8bit",
+                "galore_adamw",
+                "galore_adamw_8bit",
+                "schedule_free_adamw",
+                "lomo",
+                "adalomo",
+                "grokadamw",
+                "flash_adamw",
+                "stable_adamw",
+                "apollo_adamw",
+            ),
+            "this optimizer. Write adamw_torch",
+        ),
+    },
+    "lr_scheduler": dict.fromkeys(
+        ("one_cycle", "rex", "reduce_lr_on_plateau", "cosine_with_min_lr", "greedy"), "this schedule. Write cosine"
+    ),
+    "attn_implementation": {
+        "kernels-community/vllm-flash-attn3": _KERNEL_HUB,
+        "kernels-community/flash-attn2": _KERNEL_HUB,
+        "kernels-community/flash-attn3": _KERNEL_HUB,
+        "fp8": "attention in 8-bit floats",
+        "sage": "SageAttention",
+        "s2": "shifted sparse attention",
+        "flash_attention_4": "this attention",
+    },
+    "adapter": {
+        "llama-adapter": "this adapter. Write lora",
+        "mora": "this adapter. Write lora",
+        "ia3": "this adapter. Write lora",
+    },
+    "gradient_checkpointing": {
+        "offload": "activations in host memory. Write true",
+        "unsloth": "activations in host memory. Write true",
+        "offload_disk": "activations on disk. Write true",
+    },
 }
 
 PLUGINS = {

@@ -1,10 +1,11 @@
 """A document with another tool's keys -> one with ours, with a note or a problem for each."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from finetuner.recipe.document import Document
-from finetuner.recipe.foreign.axolotl import AXOLOTL, DATASET, PLUGINS
+from finetuner.recipe.foreign.axolotl import AXOLOTL, DATASET, PLUGINS, UNSUPPORTED_VALUES
 from finetuner.recipe.foreign.base import Foreign, blocked
 from finetuner.recipe.problems import KeyPath, Note, Problem, did_you_mean
 from finetuner.recipe.schema import KEYS, NOT_YET
@@ -30,14 +31,14 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
 }
 
 
-def translate(document: Document) -> list[Note]:
+def translate(document: Document, meanings: Mapping[str, Foreign] = MEANINGS) -> list[Note]:
     """Rewrite the document's values in place, so that only our keys and unknown ones are left."""
     translation = Translation(document)
     for key in list(document.values):
         if key == "plugins":
             translation.plugins()
-        elif key in MEANINGS:
-            translation.key((), key, MEANINGS[key])
+        elif key in meanings:
+            translation.key((), key, meanings[key])
     for name in ("datasets", "test_datasets"):
         entries = document.values.get(name)
         for i, entry in enumerate(entries if isinstance(entries, list) else ()):
@@ -64,7 +65,7 @@ class Translation:
                 message = f"'{key}' is not supported yet: {meaning.unsupported}. {meaning.instead}"
                 self.document.problems.append(Problem(message, origin))
             else:
-                self.notes.append(Note((key,), "off, as without it", origin, quiet=True))
+                self.notes.append(Note((key,), "left out: it says what holds anyway", origin, quiet=True))
         elif meaning.without_effect is not None:
             loud = meaning.loud and not meaning.is_off(value)
             self.notes.append(Note((key,), f"without effect: {meaning.without_effect}", origin, quiet=not loud))
@@ -72,7 +73,10 @@ class Translation:
             self._move(path, (*block, meaning.becomes))
             return
         elif value is not None and meaning.translate is not None:
-            self._replace(path, meaning.translate(value))
+            try:
+                self._replace(path, meaning.translate(value))
+            except (AttributeError, KeyError, TypeError):  # a number where the other tool has text, or the like
+                self.document.problems.append(Problem(f"'{key}' has a value that its tool would not take.", origin))
         del values[key]
 
     def plugins(self) -> None:
@@ -90,7 +94,14 @@ class Translation:
                 self.document.problems.append(Problem(message + did_you_mean(str(name), PLUGINS), place))
 
     def values(self) -> None:
-        """Values that another tool spells otherwise."""
+        """Values that another tool spells otherwise, or that it alone can do."""
+        for key, refused in UNSUPPORTED_VALUES.items():
+            value = self.document.values.get(key)
+            if isinstance(value, str) and value in refused:
+                message = f"{key}: '{value}' is not supported yet: {refused[value]}."
+                self.document.problems.append(Problem(message, self.document.origin((key,))))
+                del self.document.values[key]
+        self.fractions()
         for key, spellings in VALUES.items():
             value = self.document.values.get(key)
             if isinstance(value, bool | list | dict) or value not in spellings:
@@ -98,6 +109,19 @@ class Translation:
             self.document.values[key] = spellings[value]
             meant = "the default" if spellings[value] is None else f"'{spellings[value]}'"
             self.notes.append(Note((key,), f"'{value}' is read as {meant}", self.document.origin((key,))))
+
+    def fractions(self) -> None:
+        """transformers reads steps below 1 as a fraction of all steps."""
+        values = self.document.values
+        warmup = values.get("warmup_steps")
+        if isinstance(warmup, float) and 0 < warmup < 1 and values.get("warmup_ratio") is None:
+            self._move(("warmup_steps",), ("warmup_ratio",))
+        for key, instead in (("eval_steps", "evals_per_epoch"), ("save_steps", "saves_per_epoch")):
+            value = values.get(key)
+            if isinstance(value, float) and 0 < value < 1:
+                message = f"{key}: {value} is not supported yet: a fraction of all steps. Write {instead}."
+                self.document.problems.append(Problem(message, self.document.origin((key,))))
+                del values[key]
 
     def _block(self, path: KeyPath) -> dict[str, Any]:
         block: Any = self.document.values
@@ -128,7 +152,7 @@ class Translation:
         assert origin is not None
         for key, value in meant.items():
             given = self.document.values.get(key)
-            said = f"{key}: {str(value).lower() if isinstance(value, bool) else value}"
+            said = f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
             if given is not None:
                 self.notes.append(Note((str(path[-1]),), f"without effect: {key} is given", origin))
                 continue

@@ -8,9 +8,6 @@ from finetuner.recipe.rules.base import Finding, Rule, Values
 
 
 def _one_way_to_name_targets(values: Values) -> Iterator[Finding]:
-    if values["lora_target_linear"] and values["lora_target_modules"] is not None:
-        message = "lora_target_linear adapts every linear layer, lora_target_modules the named ones. Remove one."
-        yield Finding(("lora_target_modules",), message)
     if values["lora_target_linear"] is False and values["lora_target_modules"] is None:
         message = "no layer is named. Write lora_target_modules: [q_proj, v_proj], or remove this line for all of them."
         yield Finding(("lora_target_linear",), message)

@@ -9,11 +9,13 @@ from finetuner.recipe.sections.base import Section
 from finetuner.recipe.sections.data import DataSection, DatasetEntry
 from finetuner.recipe.sections.guards import GuardSection
 from finetuner.recipe.sections.model import ModelSection, SpecialTokens, TokenizerSection
+from finetuner.recipe.sections.quantization import FourBitSection, QuantizationSection
 from finetuner.recipe.sections.running import EvaluationSection, OutputSection
+from finetuner.recipe.sections.sharding import FsdpConfig, ShardingSection
 from finetuner.recipe.sections.training import BatchSection, OptimizerSection, PrecisionSection, ScheduleSection
 
 __all__ = [
-    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "GuardSection",
-    "ModelSection", "OptimizerSection", "OutputSection", "PrecisionSection", "ScheduleSection", "Section",
-    "SpecialTokens", "TokenizerSection",
+    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "FourBitSection",
+    "FsdpConfig", "GuardSection", "ModelSection", "OptimizerSection", "OutputSection", "PrecisionSection",
+    "QuantizationSection", "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection",
 ]  # fmt: skip

@@ -12,7 +12,9 @@ LayerNumbers = Annotated[tuple[CountOrZero, ...], Strict(False)]
 class AdapterSection(Section):
     """LoRA (arXiv:2106.09685), or full fine-tuning when adapter is not given."""
 
-    adapter: Literal["lora"] | None = Field(None, description="lora; leave out to train every weight.")
+    adapter: Literal["lora", "qlora"] | None = Field(
+        None, description="lora; qlora: the same on a base in 4 bits; leave out to train every weight."
+    )
     lora_r: Count = Field(16, description="Rank of the update.")
     lora_alpha: Count = Field(32, description="The update is scaled by lora_alpha / lora_r.")
     lora_dropout: Chance = Field(0.0, description="Dropout on the adapter's input.")

@@ -1,0 +1,104 @@
+"""Rules about FSDP and DeepSpeed."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from finetuner.errors import RecipeError
+from finetuner.recipe.deepspeed import deepspeed_mistakes, read_deepspeed
+from finetuner.recipe.rules.base import Finding, Rule, Values
+from finetuner.recipe.sections.sharding import STRATEGIES
+
+# They keep a state of blocks that does not follow a sharded parameter.
+NOT_SHARDED_OPTIMIZERS = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
+
+
+def _one_engine(values: Values) -> Iterator[Finding]:
+    if values["deepspeed"] is None:
+        return
+    for key in ("fsdp", "fsdp_config"):
+        if values[key]:
+            message = f"{key} and deepspeed are both given: they are two ways to shard the same model. Remove one."
+            yield Finding((key,), message, (("deepspeed",),))
+            return
+
+
+def _one_strategy(values: Values) -> Iterator[Finding]:
+    words, config = values["fsdp"], values["fsdp_config"]
+    named = [word for word in words if word in STRATEGIES]
+    if len(named) > 1:
+        yield Finding(("fsdp",), f"fsdp names {len(named)} strategies: {', '.join(named)}. Keep one.")
+    elif words and not named:
+        yield Finding(("fsdp",), "fsdp names no strategy. Write `fsdp: [full_shard, auto_wrap]`.")
+    also = config.sharding_strategy if config is not None else None
+    if also is not None and named and also != named[0]:
+        message = f"fsdp says {named[0]}, fsdp_config.sharding_strategy says {also}. Remove one."
+        yield Finding(("fsdp_config",), message, (("fsdp",),))
+    strategy = also or (named[0] if named else "full_shard")
+    offloads = "offload" in words or (config is not None and config.offload_params)
+    if strategy == "no_shard" and offloads:
+        yield Finding(("fsdp",), "no_shard keeps a whole copy on each rank, which cannot be offloaded. Use full_shard.")
+    if config is None:
+        return
+    if config.auto_wrap_policy == "NO_WRAP" and ("auto_wrap" in words or config.transformer_layer_cls_to_wrap):
+        message = "auto_wrap_policy NO_WRAP gathers the whole model at once, auto_wrap and class names do not."
+        yield Finding(("fsdp_config",), message + " Remove one.", (("fsdp",),))
+    if config.sync_module_states is False and config.cpu_ram_efficient_loading:
+        message = "with cpu_ram_efficient_loading only rank 0 has the weights: sync_module_states cannot be false."
+        yield Finding(("fsdp_config",), message)
+
+
+def _one_version(values: Values) -> Iterator[Finding]:
+    config, version = values["fsdp_config"], values["fsdp_version"]
+    if version is None:
+        return
+    if not values["fsdp"] and config is None:
+        yield Finding(("fsdp_version",), "fsdp_version has no effect without `fsdp`. Add fsdp, or remove this line.")
+    elif config is not None and "version" in config.model_fields_set and config.version != version:
+        message = f"fsdp_version is {version}, fsdp_config.version is {config.version}. Remove one."
+        yield Finding(("fsdp_version",), message, (("fsdp_config",),))
+
+
+def _sizes_are_hybrid(values: Values) -> Iterator[Finding]:
+    config = values["fsdp_config"]
+    strategy = (config.sharding_strategy if config is not None else None) or ""
+    if "hybrid_shard" in strategy or any("hybrid_shard" in word for word in values["fsdp"]):
+        return
+    for key in ("dp_replicate_size", "dp_shard_size"):
+        if values[key] is not None:
+            yield Finding((key,), f"{key} is for `fsdp: [hybrid_shard, auto_wrap]`. Write that, or remove this line.")
+
+
+def _optimizer_can_be_sharded(values: Values) -> Iterator[Finding]:
+    name = values["optimizer"]
+    if name in NOT_SHARDED_OPTIMIZERS and (values["fsdp"] or values["fsdp_config"] is not None):
+        where = ("fsdp",) if values["fsdp"] else ("fsdp_config",)
+        message = f"optimizer {name} keeps a state that FSDP cannot shard. Write `optimizer: adamw_torch`."
+        yield Finding(("optimizer",), message, (where,))
+
+
+def deepspeed_findings(raw: Mapping[str, Any], *, check_files: bool) -> Iterator[Finding]:
+    """Mistakes in DeepSpeed's configuration: a block in the recipe, or the file that it names if files are checked."""
+    given = raw.get("deepspeed")
+    if isinstance(given, str) and not check_files:
+        return
+    if not isinstance(given, str | dict):
+        return
+    try:
+        config = read_deepspeed(given)
+    except RecipeError as error:
+        yield Finding(("deepspeed",), str(error))
+        return
+    for path, message in deepspeed_mistakes(config):
+        if isinstance(given, str):
+            yield Finding(("deepspeed",), f"{given}: {message}")
+        else:
+            yield Finding(("deepspeed", *path), message)
+
+
+RULES: tuple[Rule, ...] = (
+    (("fsdp", "fsdp_config", "deepspeed"), _one_engine),
+    (("fsdp", "fsdp_config"), _one_strategy),
+    (("fsdp", "fsdp_config", "fsdp_version"), _one_version),
+    (("fsdp", "fsdp_config", "dp_replicate_size", "dp_shard_size"), _sizes_are_hybrid),
+    (("fsdp", "fsdp_config", "optimizer"), _optimizer_can_be_sharded),
+)
