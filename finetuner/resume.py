@@ -23,6 +23,9 @@ NO_MATTER = (
     "gradient_accumulation_steps", "trust_remote_code", "fsdp", "fsdp_config", "fsdp_version", "deepspeed",
     "dp_replicate_size", "dp_shard_size", "dataset_prepared_path", "max_dropped_fraction", "pad_to_sequence_len",
     "eval_sample_packing",
+    "eval_strategy", "save_strategy", "save_first_step", "save_only_model", "max_skipped_steps",
+    "loss_watchdog_threshold", "loss_watchdog_patience", "early_stopping_patience", "early_stopping_threshold",
+    "load_best_model_at_end",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from finetuner.data.batches import Layout
 from finetuner.data.cache import prepare_once
 from finetuner.data.prepare import Prepared
 from finetuner.data.templates import chosen_template
-from finetuner.errors import CheckpointError, FinetunerError, ModelError
+from finetuner.errors import CheckpointError, FinetunerError, ModelError, PreemptedError
 from finetuner.export.merge import merge_adapter, require_same_base
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
@@ -43,21 +44,27 @@ from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
+from finetuner.recipe.sections import GuardSection
 from finetuner.resume import check_resume, resume_facts
 from finetuner.summary import print_plan, rows_line
 from finetuner.training.accelerator import build_accelerator, build_engine, leave_ranks, use_threads_and_matmuls
-from finetuner.training.loop import Events, Run, StepStats, TrainState
+from finetuner.training.guards import Guards
+from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
 from finetuner.training.optimizer import build_optimizer
 from finetuner.training.progress import Screen, TrainingProgress, duration
+from finetuner.training.state import TrainState
+from finetuner.training.stopping import stop_wishes
 from finetuner.weights import (
     Weights,
     checkpoint_bytes,
     gather,
     read_optimizer,
     result_mark,
+    write_best,
     write_checkpoint,
+    write_model,
     write_result,
 )
 from finetuner.world import World
@@ -87,7 +94,8 @@ def train(loaded: Loaded, recipe_name: str) -> None:
         try:
             _train(recipe, recipe_name, world, plan, screen)
         except BaseException as error:
-            if not isinstance(error, FinetunerError) and list_checkpoints(Path(output.output_dir)):
+            ours = isinstance(error, FinetunerError) and not isinstance(error, PreemptedError)
+            if not ours and list_checkpoints(Path(output.output_dir)):
                 screen.line(
                     f"resume with: accelerate launch -m finetuner.train {recipe_name} resume_from_checkpoint=true"
                 )
@@ -116,7 +124,12 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         state = saved.state
         for note in check_resume(saved.facts, facts):
             screen.line(f"note: {note}")
-        if state.step >= schedule.total_steps and result_mark(output_dir, is_lora).exists():
+        if saved.facts.get("model_only"):
+            raise CheckpointError(
+                f"{checkpoint} was saved with save_only_model: it has no optimizer's state to go on with.\n"
+                "Its weights can be the base_model (or lora_model_dir) of a new run."
+            )
+        if (state.stopped_early or state.step >= schedule.total_steps) and result_mark(output_dir, is_lora).exists():
             screen.line(
                 f"{output_dir} is trained already: {state.step} of {schedule.total_steps} steps. Nothing to do."
             )
@@ -142,6 +155,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         max_grad_norm=recipe.optimizer.max_grad_norm,
         layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
         eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
+        guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
     )
     parameters, token_ids = trainable_parameters(bare), special_ids(recipe, vocabulary.tokenizer)
     weights = Weights(run, bare, parameters, vocabulary.tokenizer, is_lora, token_ids)
@@ -151,8 +165,12 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     print_plan(recipe, weights, counted, prepared, recipe_name, screen)
     if accelerator.is_main_process:
         make_room(recipe, recipe_name, counted[0], state, screen)
-    fit(recipe, weights, facts, state, screen)
-    write_result(weights, output_dir, DTYPES[plan.precision])
+    state = fit(recipe, weights, facts, state, screen)
+    say_how_it_ended(recipe.guards, state, schedule.total_steps, screen)
+    if recipe.guards.load_best_model_at_end and state.best_step not in (None, state.step):
+        write_best(weights, output_dir, DTYPES[plan.precision], state.best_step or 0)
+    else:
+        write_result(weights, output_dir, DTYPES[plan.precision])
     accelerator.wait_for_everyone()
     if is_lora:
         screen.line(f"done: the adapter is in {output_dir}")
@@ -190,7 +208,8 @@ def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainSt
         remove_run_files(output_dir, keep=Path(recipe_name))
     for folder in set_aside_after(output_dir, state.step):
         screen.line(f"note: {folder} is of steps that this run takes anew; delete it if you do not need it")
-    require_space(output_dir, checkpoint_bytes(num_trained), (keep or 1) + 1)
+    count = (keep or 1) + 1 + (recipe.guards.load_best_model_at_end or recipe.output.save_strategy == "best")
+    require_space(output_dir, checkpoint_bytes(num_trained), count)
     result_mark(output_dir, recipe.adapter.adapter is not None).unlink(missing_ok=True)
     copy = output_dir / "recipe.yml"
     if copy.resolve() != Path(recipe_name).resolve():
@@ -249,24 +268,43 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
         if not stats.updated:
             screen.line(f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update is skipped")
 
-    def save(state: TrainState) -> None:
-        gathered = gather(weights, optimizer=True)
+    def save(state: TrainState, stops: bool) -> None:
+        model_only = recipe.output.save_only_model and not stops
+        gathered = gather(weights, optimizer=not model_only)
+        write: Callable[[Path], None] = partial(write_checkpoint, weights, gathered)
+        if model_only:
+            write = partial(write_model, weights, gathered.model)
         if main:
             folder = checkpoint_folder(output_dir, state.step)
-            save_checkpoint(folder, state, facts, partial(write_checkpoint, weights, gathered))
-            prune(output_dir, recipe.output.save_total_limit)
+            save_checkpoint(folder, state, facts | {"model_only": model_only}, write)
+            prune(output_dir, recipe.output.save_total_limit, state.best_step if run.guards.saves_best else None)
         run.accelerator.wait_for_everyone()
 
     mine = -(-len(run.held_out_rows) // run.plan.data_parallel)
-    with TrainingProgress(screen, run.schedule.total_steps, state.step, eval_rows=mine) as progress:
+    bar = TrainingProgress(screen, run.schedule.total_steps, state.step, eval_rows=mine)
+    with bar as progress, stop_wishes(screen.line) as wish:
         events = Events(
             stepped=stepped,
             logged=partial(record, progress.logged),
             evaluated=partial(record, progress.evaluated),
             save=save,
             eval_progress=progress.evaluating,
+            stop_wished=lambda: bool(wish),
         )
         return train_loop(run, state, events)
+
+
+def say_how_it_ended(section: GuardSection, state: TrainState, total_steps: int, screen: Screen) -> None:
+    if state.skipped_steps:
+        screen.line(f"note: {state.skipped_steps} of {state.step} steps were skipped: loss or gradient was not finite")
+    if state.stopped_early:
+        screen.line(
+            f"stopped after step {state.step} of {total_steps}: the held-out loss was not lower in "
+            f"{state.evals_without_gain} evaluations"
+        )
+    if section.load_best_model_at_end:
+        loss = "no evaluation was finite" if state.best_eval_loss is None else f"loss {state.best_eval_loss:.4f}"
+        screen.line(f"the result is of step {state.best_step or state.step}, the best on held-out rows ({loss})")
 
 
 def prepare_data(loaded: Loaded, recipe_name: str) -> None:

@@ -5,6 +5,8 @@ and the tokenizer. A result is the same without the optimizer, and a full model 
 """
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetuner.checkpoint import written_aside
+from finetuner.checkpoint import MANIFEST, checkpoint_folder, damage, written_aside
+from finetuner.errors import CheckpointError
 from finetuner.models.adapter import write_adapter
 from finetuner.models.build import use_token_ids, write_model_folder
 from finetuner.models.loss import TokenLoss
@@ -94,8 +97,41 @@ def write_result(weights: Weights, output_dir: Path, dtype: torch.dtype) -> None
         return
     if not weights.is_lora:
         values = {name: v.to(dtype) if v.is_floating_point() else v for name, v in values.items()}
+    _publish(weights, output_dir, lambda aside: write_model(weights, values, aside))
+
+
+def write_best(weights: Weights, output_dir: Path, dtype: torch.dtype, step: int) -> None:
+    """As write_result, with what the checkpoint of `step` holds. Raises CheckpointError if it is damaged or gone."""
+    if not weights.run.accelerator.is_main_process:
+        return
+    folder = checkpoint_folder(output_dir, step)
+    wrong = damage(folder)
+    if wrong:
+        raise CheckpointError(
+            f"the best weights, of step {step}, cannot be read from {folder}: {wrong}.\n"
+            "To take the last ones instead: resume_from_checkpoint=true load_best_model_at_end=false"
+        )
+
+    def write(aside: Path) -> None:
+        if weights.is_lora:
+            for path in folder.iterdir():
+                if path.name not in _CHECKPOINTS_OWN:
+                    shutil.copyfile(path, aside / path.name)
+        else:
+            kind: Any = type(weights.bare.bare)
+            kind.from_pretrained(folder, dtype=dtype).save_pretrained(aside)
+            weights.tokenizer.save_pretrained(aside)
+
+    _publish(weights, output_dir, write)
+
+
+_CHECKPOINTS_OWN = (MANIFEST, "state.json", "optimizer.safetensors", "scaler.json")
+
+
+def _publish(weights: Weights, output_dir: Path, write: Callable[[Path], None]) -> None:
+    """Write aside, then move into output_dir with the mark last."""
     with written_aside(output_dir / "final.tmp") as aside:
-        write_model(weights, values, aside)
+        write(aside)
     move_into(output_dir / "final.tmp", output_dir, last=result_mark(output_dir, weights.is_lora).name)
     (output_dir / "final.tmp").rmdir()
 

@@ -459,7 +459,7 @@ def test_an_alias_is_read_with_a_note_and_never_beside_its_key(
 
 
 ALIAS_VALUES = {
-    "sequence_len": 512, "eval_strategy": "steps", "neftune_noise_alpha": 5.0, "overrides_of_model_config": {},
+    "sequence_len": 512, "eval_strategy": "epoch", "neftune_noise_alpha": 5.0, "overrides_of_model_config": {},
     "gradient_checkpointing": True, "adam_epsilon": 1e-6, "bnb_config_kwargs": {},
 }  # fmt: skip
 
@@ -678,6 +678,20 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         "unfrozen_parameters",
         {"adapter": "lora", "unfrozen_parameters": ["lm_head"]},
         {"unfrozen_parameters": ["lm_head"]},
+    ),
+    ("eval_strategy", {"val_set_size": 1, "eval_strategy": "steps"}, {"eval_strategy": "no"}),
+    ("saves_per_epoch", {"save_strategy": "epoch", "saves_per_epoch": 2}, {"save_strategy": "epoch"}),
+    ("early_stopping_patience", {"early_stopping_patience": 2}, {"early_stopping_patience": 2, "val_set_size": 1}),
+    (
+        "save_strategy",
+        {"val_set_size": 1, "load_best_model_at_end": True, "save_strategy": "no"},
+        {"val_set_size": 1, "load_best_model_at_end": True, "save_strategy": "best"},
+    ),
+    ("save_only_model", {"save_only_model": True, "resume_from_checkpoint": True}, {"save_only_model": True}),
+    (
+        "loss_watchdog_patience",
+        {"loss_watchdog_patience": 2},
+        {"loss_watchdog_patience": 2, "loss_watchdog_threshold": 5.0},
     ),
 ]
 NEEDED = {"base_model": "org/model", "learning_rate": 1e-3, "datasets": [{"path": "org/data", "type": "alpaca"}]}

@@ -100,6 +100,10 @@ def adapter_tensors(model: "PeftModel", values: dict[str, torch.Tensor] | None =
     """
     from peft import get_peft_model_state_dict
 
+    if values is not None:  # it has a tied tensor once, and PEFT wants both names
+        live = model.state_dict(keep_vars=True)
+        first = {id(live[name]): value for name, value in values.items()}
+        values = {name: first[id(tensor)] for name, tensor in live.items() if id(tensor) in first}
     tensors = get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False)
     # Of a tied pair PEFT wants both halves in the file, and safetensors no two tensors in one memory.
     once = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}

@@ -7,6 +7,7 @@ from finetuner.recipe.sections import (
     BatchSection,
     DataSection,
     EvaluationSection,
+    GuardSection,
     ModelSection,
     OptimizerSection,
     OutputSection,
@@ -35,6 +36,7 @@ class Recipe(Section):
     precision: PrecisionSection
     sharding: ShardingSection
     evaluation: EvaluationSection
+    guards: GuardSection
     output: OutputSection
 
 
@@ -51,6 +53,7 @@ SECTIONS: dict[str, type[Section]] = {
     "precision": PrecisionSection,
     "sharding": ShardingSection,
     "evaluation": EvaluationSection,
+    "guards": GuardSection,
     "output": OutputSection,
 }
 

@@ -13,24 +13,12 @@ from torch import nn
 from finetuner.data.batches import Batch, Layout, evaluation_batches, step_batches
 from finetuner.data.order import mix
 from finetuner.data.tokens import Rows
-from finetuner.errors import TrainingError
+from finetuner.errors import PreemptedError
 from finetuner.plan import Plan, Schedule
 from finetuner.training.engine import Engine
+from finetuner.training.guards import Guards
 from finetuner.training.metrics import peak_memory_bytes
-
-# A single bad batch is survivable; weights that are NaN are not, and then every step is bad.
-MAX_BAD_STEPS = 3
-# The loss scaler of fp16 begins too high and halves at each overflow until it fits.
-MAX_BAD_STEPS_FP16 = 20
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """All that a run has to remember beside weights and optimizer. Replaced, never edited."""
-
-    step: int = 0  # steps done
-    trained_tokens: int = 0
-    bad_steps: int = 0  # steps in a row whose gradient was not finite
+from finetuner.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -46,6 +34,7 @@ class Run:
     max_grad_norm: float
     layout: Layout
     eval_layout: Layout
+    guards: Guards
 
 
 @dataclass(frozen=True)
@@ -67,43 +56,58 @@ class Events:
     stepped: Callable[[TrainState, StepStats, float], None]  # seconds that the step took
     logged: Callable[[dict], None]
     evaluated: Callable[[dict], None]
-    save: Callable[[TrainState], None]
+    save: Callable[[TrainState, bool], None]  # true: because the run was asked to stop
     eval_progress: Callable[[int], None]  # rows evaluated on this rank
+    stop_wished: Callable[[], bool]  # of this rank
 
 
 def train(run: Run, state: TrainState, events: Events) -> TrainState:
-    """Go on from `state` to the last step. Raises TrainingError if the gradient stays non-finite."""
-    schedule = run.schedule
+    """Go on from `state` to the last step, or until the guards stop it.
+
+    Raises TrainingError if the run goes wrong, and PreemptedError, after saving, if any rank was asked to stop.
+    """
+    schedule, guards = run.schedule, run.guards
+    # Under fp16 a skipped step is the scaler's daily work; elsewhere it may mean that the weights are broken.
+    saves_when_bad = run.plan.precision == "fp16"
     if state.step == 0 and schedule.eval_on_start:
         events.evaluated(_evaluation_row(run, state, events))
     tokens, seconds = 0, 0.0
-    while state.step < schedule.total_steps:
+    saved_at = state.step
+    while state.step < schedule.total_steps and not state.stopped_early:
+        if _stop_is_wished(run, events):
+            if state.step > saved_at and (saves_when_bad or not state.bad_steps):
+                events.save(state, True)
+            raise PreemptedError(f"stopped by a signal after step {state.step} of {schedule.total_steps}.")
         started = time.perf_counter()
         stats = train_step(run, state.step)
-        state = replace(
-            state,
-            step=state.step + 1,
-            trained_tokens=state.trained_tokens + stats.num_tokens,
-            bad_steps=0 if stats.updated else state.bad_steps + 1,
-        )
+        state = replace(state, step=state.step + 1, trained_tokens=state.trained_tokens + stats.num_tokens)
+        state = guards.after_step(state, updated=stats.updated, loss=stats.loss)
         elapsed = time.perf_counter() - started
         tokens, seconds = tokens + stats.input_tokens, seconds + elapsed
         events.stepped(state, stats, elapsed)
         if schedule.logs_at(state.step):
             events.logged(_log_row(run, state, stats, tokens / seconds))
             tokens, seconds = 0, 0.0
-        fp16 = run.plan.precision == "fp16"
-        if state.bad_steps >= (MAX_BAD_STEPS_FP16 if fp16 else MAX_BAD_STEPS):
-            raise TrainingError(
-                f"loss or gradient was not finite in {state.bad_steps} steps in a row (the last: {state.step}, loss "
-                f"{stats.loss}, gradient norm {stats.grad_norm}).\nNothing was saved since. Try a smaller "
-                f"learning_rate (it is {schedule.peak_lr}), warmup_ratio=0.1, or bf16 instead of fp16."
-            )
+        guards.require_sound(state, loss=stats.loss, grad_norm=stats.grad_norm, peak_lr=schedule.peak_lr)
         if len(run.held_out_rows) and schedule.evaluates_at(state.step):
-            events.evaluated(_evaluation_row(run, state, events))
-        if schedule.saves_at(state.step) and (fp16 or not state.bad_steps):
-            events.save(state)
+            row = _evaluation_row(run, state, events)
+            events.evaluated(row)
+            state = guards.after_evaluation(state, row["eval_loss"])
+        best = guards.saves_best and state.best_step == state.step  # its loss is finite: so are the weights
+        due = schedule.saves_at(state.step, last=state.stopped_early) and (saves_when_bad or not state.bad_steps)
+        if best or due:
+            events.save(state, False)
+            saved_at = state.step
     return state
+
+
+def _stop_is_wished(run: Run, events: Events) -> bool:
+    """The same answer on every rank: one that stopped alone would leave the others waiting for it."""
+    wished = events.stop_wished()
+    if run.plan.data_parallel == 1:
+        return wished
+    anyone = torch.tensor(int(wished), device=run.accelerator.device)
+    return bool(run.accelerator.reduce(anyone, "sum"))
 
 
 def train_step(run: Run, step: int) -> StepStats:

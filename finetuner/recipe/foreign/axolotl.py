@@ -48,6 +48,9 @@ AXOLOTL: dict[str, Foreign] = {
     "type_of_model": renamed("model_type"),
     "model_config": renamed("overrides_of_model_config"),
     "gradient_checkpoint": renamed("gradient_checkpointing"),
+    "auto_resume_from_checkpoints": translated(lambda on: {"resume_from_checkpoint": True} if on else {}),
+    "metric_for_best_model": blocked("a metric other than eval_loss", says_nothing=("eval_loss", "loss")),
+    "greater_is_better": blocked("a metric other than eval_loss, which is better when lower"),
     "bnb_config": renamed("bnb_config_kwargs"),
     # attention
     "flash_attention": translated(_flash),

@@ -8,6 +8,7 @@ from finetuner.recipe.sections.adapter import AdapterSection
 from finetuner.recipe.sections.base import Section
 from finetuner.recipe.sections.data import DataSection, PackingSection
 from finetuner.recipe.sections.datasets import DatasetEntry, InstructionFormat, MessageProperties
+from finetuner.recipe.sections.guards import GuardSection
 from finetuner.recipe.sections.model import ModelSection, SpecialTokens, TokenizerSection
 from finetuner.recipe.sections.quantization import FourBitSection, QuantizationSection
 from finetuner.recipe.sections.running import EvaluationSection, OutputSection
@@ -16,7 +17,8 @@ from finetuner.recipe.sections.training import BatchSection, OptimizerSection, P
 
 __all__ = [
     "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "FourBitSection",
-    "FsdpConfig", "InstructionFormat", "MessageProperties", "ModelSection", "OptimizerSection", "OutputSection",
+    "FsdpConfig", "GuardSection", "InstructionFormat", "MessageProperties",
+    "ModelSection", "OptimizerSection", "OutputSection",
     "PackingSection", "PrecisionSection", "QuantizationSection",
     "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection",
 ]  # fmt: skip
