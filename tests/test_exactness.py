@@ -114,6 +114,21 @@ def test_a_run_resumed_with_another_split_stays_on_the_curve(write_recipe, train
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw_bnb_8bit", "paged_adamw_8bit"])
+def test_moments_in_8_bits_resume_bitwise_and_go_where_those_in_32_go(optimizer, write_recipe, train, tmp_path):
+    recipe = write_recipe(
+        num_epochs=2, micro_batch_size=4, save_steps=1, save_total_limit=20, learning_rate=1e-3, optimizer=optimizer
+    )
+    unbroken = train(recipe, f"output_dir={tmp_path / 'unbroken'}")
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "unbroken" / "checkpoints" / "step-00000004", broken / "checkpoints" / "step-00000004")
+    resumed = train(recipe, f"output_dir={broken}", "resume_from_checkpoint=true")
+    assert [r["loss"] for r in resumed] == [r["loss"] for r in unbroken]
+    assert largest_difference(weights_of(tmp_path / "unbroken"), weights_of(broken)) == 0.0
+    train(recipe, f"output_dir={tmp_path / 'full'}", "optimizer=adamw_torch")
+    assert 0.0 < largest_difference(weights_of(tmp_path / "unbroken"), weights_of(tmp_path / "full")) < 5e-3
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_a_stopped_run_resumes_to_the_same_weights(how, write_recipe, train, tmp_path):
     """Stopped at no chosen moment after the first checkpoint; then the same command again."""

@@ -21,6 +21,7 @@ ALIASES: dict[str, str] = {key: meaning.becomes for key, meaning in MEANINGS.ite
 # Axolotl's older or longer names of values that are ours.
 VALUES: Mapping[str, Mapping[Any, Any]] = {
     "optimizer": {"adamw_hf": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"},
+    "lr_scheduler": {"constant_with_warmup": "constant"},
     "bf16": {"full": True},
     "attn_implementation": {"xformers": "sdpa", "flash_attention": "flash_attention_2"},
     "evals_per_epoch": {0: None},
