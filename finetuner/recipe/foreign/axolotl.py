@@ -313,6 +313,9 @@ AXOLOTL: dict[str, Foreign] = {
 
 # Axolotl's keys for datasets[], as above. `type` and the like are ours.
 DATASET: dict[str, Foreign] = {
+    **spread(
+        "template_thinking_key field_thinking", blocked("reasoning in a column of its own", "Put it into the messages.")
+    ),
     **spread("field_chosen field_rejected field_prompt chosen_format rejected_format prompt_format", blocked(_RL)),
     "conversation": blocked(
         "conversation templates by FastChat's names", "Write chat_template: chatml, or another name."
@@ -328,9 +331,20 @@ DATASET: dict[str, Foreign] = {
 _AO = "torchao's optimizers. Write adamw_bnb_8bit"
 _KERNEL_HUB = "attention kernels from the hub. Write flash_attention_2"
 
+# Axolotl's row types that are not ours, by how they begin.
+ROW_TYPES: dict[str, str] = {
+    **dict.fromkeys(
+        ("ebft", "bradley_terry", "stepwise_supervised", "chatml.", "llama3.", "user_defined.", "orpo.", "gsm8k",
+         "chat_template.argilla", "passthrough"), _RL),
+    **dict.fromkeys(("alpaca:", "alpaca_"), "a style of Alpaca rows"),
+    "oasst": "rows of conversation trees", "pretrain": "streaming corpora",
+    "context_qa": "rows of questions about a context", "gpteacher": "GPTeacher rows",
+}  # fmt: skip
+
 # Values of our keys that other tools know and that cannot be done here yet.
 UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
     "optimizer": {
+        "paged_adamw_32bit": "moments in 32 bits that are paged. Write paged_adamw_8bit or adamw_torch",
         **dict.fromkeys(
             (
                 "adamw_torch_4bit",
@@ -373,6 +387,7 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
         "kernels-community/flash-attn3": _KERNEL_HUB,
         "fp8": "attention in 8-bit floats",
         "sage": "SageAttention",
+        "flex_attention": "flex attention. Write sdpa",
         "s2": "shifted sparse attention",
         "flash_attention_4": "this attention",
     },
