@@ -56,7 +56,7 @@ class Plan:
         if isinstance(engine, ZeroPlan) and recipe.optimizer.optimizer.endswith("8bit"):
             raise PlanError(
                 f"optimizer {recipe.optimizer.optimizer} with deepspeed is not supported yet: ZeRO cuts its "
-                "blocks of 8 bits apart.\nWrite `optimizer: adamw_torch`; under ZeRO each rank holds a part of its state."
+                "blocks of 8 bits apart.\nWrite `optimizer: adamw_torch`; under ZeRO each rank holds a part of it."
             )
         return cls(
             data_parallel=world.size,
