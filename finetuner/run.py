@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from finetuner import __version__
 from finetuner.checkpoint import (
+    aside_of,
     checkpoint_folder,
     list_checkpoints,
     newest_whole,
@@ -48,14 +49,17 @@ from finetuner.training.loop import Events, Run, StepStats, TrainState
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
 from finetuner.training.optimizer import build_optimizer
+from finetuner.training.parts import has_parts
 from finetuner.training.progress import Screen, TrainingProgress, duration
 from finetuner.weights import (
     Weights,
     checkpoint_bytes,
     gather,
     read_optimizer,
+    read_parts,
     result_mark,
     write_checkpoint,
+    write_parts,
     write_result,
 )
 from finetuner.world import World
@@ -217,7 +221,8 @@ def build_model(
     """Base (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around both; on the CPU if an
     engine takes them to the device in parts."""
     full, config = recipe.adapter.adapter is None, recipe.sharding.fsdp_config
-    source = str(checkpoint) if full and checkpoint is not None else recipe.model.base_model
+    in_parts = checkpoint is not None and has_parts(checkpoint)
+    source = str(checkpoint) if full and checkpoint is not None and not in_parts else recipe.model.base_model
     # Ranks that are handed their part by the main one need no weights of their own.
     handed = isinstance(plan.engine, FsdpPlan) and plan.engine.main_rank_reads and not accelerator.is_main_process
     model = (empty_model if handed else load_model)(
@@ -237,6 +242,8 @@ def build_model(
     if recipe.precision.gradient_checkpointing or (config is not None and config.activation_checkpointing):
         recompute_activations(model)
     if full:
+        if checkpoint is not None and in_parts and not handed:
+            read_parts(model, checkpoint, trained_only=False)
         return TokenLoss(model, composed=composed)
     adapted = add_lora(
         model,
@@ -246,7 +253,9 @@ def build_model(
         new_token_ids=new_ids,
     )
     train_in_fp32(adapted)
-    if checkpoint is not None:
+    if checkpoint is not None and in_parts:
+        read_parts(adapted, checkpoint, trained_only=True)
+    elif checkpoint is not None:
         read_adapter(adapted, checkpoint)
     return TokenLoss(adapted, composed=composed)
 
@@ -282,10 +291,15 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
             screen.line(f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update is skipped")
 
     def save(state: TrainState) -> None:
-        gathered = gather(weights, optimizer=True)
+        folder, engine = checkpoint_folder(output_dir, state.step), run.plan.engine
+        if isinstance(engine, FsdpPlan) and engine.sharded_checkpoints:
+            write = partial(write_parts, weights)
+            if not main:
+                write(aside_of(folder))
+        else:
+            write = partial(write_checkpoint, weights, gather(weights, optimizer=True))
         if main:
-            folder = checkpoint_folder(output_dir, state.step)
-            save_checkpoint(folder, state, facts, partial(write_checkpoint, weights, gathered))
+            save_checkpoint(folder, state, facts, write)
             prune(output_dir, recipe.output.save_total_limit)
         run.accelerator.wait_for_everyone()
 

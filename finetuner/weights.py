@@ -1,10 +1,13 @@
 """What a checkpoint and a result hold beside the state: written and read side by side.
 
 A checkpoint has the adapter (LoRA) or the whole model in fp32, the optimizer's state, the loss scaler's under fp16,
-and the tokenizer. A result is the same without the optimizer, and a full model in the number format it ran in.
+and the tokenizer. It is one file of each that the main rank writes, or parts that every rank writes; in both forms any
+engine on any number of ranks goes on from it. A result is the same without the optimizer, and a full model in the number
+format it ran in.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +17,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetuner.checkpoint import written_aside
+from finetuner.errors import CheckpointError
 from finetuner.models.adapter import write_adapter
 from finetuner.models.build import use_token_ids, write_model_folder
 from finetuner.models.loss import TokenLoss
 from finetuner.output import move_into
 from finetuner.training.loop import Run
+from finetuner.training.optimizer import optimizer_tensors
+from finetuner.training.parts import Parts, has_parts, write_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MODEL_PART, OPTIMIZER_PART = "model/", "optimizer/"  # what a name in a part file begins with
 
 
 @dataclass(frozen=True)
@@ -47,12 +56,47 @@ class Gathered:
 def gather(weights: Weights, *, optimizer: bool) -> Gathered:
     """Called by all ranks together."""
     engine = weights.run.engine
+    model = engine.whole(model_tensors(weights))
+    return Gathered(model, engine.optimizer_state(weights.parameters) if optimizer else {})
+
+
+def model_tensors(weights: Weights) -> dict[str, torch.Tensor]:
+    """What is saved of the model, as this rank holds it; a tied tensor under its first name."""
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in weights.bare.model.state_dict(keep_vars=True).items():
         if tensor.requires_grad or not weights.is_lora:
-            found.setdefault(id(tensor), (name, tensor))  # a tied tensor under its first name
-    model = engine.whole(dict(found.values()))
-    return Gathered(model, engine.optimizer_state(weights.parameters) if optimizer else {})
+            found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def write_parts(weights: Weights, folder: Path) -> None:
+    """A checkpoint in parts, called by all ranks together: each writes what it holds into `folder`, once the main rank
+    has made it."""
+    accelerator = weights.run.accelerator
+    accelerator.wait_for_everyone()
+    tensors = {MODEL_PART + name: tensor for name, tensor in model_tensors(weights).items()}
+    state = optimizer_tensors(weights.run.engine.optimizer, weights.parameters, on_cpu=False)
+    write_part(folder, tensors | {OPTIMIZER_PART + name: tensor for name, tensor in state.items()})
+    if accelerator.is_main_process:
+        model: Any = weights.bare.model
+        (model.peft_config["default"] if weights.is_lora else model.config).save_pretrained(str(folder))
+        weights.tokenizer.save_pretrained(folder)
+    accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def read_parts(model: nn.Module, folder: Path, *, trained_only: bool) -> None:
+    """Copy a checkpoint in parts into a model that is still whole."""
+    parts = Parts(folder, MODEL_PART)
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad or not trained_only}
+    missing = sorted(set(wanted) - set(parts)) or [n for n in wanted if parts[n].shape != wanted[n].shape]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint {folder} is not of this model and recipe: '{missing[0]}' and {len(missing) - 1} more "
+            "tensors differ. Use the recipe that it was written with."
+        )
+    for name, parameter in wanted.items():
+        parameter.copy_(parts[name])
 
 
 def write_checkpoint(weights: Weights, gathered: Gathered, folder: Path) -> None:
@@ -65,9 +109,12 @@ def write_checkpoint(weights: Weights, gathered: Gathered, folder: Path) -> None
 
 
 def read_optimizer(weights: Weights, folder: Path) -> None:
-    """Load the optimizer and scaler that write_checkpoint wrote, by all ranks; the model was built from the same
-    folder."""
-    weights.run.engine.load_optimizer_state(weights.parameters, load_file(folder / "optimizer.safetensors"))
+    """Load the optimizer and scaler that a checkpoint has, by all ranks; the model was built from the same folder."""
+    if has_parts(folder):
+        tensors: Mapping[str, torch.Tensor] = Parts(folder, OPTIMIZER_PART)
+    else:
+        tensors = load_file(folder / "optimizer.safetensors")
+    weights.run.engine.load_optimizer_state(weights.parameters, tensors)
     scaler = weights.run.accelerator.scaler
     if scaler is not None and (folder / "scaler.json").exists():
         scaler.load_state_dict(json.loads((folder / "scaler.json").read_text()))

@@ -75,8 +75,8 @@ class ZeroEngine:
         return Held(sum(p.numel() for p in local), sum(p.numel() for p in flat), num_bytes)
 
     def whole(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         out: Tensors = {}
         for name, tensor in tensors.items():
