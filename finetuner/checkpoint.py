@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuner.errors import CheckpointError
-from finetuner.training.loop import TrainState
+from finetuner.training.state import TrainState
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -170,9 +170,13 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted((output_dir / "checkpoints").glob("step-[0-9]*"))
 
 
-def prune(output_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep`; 0 keeps all. Renamed first: a kill leaves no half checkpoint under its name."""
+def prune(output_dir: Path, keep: int, best_step: int | None = None) -> None:
+    """Delete all but the newest `keep` and the one of `best_step`; 0 keeps all.
+
+    Renamed first: a kill leaves no half checkpoint under its name."""
     for folder in list_checkpoints(output_dir)[:-keep] if keep else []:
+        if best_step is not None and folder == checkpoint_folder(output_dir, best_step):
+            continue
         doomed = folder.with_name(f".{folder.name}.tmp")
         folder.rename(doomed)
         shutil.rmtree(doomed)

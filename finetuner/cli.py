@@ -1,5 +1,6 @@
 """The command line: parse, call run, and turn a FinetunerError into a message and an exit code."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -50,14 +51,67 @@ def merge(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def check(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Check a recipe and name every mistake in it, without loading anything."""
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also what is accepted without effect.")] = False,
+) -> None:
+    """Check a recipe and name every mistake in it, without loading anything. Other tools' recipes are taken too."""
+    from finetuner.recipe.convert import check as check_recipe
+
+    for line in check_recipe(recipe, overrides or [], verbose=verbose):
+        typer.echo(line)
+
+
+@app.command()
+def explain(
+    key: Annotated[str, typer.Argument(help="A recipe key, such as lora_r or datasets.type.", show_default=False)],
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", show_default=False)] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say what a recipe key means, its type and default, and what it came to in RECIPE."""
+    from finetuner.recipe import load
+    from finetuner.recipe.explain import explain as explained
+
+    typer.echo(explained(key, load(recipe, overrides or [], check_files=False) if recipe else None))
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The reference as a page instead.")] = False,
+) -> None:
+    """Print the JSON Schema of a recipe, for editors (yaml-language-server)."""
+    from finetuner.recipe.explain import json_schema, reference
+
+    typer.echo(reference().rstrip() if markdown else json.dumps(json_schema(), indent=1))
+
+
+@app.command()
+def convert(
+    foreign: Annotated[str, typer.Argument(help="A recipe of Axolotl, LLaMA-Factory or TRL.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; default: the screen.")] = None,
+) -> None:
+    """Write another tool's recipe as one of ours, with a comment where something changed."""
+    from finetuner.recipe.convert import convert as converted
+    from finetuner.recipe.convert import write_new
+
+    result = converted(foreign)
+    if out is None:
+        typer.echo(result.text.rstrip())
+    else:
+        write_new(out, result.text)
+        typer.echo(f"{foreign}, a recipe of {result.tool}, is now {out}. Next: finetuner check {out}")
+
+
+@app.command()
+def data(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Prepare the dataset, so that training finds it ready."""
     from finetuner.recipe import load
 
     loaded = load(recipe, overrides or [])
-    for note in loaded.notes:
-        typer.echo(f"note: {note}")
-    typer.echo(f"{recipe}: no mistakes")
+    from finetuner import run
+
+    run.prepare_data(loaded, recipe)
 
 
 @app.command("import-gguf")

@@ -6,7 +6,8 @@
     ├── DataError         a dataset or one of its rows cannot be used     exit 2
     ├── ModelError        a model, tokenizer or adapter cannot be used    exit 2
     ├── CheckpointError   a checkpoint or output folder cannot be used    exit 2
-    └── TrainingError     the run itself went wrong (NaN, no progress)    exit 1
+    ├── TrainingError     the run itself went wrong (NaN, no progress)    exit 1
+    └── PreemptedError    asked to stop: saved, start me again            exit 75
 
 Every message says what is wrong, where, shows both values and says what to type. Commands print it without a
 traceback. A failure that is not one of these is a bug of ours and keeps its traceback.
@@ -43,3 +44,9 @@ class TrainingError(FinetunerError):
     """Training cannot go on; what was saved before stays valid."""
 
     exit_code = 1
+
+
+class PreemptedError(FinetunerError):
+    """A signal asked the run to stop. 75 is sysexits.h's EX_TEMPFAIL: the same command may succeed later."""
+
+    exit_code = 75

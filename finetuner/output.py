@@ -13,7 +13,14 @@ from finetuner.errors import CheckpointError
 LOCK = ".lock"
 METRICS = "metrics.jsonl"  # the sign that a run of ours wrote here
 # What a run writes beside checkpoints and merged. Nothing else in the folder is ever touched.
-RUN_FILES = (METRICS, "recipe.yml", "adapter_model.safetensors", "adapter_config.json", "config.json")
+RUN_FILES = (
+    METRICS,
+    "recipe.yml",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "config.json",
+    "quantization.json",
+)
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
 

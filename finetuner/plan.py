@@ -112,6 +112,9 @@ class Schedule:
     eval_on_start: bool
     save_steps: int | None
     saves_per_epoch: int | None
+    eval_strategy: str | None = None
+    save_strategy: str | None = None
+    save_first_step: bool = False
 
     @classmethod
     def from_sections(
@@ -147,6 +150,9 @@ class Schedule:
             eval_on_start=evaluation.eval_on_start,
             save_steps=output.save_steps,
             saves_per_epoch=output.saves_per_epoch,
+            eval_strategy=evaluation.eval_strategy,
+            save_strategy=output.save_strategy,
+            save_first_step=output.save_first_step,
         )
 
     @property
@@ -191,10 +197,18 @@ class Schedule:
         return done == 1 or done % self.logging_steps == 0 or done == self.total_steps
 
     def evaluates_at(self, done: int) -> bool:
+        if self.eval_strategy == "no":
+            return False
         return done == self.total_steps or self._due(done, self.eval_steps, self.evals_per_epoch)
 
-    def saves_at(self, done: int) -> bool:
-        return done == self.total_steps or self._due(done, self.save_steps, self.saves_per_epoch)
+    def saves_at(self, done: int, last: bool = False) -> bool:
+        """`last`: no step follows, although `done` are not all. (The best held-out loss, or a signal, may ask for a
+        checkpoint as well.)"""
+        if done == 1 and self.save_first_step:
+            return True
+        if self.save_strategy in ("no", "best"):
+            return False
+        return last or done == self.total_steps or self._due(done, self.save_steps, self.saves_per_epoch)
 
     def _due(self, done: int, every: int | None, per_epoch: int | None) -> bool:
         if every is not None:

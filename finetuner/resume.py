@@ -9,7 +9,11 @@ from finetuner.errors import CheckpointError
 MUST_MATCH = (
     "base_model", "tokenizer", "special_tokens", "tokens", "datasets", "test_datasets", "val_set_size", "sequence_len",
     "excess_length_strategy", "train_on_inputs", "adapter", "lora_r", "lora_alpha", "lora_target_linear",
-    "lora_target_modules", "seed",
+    "lora_target_modules", "lora_modules_to_save", "lora_fan_in_fan_out", "lora_model_dir", "peft_use_rslora",
+    "peft_use_dora", "peft_init_lora_weights", "peft_layers_to_transform", "peft_layers_pattern",
+    "unfrozen_parameters", "load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "seed",
+    "sample_packing", "group_by_length", "chat_template", "chat_template_jinja", "chat_template_kwargs", "eot_tokens",
+    "min_sample_len",
 )  # fmt: skip
 
 # These have no part in what is learned; micro-batches and ranks are compared through the global batch.
@@ -17,7 +21,11 @@ NO_MATTER = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "saves_per_epoch", "save_total_limit",
     "logging_steps", "eval_steps", "evals_per_epoch", "eval_on_start", "eval_batch_size", "micro_batch_size",
     "gradient_accumulation_steps", "trust_remote_code", "fsdp", "fsdp_config", "fsdp_version", "deepspeed",
-    "dp_replicate_size", "dp_shard_size",
+    "dp_replicate_size", "dp_shard_size", "dataset_prepared_path", "max_dropped_fraction", "pad_to_sequence_len",
+    "eval_sample_packing",
+    "eval_strategy", "save_strategy", "save_first_step", "save_only_model", "max_skipped_steps",
+    "loss_watchdog_threshold", "loss_watchdog_patience", "early_stopping_patience", "early_stopping_threshold",
+    "load_best_model_at_end",
 )  # fmt: skip
 
 

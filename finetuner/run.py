@@ -1,15 +1,18 @@
 """The composition root: one function per command, each builds the parts in order and hands them on."""
 
+import logging
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
 from finetuner import __version__
+from finetuner.assemble import DTYPES, build_model
 from finetuner.checkpoint import (
     aside_of,
     checkpoint_folder,
@@ -21,44 +24,49 @@ from finetuner.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
-from finetuner.data.prepare import Prepared, prepare
-from finetuner.errors import CheckpointError, FinetunerError, ModelError
+from finetuner.data.batches import Layout
+from finetuner.data.cache import prepare_once
+from finetuner.data.prepare import Prepared
+from finetuner.data.templates import chosen_template
+from finetuner.errors import CheckpointError, FinetunerError, ModelError, PreemptedError
 from finetuner.export.merge import merge_adapter, require_same_base
-from finetuner.models.adapter import add_lora, read_adapter
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
     count_parameters,
-    embedding_rows,
-    empty_model,
-    grow_embeddings,
     length_notes,
-    load_model,
-    recompute_activations,
-    train_in_fp32,
     trainable_parameters,
 )
-from finetuner.models.loss import TokenLoss, head_is_composable
+from finetuner.models.packing import wants_flat_packs
+from finetuner.models.quantized import (
+    choose_format,
+    require_bitsandbytes,
+)
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
-from finetuner.plan import Plan, Precision, Schedule
+from finetuner.plan import Plan
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
+from finetuner.recipe.sections import GuardSection
 from finetuner.resume import check_resume, resume_facts
 from finetuner.sharding import FsdpPlan
+from finetuner.summary import print_plan, rows_line
 from finetuner.training.accelerator import build_accelerator, build_engine, leave_ranks, use_threads_and_matmuls
-from finetuner.training.loop import Events, Run, StepStats, TrainState
+from finetuner.training.guards import Guards
+from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
 from finetuner.training.optimizer import build_optimizer
-from finetuner.training.parts import has_parts
 from finetuner.training.progress import Screen, TrainingProgress, duration
+from finetuner.training.state import TrainState
+from finetuner.training.stopping import stop_wishes
 from finetuner.weights import (
     Weights,
     checkpoint_bytes,
     gather,
     read_optimizer,
-    read_parts,
     result_mark,
+    write_best,
     write_checkpoint,
+    write_model,
     write_parts,
     write_result,
 )
@@ -66,8 +74,6 @@ from finetuner.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(loaded: Loaded, recipe_name: str) -> None:
@@ -78,8 +84,8 @@ def train(loaded: Loaded, recipe_name: str) -> None:
     for note in loaded.notes:
         screen.line(f"note: {note}")
     plan = Plan.from_recipe(recipe, world)
-    for note in plan.engine_notes:
-        screen.line(f"note: {note}")
+    for engine_note in plan.engine_notes:
+        screen.line(f"note: {engine_note}")
     quiet_libraries(screen)
     use_threads_and_matmuls(world, recipe.precision.tf32)
     if not world.is_main:
@@ -91,7 +97,8 @@ def train(loaded: Loaded, recipe_name: str) -> None:
         try:
             _train(recipe, recipe_name, world, plan, screen)
         except BaseException as error:
-            if not isinstance(error, FinetunerError) and list_checkpoints(Path(output.output_dir)):
+            ours = isinstance(error, FinetunerError) and not isinstance(error, PreemptedError)
+            if not ours and list_checkpoints(Path(output.output_dir)):
                 screen.line(
                     f"resume with: accelerate launch -m finetuner.train {recipe_name} resume_from_checkpoint=true"
                 )
@@ -99,18 +106,18 @@ def train(loaded: Loaded, recipe_name: str) -> None:
 
 
 def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: Screen) -> None:
-    vocabulary = load_tokenizer(recipe.tokenizer, recipe.model.base_model, recipe.model.trust_remote_code)
-    with screen.work("tokenising", "rows") as work:
-        prepared = prepare(recipe.data, vocabulary.tokenizer, plan.seed, work.at)
-    schedule = plan.schedule(recipe, len(prepared.train))
+    vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
+    schedule = plan.schedule(recipe, len(prepared.train_rows))
+    if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
+        require_bitsandbytes()
     attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
     accelerator = build_accelerator(plan, world)
-    output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter == "lora"
+    output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter is not None
 
     facts = resume_facts(
         flat_values(recipe),
-        num_rows=len(prepared.train),
-        rows_sha256=prepared.train.sha256,
+        num_rows=len(prepared.train_rows),
+        rows_sha256=prepared.train_rows.sha256,
         global_batch=plan.global_batch,
     )
     checkpoint = choose_checkpoint(recipe, accelerator, screen)
@@ -120,7 +127,12 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         state = saved.state
         for note in check_resume(saved.facts, facts):
             screen.line(f"note: {note}")
-        if state.step >= schedule.total_steps and result_mark(output_dir, is_lora).exists():
+        if saved.facts.get("model_only"):
+            raise CheckpointError(
+                f"{checkpoint} was saved with save_only_model: it has no optimizer's state to go on with.\n"
+                "Its weights can be the base_model (or lora_model_dir) of a new run."
+            )
+        if (state.stopped_early or state.step >= schedule.total_steps) and result_mark(output_dir, is_lora).exists():
             screen.line(
                 f"{output_dir} is trained already: {state.step} of {schedule.total_steps} steps. Nothing to do."
             )
@@ -141,9 +153,12 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         ),
         plan=plan,
         schedule=schedule,
-        train_rows=prepared.train,
-        held_out_rows=prepared.held_out,
+        train_rows=prepared.train_rows,
+        held_out_rows=prepared.held_out_rows,
         max_grad_norm=recipe.optimizer.max_grad_norm,
+        layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
+        eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
+        guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
     )
     parameters, token_ids = trainable_parameters(bare), special_ids(recipe, vocabulary.tokenizer)
     weights = Weights(run, bare, parameters, vocabulary.tokenizer, is_lora, token_ids)
@@ -153,8 +168,12 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     print_plan(recipe, weights, counted, prepared, recipe_name, screen)
     if accelerator.is_main_process:
         make_room(recipe, recipe_name, counted[0], state, screen)
-    fit(recipe, weights, facts, state, screen)
-    write_result(weights, output_dir, DTYPES[plan.precision])
+    state = fit(recipe, weights, facts, state, screen)
+    say_how_it_ended(recipe.guards, state, schedule.total_steps, screen)
+    if recipe.guards.load_best_model_at_end and state.best_step not in (None, state.step):
+        write_best(weights, output_dir, DTYPES[plan.precision], state.best_step or 0)
+    else:
+        write_result(weights, output_dir, DTYPES[plan.precision])
     accelerator.wait_for_everyone()
     if is_lora:
         screen.line(f"done: the adapter is in {output_dir}")
@@ -167,6 +186,24 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     leave_ranks(accelerator)
 
 
+def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tuple[Vocabulary, Prepared]:
+    """The tokenizer with the recipe's chat template, and the documents that it makes of the rows."""
+    vocabulary = load_tokenizer(recipe.tokenizer, recipe.model.base_model, recipe.model.trust_remote_code)
+    tokenizer = vocabulary.tokenizer
+    tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)  # saved with the result
+    with screen.work("tokenising", "rows") as work:
+        return vocabulary, prepare_once(recipe.data, recipe.packing, tokenizer, seed, world, work.at)
+
+
+def layout_of(recipe: Recipe, model: "PreTrainedModel", *, packed: bool) -> Layout:
+    return Layout(
+        packed=packed,
+        flat=packed and wants_flat_packs(model),
+        pad_to=recipe.data.sequence_len if recipe.packing.pad_to_sequence_len else None,
+        by_length=recipe.packing.group_by_length,
+    )
+
+
 def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainState, screen: Screen) -> None:
     """What is removed or replaced in output_dir goes now, when nothing can be wrong with the input any more."""
     output_dir, keep = Path(recipe.output.output_dir), recipe.output.save_total_limit
@@ -174,8 +211,9 @@ def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainSt
         remove_run_files(output_dir, keep=Path(recipe_name))
     for folder in set_aside_after(output_dir, state.step):
         screen.line(f"note: {folder} is of steps that this run takes anew; delete it if you do not need it")
-    require_space(output_dir, checkpoint_bytes(num_trained), (keep or 1) + 1)
-    result_mark(output_dir, recipe.adapter.adapter == "lora").unlink(missing_ok=True)
+    count = (keep or 1) + 1 + (recipe.guards.load_best_model_at_end or recipe.output.save_strategy == "best")
+    require_space(output_dir, checkpoint_bytes(num_trained), count)
+    result_mark(output_dir, recipe.adapter.adapter is not None).unlink(missing_ok=True)
     copy = output_dir / "recipe.yml"
     if copy.resolve() != Path(recipe_name).resolve():
         heading = f"{Path(recipe_name).name} as finetuner {__version__} understood it"
@@ -210,63 +248,6 @@ def choose_checkpoint(recipe: Recipe, accelerator: Accelerator, screen: Screen) 
     return broadcast_object_list(chosen)[0]
 
 
-def build_model(
-    recipe: Recipe,
-    plan: Plan,
-    vocabulary: Vocabulary,
-    attention: tuple[str, ...],
-    checkpoint: Path | None,
-    accelerator: Accelerator,
-) -> TokenLoss:
-    """Base (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around both; on the CPU if an
-    engine takes them to the device in parts."""
-    full, config = recipe.adapter.adapter is None, recipe.sharding.fsdp_config
-    in_parts = checkpoint is not None and has_parts(checkpoint)
-    source = str(checkpoint) if full and checkpoint is not None and not in_parts else recipe.model.base_model
-    # Ranks that are handed their part by the main one need no weights of their own.
-    handed = isinstance(plan.engine, FsdpPlan) and plan.engine.main_rank_reads and not accelerator.is_main_process
-    model = (empty_model if handed else load_model)(
-        source,
-        dtype=torch.float32 if full else DTYPES[plan.precision],
-        attention=attention,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    new_ids = ids_to_train(model, vocabulary)
-    grow_embeddings(model, len(vocabulary.tokenizer))
-    if plan.engine is None:
-        model.to(accelerator.device)
-        with accelerator.autocast():
-            composed = head_is_composable(model)
-    else:  # it may be larger than the device
-        composed = broadcast_object_list([not handed and head_is_composable(model)])[0]
-    if recipe.precision.gradient_checkpointing or (config is not None and config.activation_checkpointing):
-        recompute_activations(model)
-    if full:
-        if checkpoint is not None and in_parts and not handed:
-            read_parts(model, checkpoint, trained_only=False)
-        return TokenLoss(model, composed=composed)
-    adapted = add_lora(
-        model,
-        recipe.adapter,
-        base_model=recipe.model.base_model,
-        seed=plan.seed,
-        new_token_ids=new_ids,
-    )
-    train_in_fp32(adapted)
-    if checkpoint is not None and in_parts:
-        read_parts(adapted, checkpoint, trained_only=True)
-    elif checkpoint is not None:
-        read_adapter(adapted, checkpoint)
-    return TokenLoss(adapted, composed=composed)
-
-
-def ids_to_train(model: "PreTrainedModel", vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Tokens that the base model has never seen: added by the recipe, or beyond the base's embedding rows because the
-    tokenizer is another one."""
-    known = len(vocabulary.tokenizer) - len(vocabulary.new_ids)
-    return tuple(range(min(known, embedding_rows(model)), len(vocabulary.tokenizer)))
-
-
 def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     """Role -> id of the special tokens that the recipe names, such as {"eos_token_id": 2}."""
     named = recipe.tokenizer.special_tokens.model_dump(exclude_none=True)
@@ -290,93 +271,66 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
         if not stats.updated:
             screen.line(f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update is skipped")
 
-    def save(state: TrainState) -> None:
+    def save(state: TrainState, stops: bool) -> None:
+        model_only = recipe.output.save_only_model and not stops
         folder, engine = checkpoint_folder(output_dir, state.step), run.plan.engine
+        write: Callable[[Path], None]
         if isinstance(engine, FsdpPlan) and engine.sharded_checkpoints:
-            write = partial(write_parts, weights)
+            write = partial(write_parts, weights, model_only=model_only)
             if not main:
                 write(aside_of(folder))
         else:
-            write = partial(write_checkpoint, weights, gather(weights, optimizer=True))
+            gathered = gather(weights, optimizer=not model_only)
+            write = partial(write_checkpoint, weights, gathered)
+            if model_only:
+                write = partial(write_model, weights, gathered.model)
         if main:
-            save_checkpoint(folder, state, facts, write)
-            prune(output_dir, recipe.output.save_total_limit)
+            save_checkpoint(folder, state, facts | {"model_only": model_only}, write)
+            prune(output_dir, recipe.output.save_total_limit, state.best_step if run.guards.saves_best else None)
         run.accelerator.wait_for_everyone()
 
     mine = -(-len(run.held_out_rows) // run.plan.data_parallel)
-    with TrainingProgress(screen, run.schedule.total_steps, state.step, eval_rows=mine) as progress:
+    bar = TrainingProgress(screen, run.schedule.total_steps, state.step, eval_rows=mine)
+    with bar as progress, stop_wishes(screen.line) as wish:
         events = Events(
             stepped=stepped,
             logged=partial(record, progress.logged),
             evaluated=partial(record, progress.evaluated),
             save=save,
             eval_progress=progress.evaluating,
+            stop_wished=lambda: bool(wish),
         )
         return train_loop(run, state, events)
 
 
-def print_plan(
-    recipe: Recipe,
-    weights: Weights,
-    counted: tuple[int, int],
-    prepared: Prepared,
-    recipe_name: str,
-    screen: Screen,
-) -> None:
-    """Called by all ranks together; the main one prints."""
-    plan, schedule, base = weights.run.plan, weights.run.schedule, weights.bare.bare
-    trainable, total = counted
-    device = weights.run.accelerator.device
-    where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-    rows = [
-        ("recipe", recipe_name),
-        ("model", f"{recipe.model.base_model} ({type(base).__name__}), {base.config._attn_implementation} attention"),
-        ("parameters", f"{trainable:,} trained of {total:,} ({trainable / total:.2%})"),
-        ("precision", f"{plan.precision} on {where}; trained weights in fp32"),
-        ("engine", weights.run.engine.name),
-        ("each rank holds", _held_line(weights.run)),
-        ("rows", _rows_line(prepared)),
-        ("global batch", plan.batch_equation),
-        ("steps", _steps_line(schedule)),
-        ("learning rate", _rate_line(schedule)),
-        ("output", recipe.output.output_dir),
-    ]
-    screen.table(rows)
-    for note in prepared.notes:
-        screen.line(f"note: {note}")
-    screen.line()
-
-
-def _held_line(run: Run) -> str:
-    """What the ranks hold between steps; the range over them where they differ."""
-    held = gather_object([run.engine.held()])
-
-    def span(values: list[int], unit: str) -> str:
-        low, high = min(values), max(values)
-        return f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}"
-
-    return ", ".join(
-        (
-            span([h.parameters for h in held], "parameters"),
-            span([h.optimizer for h in held], "updated by it"),
-            span([h.num_bytes for h in held], "bytes"),
+def say_how_it_ended(section: GuardSection, state: TrainState, total_steps: int, screen: Screen) -> None:
+    if state.skipped_steps:
+        screen.line(f"note: {state.skipped_steps} of {state.step} steps were skipped: loss or gradient was not finite")
+    if state.stopped_early:
+        screen.line(
+            f"stopped after step {state.step} of {total_steps}: the held-out loss was not lower in "
+            f"{state.evals_without_gain} evaluations"
         )
-    )
+    if section.load_best_model_at_end:
+        loss = "no evaluation was finite" if state.best_eval_loss is None else f"loss {state.best_eval_loss:.4f}"
+        screen.line(f"the result is of step {state.best_step or state.step}, the best on held-out rows ({loss})")
 
 
-def _rows_line(prepared: Prepared) -> str:
-    store = prepared.train
-    line = f"{len(store):,} to train on ({store.num_tokens:,} tokens, {store.num_trained:,} trained)"
-    return line + (f", {len(prepared.held_out):,} held out" if len(prepared.held_out) else "")
-
-
-def _steps_line(schedule: Schedule) -> str:
-    epochs = schedule.epoch_at(schedule.total_steps)
-    return f"{schedule.total_steps:,} = {epochs:.4g} epochs of {schedule.steps_per_epoch:,}"
-
-
-def _rate_line(schedule: Schedule) -> str:
-    return f"{schedule.peak_lr:g}, {schedule.shape}, {schedule.warmup_steps} warmup steps"
+def prepare_data(loaded: Loaded, recipe_name: str) -> None:
+    """Prepare the recipe's rows, so that training finds them ready. Raises FinetunerError."""
+    recipe, screen = loaded.recipe, Screen(speaks=True)
+    for note in loaded.notes:
+        screen.line(f"note: {note}")
+    quiet_libraries(screen)
+    _, prepared = prepare_rows(recipe, World(), recipe.output.seed, screen)
+    rows = [("recipe", recipe_name), ("rows", rows_line(prepared)), ("longest", f"{prepared.train.longest:,} tokens")]
+    screen.table(rows)
+    for line in prepared.notes:
+        screen.line(f"note: {line}")
+    if prepared.listed is not None:
+        if prepared.counts:
+            screen.line(f"note: these rows are listed in {prepared.listed}")
+        screen.line(f"done: {prepared.listed.parent}")
 
 
 def merge(loaded: Loaded, recipe_name: str) -> None:
@@ -407,6 +361,10 @@ def merge(loaded: Loaded, recipe_name: str) -> None:
         f"merged {merged.num_merged} of {merged.num_tensors} tensors ({merged.num_bytes / 1e6:,.0f} MB) in "
         f"{duration(merged.seconds)}"
     )
+    if merged.num_dequantised:
+        screen.line(
+            f"{merged.num_dequantised} tensors rounded as the quantised base was that the adapter was trained on"
+        )
     screen.line(f"done: {merged.folder}")
 
 
@@ -419,5 +377,7 @@ def quiet_libraries(screen: Screen) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|datasets|peft|torch|transformers)\b")
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()
+    # It says at import that a package of faster CPU kernels is not there; PEFT imports it wherever it is installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not (screen.speaks and screen.terminal):
         transformers.logging.disable_progress_bar()

@@ -2,12 +2,13 @@
 
 A checkpoint has the adapter (LoRA) or the whole model in fp32, the optimizer's state, the loss scaler's under fp16,
 and the tokenizer. It is one file of each that the main rank writes, or parts that every rank writes; in both forms any
-engine on any number of ranks goes on from it. A result is the same without the optimizer, and a full model in the number
-format it ran in.
+engine on any number of ranks goes on from it. A result is one file, without the optimizer, and a full model in the
+number format it ran in.
 """
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,21 +17,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetuner.checkpoint import written_aside
+from finetuner.checkpoint import MANIFEST, checkpoint_folder, damage, written_aside
 from finetuner.errors import CheckpointError
 from finetuner.models.adapter import write_adapter
 from finetuner.models.build import use_token_ids, write_model_folder
 from finetuner.models.loss import TokenLoss
+from finetuner.models.quantized import record_of, write_record
 from finetuner.output import move_into
 from finetuner.training.loop import Run
 from finetuner.training.optimizer import optimizer_tensors
-from finetuner.training.parts import Parts, has_parts, write_part
+from finetuner.training.parts import MODEL_PART, OPTIMIZER_PART, Parts, has_parts, write_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-MODEL_PART, OPTIMIZER_PART = "model/", "optimizer/"  # what a name in a part file begins with
 
 
 @dataclass(frozen=True)
@@ -69,34 +68,22 @@ def model_tensors(weights: Weights) -> dict[str, torch.Tensor]:
     return dict(found.values())
 
 
-def write_parts(weights: Weights, folder: Path) -> None:
+def write_parts(weights: Weights, folder: Path, *, model_only: bool) -> None:
     """A checkpoint in parts, called by all ranks together: each writes what it holds into `folder`, once the main rank
     has made it."""
     accelerator = weights.run.accelerator
     accelerator.wait_for_everyone()
     tensors = {MODEL_PART + name: tensor for name, tensor in model_tensors(weights).items()}
-    state = optimizer_tensors(weights.run.engine.optimizer, weights.parameters, on_cpu=False)
-    write_part(folder, tensors | {OPTIMIZER_PART + name: tensor for name, tensor in state.items()})
+    if not model_only:
+        state = optimizer_tensors(weights.run.engine.optimizer, weights.parameters, on_cpu=False)
+        tensors |= {OPTIMIZER_PART + name: tensor for name, tensor in state.items()}
+    write_part(folder, tensors)
     if accelerator.is_main_process:
         model: Any = weights.bare.model
         (model.peft_config["default"] if weights.is_lora else model.config).save_pretrained(str(folder))
+        _write_record(weights, folder)
         weights.tokenizer.save_pretrained(folder)
     accelerator.wait_for_everyone()
-
-
-@torch.no_grad()
-def read_parts(model: nn.Module, folder: Path, *, trained_only: bool) -> None:
-    """Copy a checkpoint in parts into a model that is still whole."""
-    parts = Parts(folder, MODEL_PART)
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad or not trained_only}
-    missing = sorted(set(wanted) - set(parts)) or [n for n in wanted if parts[n].shape != wanted[n].shape]
-    if missing:
-        raise CheckpointError(
-            f"the checkpoint {folder} is not of this model and recipe: '{missing[0]}' and {len(missing) - 1} more "
-            "tensors differ. Use the recipe that it was written with."
-        )
-    for name, parameter in wanted.items():
-        parameter.copy_(parts[name])
 
 
 def write_checkpoint(weights: Weights, gathered: Gathered, folder: Path) -> None:
@@ -124,10 +111,17 @@ def write_model(weights: Weights, values: dict[str, torch.Tensor], folder: Path)
     model: Any = weights.bare.model
     if weights.is_lora:
         write_adapter(model, folder, values)
+        _write_record(weights, folder)
     else:
         use_token_ids(model, weights.token_ids)
         write_model_folder(model, folder, values)
     weights.tokenizer.save_pretrained(folder)
+
+
+def _write_record(weights: Weights, folder: Path) -> None:
+    record = record_of(weights.bare.bare) if weights.is_lora else None
+    if record is not None:
+        write_record(record, folder)
 
 
 def write_result(weights: Weights, output_dir: Path, dtype: torch.dtype) -> None:
@@ -135,10 +129,49 @@ def write_result(weights: Weights, output_dir: Path, dtype: torch.dtype) -> None
     values = gather(weights, optimizer=False).model
     if not weights.run.accelerator.is_main_process:
         return
-    if not weights.is_lora:
-        values = {name: v.to(dtype) if v.is_floating_point() else v for name, v in values.items()}
+    _publish(weights, output_dir, lambda aside: write_model(weights, _as_result(weights, values, dtype), aside))
+
+
+def _as_result(weights: Weights, values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """An adapter stays in fp32."""
+    cast = not weights.is_lora
+    return {name: v.to(dtype) if cast and v.is_floating_point() else v for name, v in values.items()}
+
+
+def write_best(weights: Weights, output_dir: Path, dtype: torch.dtype, step: int) -> None:
+    """As write_result, with what the checkpoint of `step` holds. Raises CheckpointError if it is damaged or gone."""
+    if not weights.run.accelerator.is_main_process:
+        return
+    folder = checkpoint_folder(output_dir, step)
+    wrong = damage(folder)
+    if wrong:
+        raise CheckpointError(
+            f"the best weights, of step {step}, cannot be read from {folder}: {wrong}.\n"
+            "To take the last ones instead: resume_from_checkpoint=true load_best_model_at_end=false"
+        )
+
+    def write(aside: Path) -> None:
+        if has_parts(folder):
+            write_model(weights, _as_result(weights, Parts(folder, MODEL_PART), dtype), aside)
+        elif weights.is_lora:
+            for path in folder.iterdir():
+                if path.name not in _CHECKPOINTS_OWN:
+                    shutil.copyfile(path, aside / path.name)
+        else:
+            kind: Any = type(weights.bare.bare)
+            kind.from_pretrained(folder, dtype=dtype).save_pretrained(aside)
+            weights.tokenizer.save_pretrained(aside)
+
+    _publish(weights, output_dir, write)
+
+
+_CHECKPOINTS_OWN = (MANIFEST, "state.json", "optimizer.safetensors", "scaler.json")
+
+
+def _publish(weights: Weights, output_dir: Path, write: Callable[[Path], None]) -> None:
+    """Write aside, then move into output_dir with the mark last."""
     with written_aside(output_dir / "final.tmp") as aside:
-        write_model(weights, values, aside)
+        write(aside)
     move_into(output_dir / "final.tmp", output_dir, last=result_mark(output_dir, weights.is_lora).name)
     (output_dir / "final.tmp").rmdir()
 

@@ -142,6 +142,7 @@ def write_recipe(tmp_path: Path, tiny_model: Path, rows_file: Path) -> RecipeWri
             "learning_rate": 1e-3,
             "bf16": False,
             "output_dir": str(tmp_path / "out"),
+            "dataset_prepared_path": str(tmp_path / "prepared"),
         }
         values |= keys
         path = tmp_path / name

@@ -32,7 +32,9 @@ def prepared(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Prepared]:
 
     def of(*paths: Path, seed: int = 0, **keys: Any) -> Prepared:
         entries = [{"path": str(path), "type": "alpaca"} for path in paths]
-        section = DataSection.model_validate({"datasets": entries, "sequence_len": 4096} | keys)
+        section = DataSection.model_validate(
+            {"datasets": entries, "sequence_len": 4096, "max_dropped_fraction": 1.0} | keys
+        )
         return prepare(section, tokenizer, seed)
 
     return of
@@ -115,7 +117,7 @@ UNUSABLE: dict[str, tuple[str, str | bytes, str]] = {
     "no parquet": ("a.parquet", b"PAR1 and so on", "Parquet magic bytes not found"),
     "half a surrogate": ("a.jsonl", '{"instruction": "a", "output": "\\ud800"}\n', "cannot read the dataset"),
     "another encoding": ("a.csv", "instruction,output\na,\xe9\n".encode("latin-1"), "can't decode byte 0xe9"),
-    "another suffix": ("a.txt", ROW, "ends with '.txt'; a data file ends with .json, .jsonl, .csv, .parquet."),
+    "another suffix": ("a.xml", ROW, "ends with '.xml'; a data file ends with .json, .jsonl, .csv, .parquet,"),
     "no suffix": ("a", ROW, "ends with ''"),
     "other columns": ("a.jsonl", '{"question": "a", "answer": "b"}\n', "Its columns are: question, answer."),
     "no output": ("a.jsonl", '{"instruction": "a"}\n', "has no column 'output', which `type: alpaca` needs."),

@@ -1,6 +1,7 @@
 """The merged model is base + adapter, streamed, and whole or absent."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from finetuner.errors import ModelError
 from finetuner.export import merge as merge_module
 from finetuner.export.merge import merge_adapter
 from finetuner.export.safetensors_stream import read_header
+from finetuner.models.build import load_model
+from finetuner.models.quantized import choose_format
 from finetuner.recipe import load
 
+FP4 = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
 LORA = {
     "adapter": "lora",
     "lora_r": 4,
@@ -119,8 +123,8 @@ def test_what_does_not_fit_is_refused_before_the_first_byte(
     with pytest.raises(ModelError, match="is neither a folder nor reachable on the hub"):
         merge_adapter(adapter, "nobody/nothing", target)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(ModelError, match="use_dora"):
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_bias": True}))
+    with pytest.raises(ModelError, match="lora_bias"):
         merge_adapter(adapter, str(tiny_model), target)
     assert not target.exists()
 
@@ -218,3 +222,41 @@ def test_a_chosen_end_of_text_reaches_the_configs_that_generation_reads(adapter,
     model = AutoModelForCausalLM.from_pretrained(folder)
     wanted = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>")
     assert model.config.eos_token_id == model.generation_config.eos_token_id == wanted
+
+
+KEPT = [
+    ({"adapter": "qlora"}, "float32", 1e-5),
+    ({"adapter": "qlora", "lora_target_modules": ["q_proj"], "bnb_config_kwargs": FP4}, "float32", 1e-5),
+    ({"adapter": "qlora", "bf16": True}, "bfloat16", 3e-2),
+    ({"adapter": "lora", "load_in_8bit": True}, "float32", 5e-3),
+]
+
+
+@pytest.mark.parametrize(("keys", "dtype", "bound"), KEPT, ids=["nf4", "fp4, one module", "nf4 in bf16", "8 bits"])
+def test_an_adapter_of_a_quantised_base_is_merged_into_what_it_was_trained_on(
+    keys, dtype, bound, write_recipe, train, tmp_path, tokenizer_folder, capsys
+):
+    """Its logits are those of the adapter on the quantised base; merged into the exact base, they are not."""
+    base = make_model(tmp_path / "base", tokenizer_folder, dtype=dtype)
+    recipe = write_recipe(base_model=str(base), **LORA | keys)
+    train(recipe)
+    out, number = tmp_path / "out", getattr(torch, dtype)
+    run.merge(load(recipe), str(recipe))
+    assert "14 tensors rounded as the quantised base was" in capsys.readouterr().out
+    exact = tmp_path / "exact"
+    shutil.copytree(out, exact, ignore=shutil.ignore_patterns("quantization.json", "merged"))
+    merge_adapter(exact, str(base), exact / "merged")
+
+    loaded = load(recipe).recipe
+    form = choose_format(loaded.adapter.adapter, loaded.quantization, number)
+    quantised = load_model(str(base), dtype=number, attention=("sdpa",), form=form)
+    adapted = PeftModel.from_pretrained(quantised, str(out)).train()  # in eval, bitsandbytes may take other kernels
+    ids = torch.arange(20)[None]
+    wanted = adapted(input_ids=ids).logits.detach().float()
+
+    def error(folder: Path) -> float:
+        merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=number)
+        return float((merged(input_ids=ids).logits.detach().float() - wanted).norm() / wanted.norm())
+
+    assert error(out) < bound
+    assert error(exact) > 2 * error(out)

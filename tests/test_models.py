@@ -9,7 +9,7 @@ from finetuner.data.batches import collate
 from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.errors import ModelError
 from finetuner.models import loss as loss_module
-from finetuner.models.adapter import adapter_tensors, add_lora, read_adapter, target_modules, write_adapter
+from finetuner.models.adapter import adapter_tensors, add_lora, read_adapter, write_adapter
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
     grow_embeddings,
@@ -20,6 +20,7 @@ from finetuner.models.build import (
     trainable_parameters,
 )
 from finetuner.models.loss import TokenLoss, head_is_composable
+from finetuner.models.targets import target_modules
 from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe.sections import AdapterSection, SpecialTokens, TokenizerSection
 from finetuner.world import World

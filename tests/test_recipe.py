@@ -1,6 +1,8 @@
 """The recipe: every mistake is named where it stands, nothing is guessed, and what is dumped loads again."""
 
 import json
+import random
+import string
 import subprocess
 import sys
 import time
@@ -16,7 +18,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from finetuner.errors import RecipeError
-from finetuner.recipe import ALIASES, KEYS, NOT_YET, SECTIONS, Recipe, dump_recipe, load, load_recipe
+from finetuner.recipe import ALIASES, KEYS, SECTIONS, Recipe, dump_recipe, load, load_recipe
+from finetuner.recipe.foreign.translate import MEANINGS
+from finetuner.recipe.problems import near_words
 from finetuner.recipe.rules import RULES, rule_findings
 from finetuner.recipe.sections import TokenizerSection
 
@@ -103,7 +107,7 @@ def test_all_mistakes_come_in_one_message_with_their_places(
         "     5 | optimizer: adamw_torc",
         "       |            ^",
         "",
-        "r.yml:6:1: 'rl' is not supported yet (preference and reinforcement learning). Remove it.",
+        "r.yml:6:1: 'rl' is not supported yet: preference and reinforcement learning. Remove it.",
         "     6 | rl: dpo",
         "       | ^",
         "",
@@ -115,7 +119,8 @@ def test_all_mistakes_come_in_one_message_with_their_places(
         "    10 |     feild_messages: chat",
         "       |     ^",
         "",
-        "r.yml:12:11: datasets.1.type is the text 'alpca', but must be one of: alpaca, chat_template. "
+        "r.yml:12:11: datasets.1.type is the text 'alpca', but must be one of: alpaca, completion, "
+        "chat_template, input_output, prompt_completion. "
         "Did you mean 'alpaca'?",
         "    12 |     type: alpca",
         "       |           ^",
@@ -176,20 +181,26 @@ def test_a_missing_key_is_named_with_its_meaning(refusal: Callable[..., str], fi
     assert f"'{field}' is missing. {KEYS[field][1].description}" in refusal(text)
 
 
-def _slips(key: str) -> tuple[set[str], set[str]]:
-    deletions = {key[:i] + key[i + 1 :] for i in range(len(key))}
-    swaps = {key[:i] + key[i + 1] + key[i] + key[i + 2 :] for i in range(len(key) - 1)}
-    known = {*KEYS, *ALIASES, *NOT_YET}
-    return deletions - known, swaps - known
+def _misspellings(key: str) -> set[str]:
+    """Every word one slip away: a letter lost, two neighbours swapped, a letter wrong or one too many."""
+    letters = string.ascii_lowercase + string.digits + "_"
+    lost = {key[:i] + key[i + 1 :] for i in range(len(key))}
+    swapped = {key[:i] + key[i + 1] + key[i] + key[i + 2 :] for i in range(len(key) - 1)}
+    wrong = {key[:i] + letter + key[i + 1 :] for i in range(len(key)) for letter in letters}
+    added = {key[:i] + letter + key[i:] for i in range(len(key) + 1) for letter in letters}
+    return (lost | swapped | wrong | added) - {*KEYS, *MEANINGS, "plugins"}
 
 
-@pytest.mark.parametrize("key", sorted({*KEYS, *ALIASES}))
-def test_a_key_with_a_letter_lost_or_two_swapped_is_corrected(refusal: Callable[..., str], key: str) -> None:
-    for slips in _slips(key):
-        lines = refusal(BASE + "".join(f"{json.dumps(slip)}: 1\n" for slip in slips)).splitlines()
-        for slip in slips:
-            (line,) = (line for line in lines if f"unknown key '{slip}'." in line)
-            assert f"'{key}'" in line.partition("Did you mean")[2], line
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_every_misspelling_of_every_key_by_one_slip_is_corrected(refusal: Callable[..., str], key: str) -> None:
+    slips = sorted(_misspellings(key))
+    few = random.Random(key).sample(slips, 12)  # through a file; the rest, as the file's reader asks
+    lines = refusal(BASE + "".join(f"{json.dumps(slip)}: 1\n" for slip in few)).splitlines()
+    for slip in few:
+        (line,) = (line for line in lines if f"unknown key '{slip}'." in line)
+        assert f"'{key}'" in line.partition("Did you mean")[2], line
+    for slip in slips[:: max(1, len(slips) // 60)]:
+        assert key in near_words(slip, KEYS), slip
 
 
 # --- YAML 1.2, strictly ---
@@ -434,17 +445,23 @@ def test_a_key_without_a_value_means_its_default(write: Callable[..., Path]) -> 
     assert recipe == load_recipe(write(BASE))
 
 
-@pytest.mark.parametrize(("alias", "key"), ALIASES.items())
+@pytest.mark.parametrize(("alias", "key"), [item for item in ALIASES.items() if item[1] in KEYS])
 def test_an_alias_is_read_with_a_note_and_never_beside_its_key(
     write: Callable[..., Path], refusal: Callable[..., str], alias: str, key: str
 ) -> None:
-    value = "org/tokenizer" if key == "tokenizer" else "512"
+    value = json.dumps(ALIAS_VALUES.get(key, "text"))
     loaded = load(write(f"{BASE}{alias}: {value}\n"))
-    assert loaded.notes == (f"'{alias}' is read as '{key}'.",)
+    assert [str(note) for note in loaded.notes] == [f"line 6: {alias} is read as {key}"]
     assert loaded.recipe == load_recipe(write(f"{BASE}{key}: {value}\n"))
     message = refusal(f"{BASE}{alias}: {value}\n{key}: {value}\n")
     assert f"r.yml:6:1: '{alias}' and '{key}' are the same key. Remove one." in message
-    assert f"r.yml:6:{len(alias) + 3}: {key} is a list, but must be" in refusal(f"{BASE}{alias}: []\n")
+    assert f"r.yml:6:{len(alias) + 3}: {key} is" in refusal(f"{BASE}{alias}: [[0]]\n")
+
+
+ALIAS_VALUES = {
+    "sequence_len": 512, "eval_strategy": "epoch", "neftune_noise_alpha": 5.0, "overrides_of_model_config": {},
+    "gradient_checkpointing": True, "adam_epsilon": 1e-6, "bnb_config_kwargs": {},
+}  # fmt: skip
 
 
 # --- the Recipe ---
@@ -497,6 +514,8 @@ def _strategy(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
         return st.sampled_from(get_args(annotation))
     if get_origin(annotation) is tuple:
         return st.lists(_strategy(get_args(annotation)[0], []), min_size=least, max_size=3)
+    if get_origin(annotation) is dict:
+        return st.just({"zero_optimization": {"stage": 2}})
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return _fields(annotation)
     if annotation is bool:
@@ -509,7 +528,7 @@ def _strategy(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
         high = below if below is not None else _bound(metadata, "le", 1e30)
         odd = st.sampled_from([1e-05, 1e-8, 0.1, 5e-324, 0.3333333333333333])
         return odd | st.floats(low, high, exclude_min=above is not None, exclude_max=below is not None)
-    assert annotation is str, annotation
+    assert annotation in (str, Any), annotation
     return texts.filter(lambda text: len(text) >= least)
 
 
@@ -527,10 +546,10 @@ def _recipe_of(given_keys: dict[str, dict[str, Any]]) -> Recipe:
         wrong = {str(path[0]) for path, *_ in rule_findings(values)}
         if not wrong:
             return Recipe.model_validate(sections)
-        if wrong & {"datasets", "test_datasets"}:  # the rule speaks of one column of one entry
+        if wrong & {"datasets", "test_datasets"}:  # the rule speaks of some key of one entry
             for entry in [*given_keys["data"].get("datasets", []), *given_keys["data"].get("test_datasets", [])]:
-                entry.pop("field_messages", None)
-                entry.pop("name", None)
+                for key in entry.keys() - {"path", "split", "max_samples"}:
+                    del entry[key]
         for name, keys in given_keys.items():
             given_keys[name] = {k: v for k, v in keys.items() if k not in wrong - {"datasets", "test_datasets"}}
 
@@ -565,6 +584,8 @@ def test_a_dump_writes_every_default(write: Callable[..., Path]) -> None:
 # --- rules across keys ---
 
 # (name of the key at fault, what is wrong, what is right)
+CHAT = {"path": "a/b", "type": "chat_template"}
+COMPLETION = {"path": "a/b", "type": "completion"}
 RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("warmup_ratio", {"warmup_steps": 5, "warmup_ratio": 0.1}, {"warmup_steps": 5}),
     (
@@ -573,6 +594,8 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"val_set_size": 1, "eval_steps": 5},
     ),
     ("saves_per_epoch", {"save_steps": 5, "saves_per_epoch": 2}, {"saves_per_epoch": 2}),
+    ("load_in_4bit", {"adapter": "qlora", "load_in_4bit": False}, {"adapter": "qlora"}),
+    ("load_in_8bit", {"load_in_8bit": True}, {"load_in_8bit": True, "adapter": "lora"}),
     ("fp16", {"bf16": True, "fp16": True}, {"bf16": False, "fp16": True}),
     ("lora_target_linear", {"lora_target_linear": True}, {"lora_target_linear": True, "adapter": "lora"}),
     ("lora_r", {"lora_r": 16}, {"lora_r": 16, "adapter": "lora"}),
@@ -583,11 +606,6 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("lora_target_modules", {"lora_target_modules": ["q"]}, {"lora_target_modules": ["q"], "adapter": "lora"}),
     ("lora_target_modules", {"adapter": "lora", "lora_target_modules": []}, {"adapter": "lora"}),
-    (
-        "lora_target_modules",
-        {"adapter": "lora", "lora_target_linear": True, "lora_target_modules": ["q"]},
-        {"adapter": "lora", "lora_target_linear": True},
-    ),
     ("val_set_size", {"val_set_size": 2.5}, {"val_set_size": 2.0}),
     (
         "val_set_size",
@@ -611,10 +629,69 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"datasets": [{"path": "a/b", "type": "alpaca", "field_messages": "chat"}]},
         {"datasets": [{"path": "a/b", "type": "chat_template", "field_messages": "chat"}]},
     ),
+    ("field", {"datasets": [{"path": "a/b", "field": "t"}]}, {"datasets": [COMPLETION | {"field": "t"}]}),
+    (
+        "message_field_role",
+        {"datasets": [CHAT | {"message_field_role": "from", "message_property_mappings": {"role": "from"}}]},
+        {"datasets": [CHAT | {"message_field_role": "from"}]},
+    ),
+    ("shards_idx", {"datasets": [CHAT | {"shards_idx": 1}]}, {"datasets": [CHAT | {"shards_idx": 1, "shards": 2}]}),
+    (
+        "format",
+        {"datasets": [{"path": "a/b", "type": {"format": "{input}{instuction}"}}]},
+        {"datasets": [{"path": "a/b", "type": {"format": "{input}{instruction}"}}]},
+    ),
+    (
+        "no_input_format",
+        {"datasets": [{"path": "a/b", "type": {"no_input_format": "Say it: "}}]},
+        {"datasets": [{"path": "a/b", "type": {"no_input_format": "Say it: {instruction}"}}]},
+    ),
+    (
+        "chat_template",
+        {"datasets": [CHAT | {"chat_template": "chatml"}, CHAT | {"chat_template": "llama3"}]},
+        {"datasets": [CHAT | {"chat_template": "llama3"}, CHAT | {"chat_template": "llama3"}]},
+    ),
+    ("chat_template", {"chat_template": "jinja"}, {"chat_template": "jinja", "chat_template_jinja": "t.jinja"}),
+    ("chat_template", {"chat_template": "chatlm"}, {"chat_template": "tokenizer_default_fallback_chatml"}),
+    (
+        "chat_template_jinja",
+        {"chat_template": "chatml", "chat_template_jinja": "t.jinja"},
+        {"chat_template_jinja": "t.jinja"},
+    ),
+    ("group_by_length", {"sample_packing": True, "group_by_length": True}, {"group_by_length": True}),
     (
         "overwrite_output_dir",
         {"overwrite_output_dir": True, "resume_from_checkpoint": True},
         {"overwrite_output_dir": True},
+    ),
+    (
+        "peft_layers_to_transform",
+        {"adapter": "lora", "peft_layers_to_transform": []},
+        {"adapter": "lora", "peft_layers_to_transform": [0]},
+    ),
+    (
+        "lora_target_modules",
+        {"adapter": "lora", "lora_target_modules": "q_proj)"},
+        {"adapter": "lora", "lora_target_modules": ".*q_proj"},
+    ),
+    (
+        "unfrozen_parameters",
+        {"adapter": "lora", "unfrozen_parameters": ["lm_head"]},
+        {"unfrozen_parameters": ["lm_head"]},
+    ),
+    ("eval_strategy", {"val_set_size": 1, "eval_strategy": "steps"}, {"eval_strategy": "no"}),
+    ("saves_per_epoch", {"save_strategy": "epoch", "saves_per_epoch": 2}, {"save_strategy": "epoch"}),
+    ("early_stopping_patience", {"early_stopping_patience": 2}, {"early_stopping_patience": 2, "val_set_size": 1}),
+    (
+        "save_strategy",
+        {"val_set_size": 1, "load_best_model_at_end": True, "save_strategy": "no"},
+        {"val_set_size": 1, "load_best_model_at_end": True, "save_strategy": "best"},
+    ),
+    ("save_only_model", {"save_only_model": True, "resume_from_checkpoint": True}, {"save_only_model": True}),
+    (
+        "loss_watchdog_patience",
+        {"loss_watchdog_patience": 2},
+        {"loss_watchdog_patience": 2, "loss_watchdog_threshold": 5.0},
     ),
 ]
 NEEDED = {"base_model": "org/model", "learning_rate": 1e-3, "datasets": [{"path": "org/data", "type": "alpaca"}]}
@@ -680,3 +757,22 @@ assert not heavy(), heavy()
 def test_a_misspelled_required_key_is_one_mistake(refusal: Callable[..., str]) -> None:
     message = refusal(BASE.replace("learning_rate", "learning_rat"))
     assert "1 mistake\n" in message and "Did you mean 'learning_rate'?" in message
+
+
+# --- secrets ---
+
+
+def test_a_secret_in_a_recipe_is_refused_and_not_repeated(refusal: Callable[..., str]) -> None:
+    for text in ("hub_token: hf_abc123\n", "wandb_api_key: 'hf_abc123'\n"):
+        message = refusal(BASE + text)
+        assert "secrets in a recipe" in message
+        assert "hf_abc123" not in message
+    assert "hf_abc123" not in refusal(BASE, "hub_token=hf_abc123")
+
+
+def test_credentials_in_an_address_are_not_saved(write: Callable[..., Path]) -> None:
+    text = BASE.replace("org/data", "https://me:pw123@host/rows.jsonl?sig=abc&v=1")
+    dumped = dump_recipe(load_recipe(write(text), check_files=False), "a copy")
+    assert "pw123" not in dumped
+    assert "abc" not in dumped
+    assert "https://***@host/rows.jsonl?sig=***&v=1" in dumped

@@ -5,31 +5,52 @@ A pure function of (store, plan, step): resuming needs no iterator's state.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from finetuner.data.order import row_order
-from finetuner.data.tokens import IGNORE, TokenStore
+from finetuner.data.order import order_by_length, row_order
+from finetuner.data.tokens import IGNORE, Ids, Rows
 from finetuner.plan import Plan, Schedule
 
 FILLER_ROW = -1
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How rows lie in a batch.
+
+    `packed`: rows hold several documents, told apart by positions that begin anew; `flat`: all rows of a micro-batch
+    are laid end to end into one, which is how flash attention wants documents. `pad_to`: tokens of every row.
+    """
+
+    packed: bool = False
+    flat: bool = False
+    pad_to: int | None = None
+    by_length: bool = False
+
+
+PADDED = Layout()
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch: rows padded on the right to the longest, and what to predict from where.
 
-    `input_ids`, `attention_mask`: (rows, length). `positions`: (trained,) places in the flattened (rows * length)
-    hidden states whose next token is trained on; `targets`: (trained,) those next tokens. Both are made on the CPU,
-    since finding them on a GPU would make it wait.
+    `input_ids`: (rows, length). Either `attention_mask` of that shape is given, or, if packed, `position_ids`, which
+    begin anew with each document and with the padding. `positions`: (trained,) places in the flattened
+    (rows * length) hidden states whose next token is trained on; `targets`: (trained,) those next tokens. Both are
+    made on the CPU, since finding them on a GPU would make it wait.
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
     positions: torch.Tensor
     targets: torch.Tensor
     num_tokens: int  # without padding
+    position_ids: torch.Tensor | None = None
 
     @property
     def num_trained(self) -> int:
@@ -41,61 +62,120 @@ class Batch:
 
         return Batch(
             input_ids=moved(self.input_ids),
-            attention_mask=moved(self.attention_mask),
+            attention_mask=None if self.attention_mask is None else moved(self.attention_mask),
             positions=moved(self.positions),
             targets=moved(self.targets),
             num_tokens=self.num_tokens,
+            position_ids=None if self.position_ids is None else moved(self.position_ids),
         )
 
 
-def step_batches(store: TokenStore, plan: Plan, schedule: Schedule, step: int) -> list[Batch]:
+def step_batches(rows: Rows, plan: Plan, schedule: Schedule, step: int, layout: Layout = PADDED) -> list[Batch]:
     """This rank's `grad_accum` micro-batches of a step, of nearly equal length across ranks.
 
     The rows of the global batch are dealt longest first, pass by pass and within a pass rank by rank. The loss is
     normalised by the whole global batch, so the dealing changes the padding and not the result. Where an epoch's last
     step has too few rows for all, a filler row without a trained token keeps the ranks in step.
     """
-    epoch, start, stop = schedule.rows_at(step)
-    rows = [int(row) for row in row_order(plan.seed, epoch, schedule.num_rows)[start:stop]]
-    rows.sort(key=store.length, reverse=True)  # stable: equal lengths keep the seeded order
+    of_step = _rows_of_step(rows, plan, schedule, step, layout)
     per_pass = plan.data_parallel * plan.micro_batch
     batches = []
     for accum in range(plan.grad_accum):
-        of_pass = rows[accum * per_pass : (accum + 1) * per_pass]
+        of_pass = of_step[accum * per_pass : (accum + 1) * per_pass]
         mine = of_pass[plan.rank :: plan.data_parallel]
-        batches.append(collate(store, mine or [FILLER_ROW]))
+        batches.append(collate(rows, mine or [FILLER_ROW], layout))
     return batches
 
 
-def evaluation_batches(store: TokenStore, plan: Plan) -> Iterator[Batch]:
+def _rows_of_step(rows: Rows, plan: Plan, schedule: Schedule, step: int, layout: Layout) -> list[int]:
+    """The global batch of a step, longest row first."""
+    epoch, start, stop = schedule.rows_at(step)
+    if layout.by_length:
+        order = _remembered_order(rows, plan.seed, epoch, schedule.global_batch)
+    else:
+        order = row_order(plan.seed, epoch, schedule.num_rows)
+    # stable: equal lengths keep the seeded order
+    return sorted((int(row) for row in order[start:stop]), key=rows.length, reverse=True)
+
+
+@lru_cache(maxsize=2)
+def _remembered_order(rows: Rows, seed: int, epoch: int, global_batch: int) -> NDArray[np.int64]:
+    return order_by_length(seed, epoch, rows.lengths, global_batch)
+
+
+def evaluation_batches(rows: Rows, plan: Plan, layout: Layout = PADDED) -> Iterator[Batch]:
     """This rank's share of all rows, sorted by length; the same number of batches on every rank."""
-    rows = sorted(range(len(store)), key=store.length, reverse=True)
-    groups = [rows[i : i + plan.eval_batch] for i in range(0, len(rows), plan.eval_batch)]
+    ordered = sorted(range(len(rows)), key=rows.length, reverse=True)
+    groups = [ordered[i : i + plan.eval_batch] for i in range(0, len(ordered), plan.eval_batch)]
     while len(groups) % plan.data_parallel:
         groups.append([FILLER_ROW])
     for group in groups[plan.rank :: plan.data_parallel]:
-        yield collate(store, group)
+        yield collate(rows, group, layout)
 
 
-def collate(store: TokenStore, rows: list[int]) -> Batch:
-    """Pad `rows` on the right. FILLER_ROW stands for two tokens that nothing is learned from."""
-    filler = np.zeros(2, dtype=np.int32)
-    documents = [(filler, np.full(2, IGNORE, np.int32)) if row == FILLER_ROW else store.document(row) for row in rows]
-    length = max(len(ids) for ids, _ in documents)
-    input_ids = np.zeros((len(documents), length), dtype=np.int64)  # what stands under a zero of the mask is never read
+def padding_share(rows: Rows, plan: Plan, schedule: Schedule, layout: Layout, *, max_steps: int = 200) -> float:
+    """The share of the tokens computed that are padding, over the first steps and all ranks."""
+    tokens = computed = 0
+    for step in range(min(schedule.steps_per_epoch, schedule.total_steps, max_steps)):
+        of_step = [rows.length(row) for row in _rows_of_step(rows, plan, schedule, step, layout)]
+        per_pass = plan.data_parallel * plan.micro_batch
+        for start in range(0, len(of_step), per_pass):
+            of_pass = of_step[start : start + per_pass]
+            for rank in range(plan.data_parallel):
+                mine = of_pass[rank :: plan.data_parallel]
+                tokens += sum(mine)
+                if layout.pad_to is not None:
+                    computed += len(mine) * layout.pad_to
+                else:
+                    computed += sum(mine) if layout.flat else len(mine) * max(mine, default=0)
+    return 1 - tokens / computed
+
+
+_FILLER = (np.zeros(2, dtype=np.int32), np.full(2, IGNORE, np.int32))
+
+
+def collate(rows: Rows, numbers: list[int], layout: Layout = PADDED) -> Batch:
+    """Lay rows out, padded on the right. FILLER_ROW stands for two tokens that nothing is learned from."""
+    documents = [[_FILLER] if number == FILLER_ROW else rows.documents(number) for number in numbers]
+    num_tokens = sum(len(ids) for row in documents for ids, _ in row) if numbers != [FILLER_ROW] else 0
+    length = layout.pad_to
+    if layout.flat:
+        documents = [[document for row in documents for document in row]]
+        length = length and length * len(numbers)
+    if length is None:
+        length = max(sum(len(ids) for ids, _ in row) for row in documents)
+    input_ids = np.zeros((len(documents), length), dtype=np.int64)  # what stands in the padding is never read
     mask = np.zeros_like(input_ids)
-    labels = np.full_like(input_ids, IGNORE)
-    for i, (ids, document_labels) in enumerate(documents):
-        input_ids[i, : len(ids)] = ids
-        mask[i, : len(ids)] = 1
-        labels[i, : len(ids)] = document_labels
-    following = np.full_like(labels, IGNORE)
-    following[:, :-1] = labels[:, 1:]
-    (positions,) = np.nonzero(following.ravel() != IGNORE)
+    positions = np.zeros_like(input_ids)
+    following = np.full_like(input_ids, IGNORE)  # the label of the next token of the same document
+    for i, row in enumerate(documents):
+        at = 0
+        for ids, labels in row:
+            _lay(i, at, ids, labels, input_ids, positions, following)
+            at += len(ids)
+        mask[i, :at] = 1
+        positions[i, at:] = np.arange(length - at)  # the padding is a document of its own
+    (places,) = np.nonzero(following.ravel() != IGNORE)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(mask),
-        positions=torch.from_numpy(positions),
-        targets=torch.from_numpy(following.ravel()[positions]),
-        num_tokens=int(mask.sum()) if rows != [FILLER_ROW] else 0,
+        attention_mask=None if layout.packed else torch.from_numpy(mask),
+        positions=torch.from_numpy(places),
+        targets=torch.from_numpy(following.ravel()[places]),
+        num_tokens=num_tokens,
+        position_ids=torch.from_numpy(positions) if layout.packed else None,
     )
+
+
+def _lay(
+    row: int,
+    at: int,
+    ids: Ids,
+    labels: Ids,
+    input_ids: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    following: NDArray[np.int64],
+) -> None:
+    stop = at + len(ids)
+    input_ids[row, at:stop] = ids
+    positions[row, at:stop] = np.arange(len(ids))
+    following[row, at : stop - 1] = labels[1:]

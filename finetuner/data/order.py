@@ -27,6 +27,26 @@ def row_order(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
     return order
 
 
+GROUP_STEPS = 50
+
+
+def order_by_length(seed: int, epoch: int, lengths: NDArray[np.int64], global_batch: int) -> NDArray[np.int64]:
+    """A permutation in which the rows of a step are of like length, and the steps come in any order.
+
+    The rows of GROUP_STEPS random steps are sorted by length, cut into steps anew, and all steps are shuffled. The rows
+    of an epoch's last, smaller step are any.
+    """
+    order = row_order(seed, epoch, len(lengths))
+    num_steps = len(order) // global_batch
+    steps = []
+    for start in range(0, num_steps * global_batch, GROUP_STEPS * global_batch):
+        group = order[start : min(start + GROUP_STEPS * global_batch, num_steps * global_batch)]
+        group = group[np.argsort(-lengths[group], kind="stable")]
+        steps += list(group.reshape(-1, global_batch))
+    shuffled = [steps[i] for i in row_order(mix(seed, 0x6127), epoch, num_steps)]
+    return np.concatenate([*shuffled, order[num_steps * global_batch :]])
+
+
 def held_out_rows(seed: int, num_rows: int, size: float) -> NDArray[np.bool_]:
     """Which rows `val_set_size` holds out: a fraction below 1 (rounded up), or that many rows."""
     count = int(size) if size >= 1 else ceil_of(size, num_rows)

@@ -1,40 +1,62 @@
 """Entries -> documents that fit, with every row accounted for."""
 
-import re
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetuner.data.chat import build_chat_renderer
 from finetuner.data.formats import (
-    Messages,
     Rendered,
-    Span,
     render_alpaca,
-    render_marked_messages,
-    render_messages,
+    render_completion,
+    render_instruction,
+    render_prompt_completion,
+    render_segments,
 )
+from finetuner.data.messages import MessageReader
 from finetuner.data.order import held_out_rows
+from finetuner.data.packing import Packs
 from finetuner.data.sources import Row, Source, load_source
-from finetuner.data.tokens import IGNORE, Ids, TokenStore, tokenize
+from finetuner.data.store import Collector, FileCollector, MemoryCollector
+from finetuner.data.tokens import IGNORE, Ids, Rows, TokenStore, read_tokens, tokenize
 from finetuner.errors import DataError
-from finetuner.recipe.sections import DataSection
+from finetuner.recipe.sections import DataSection, DatasetEntry, InstructionFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Document = tuple[Ids, Ids]
 Report = Callable[[int, int], None]  # rows done, rows in all
+Renderer = Callable[[Row], Rendered]
 
 BATCH_ROWS = 512
 
 TOO_LONG = "longer than sequence_len"
-CUT = "cut to sequence_len"
+TOO_SHORT = "shorter than min_sample_len"
 UNTRAINED = "without a trained token"
+BAD = "that cannot become text"
+BLANK = "of blank text"
+CUT = "cut to sequence_len"
+SPLIT = "split into several documents"
+
+# What max_dropped_fraction speaks of: cut and split rows are learned, and blank lines of a text are none.
+DROPPED = (TOO_LONG, TOO_SHORT, UNTRAINED, BAD)
+
+
+class Outcome(NamedTuple):
+    """A row that is not learned as it stands. `length`: its tokens, 0 if it has none."""
+
+    source: str
+    row: int
+    reason: str
+    length: int
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,19 @@ class Prepared:
 
     train: TokenStore
     held_out: TokenStore
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str]
+    num_rows: int
+    train_packs: Packs | None = None
+    held_out_packs: Packs | None = None
+    listed: Path | None = None  # the file that lists the rows of `counts`
+
+    @property
+    def train_rows(self) -> Rows:
+        return self.train_packs or self.train
+
+    @property
+    def held_out_rows(self) -> Rows:
+        return self.held_out_packs or self.held_out
 
     @property
     def notes(self) -> list[str]:
@@ -51,122 +85,174 @@ class Prepared:
 
 
 def prepare(
-    section: DataSection, tokenizer: "PreTrainedTokenizerBase", seed: int, report: Report = lambda done, total: None
+    section: DataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+    report: Report = lambda done, total: None,
+    *,
+    into: Path | None = None,
 ) -> Prepared:
-    """Render, tokenise and split all rows.
+    """Render, tokenise and split all rows; into files of the folder `into`, or into memory.
 
-    Raises DataError if a row cannot be rendered or nothing is left to train on.
+    Raises DataError if a row cannot be rendered (unless on_bad_row says to skip it), or nothing is left to train on.
     """
     sources = [load_source(entry) for entry in section.datasets]
     test_sources = [load_source(entry) for entry in section.test_datasets]
-    total = sum(len(source) for source in [*sources, *test_sources])
-    counts: Counter[str] = Counter()
-    done = 0
-
-    def documents(source: Source) -> Iterator[Document | None]:
-        nonlocal done
-        for first, rows in source.batches(BATCH_ROWS):
-            texts = [_render(row, source, first + i, tokenizer, section.train_on_inputs) for i, row in enumerate(rows)]
-            for i, document in enumerate(tokenize(texts, tokenizer)):
-                yield _fit(document, section, counts, f"{source.entry.path}: row {first + i}")
-            done += len(rows)
-            report(done, total)
-
-    rows = [document for source in sources for document in documents(source)]
-    held_out = held_out_rows(seed, len(rows), section.val_set_size)
-    train = TokenStore.of(d for d, out in zip(rows, held_out, strict=True) if d is not None and not out)
-    if section.test_datasets:
-        tests = TokenStore.of(d for source in test_sources for d in documents(source) if d is not None)
-    else:
-        tests = TokenStore.of(d for d, out in zip(rows, held_out, strict=True) if d is not None and out)
-    prepared = Prepared(train, tests, counts)
-    _require_documents(prepared, section, len(rows), held_out)
+    num_train_rows = sum(map(len, sources))
+    held_out = held_out_rows(seed, num_train_rows, section.val_set_size)
+    held_out = np.concatenate([held_out, np.ones(sum(map(len, test_sources)), dtype=bool)])
+    stores: tuple[Collector, Collector] = (
+        (MemoryCollector(), MemoryCollector())
+        if into is None
+        else (FileCollector(into, "train"), FileCollector(into, "held_out"))
+    )
+    outcomes: list[Outcome] = []
+    number = 0
+    for source in [*sources, *test_sources]:
+        for documents in _documents(source, section, tokenizer, outcomes):
+            for ids, labels in documents:
+                stores[int(held_out[number])].add(ids, labels)
+            number += 1
+            if number % BATCH_ROWS == 0 or number == len(held_out):
+                report(number, len(held_out))
+    counts = Counter(outcome.reason for outcome in outcomes)
+    if into is not None:
+        with (into / "dropped.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(outcome._asdict()) + "\n" for outcome in outcomes)
+    prepared = Prepared(stores[0].finish(), stores[1].finish(), counts, len(held_out))
+    _require_documents(prepared, section, held_out[:num_train_rows])
     return prepared
 
 
-def _render(
-    row: Row, source: Source, number: int, tokenizer: "PreTrainedTokenizerBase", train_on_inputs: bool
-) -> Rendered:
-    try:
-        if source.entry.type == "alpaca":
-            rendered = render_alpaca(row)
-        else:
-            rendered = _render_chat(row, source.entry.field_messages, tokenizer)
-    except DataError as error:
-        raise DataError(f"{source.entry.path}: row {number}: {error}.") from None
-    return Rendered(rendered.text, ((0, len(rendered.text)),), rendered.wraps) if train_on_inputs else rendered
+def packed(prepared: Prepared, sequence_len: int, *, train: bool, held_out: bool) -> Prepared:
+    """The same, with packs of the one, the other or both."""
+    return replace(
+        prepared,
+        train_packs=Packs.of(prepared.train, sequence_len) if train else None,
+        held_out_packs=Packs.of(prepared.held_out, sequence_len) if held_out and len(prepared.held_out) else None,
+    )
 
 
-def _render_chat(row: Row, column: str, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"the tokenizer '{tokenizer.name_or_path}' has no chat template, which `type: chat_template` needs. Take "
-            "the instruct model's tokenizer (`tokenizer: NAME`), or `type: alpaca`"
-        )
-    template = tokenizer.get_chat_template()
-
-    def render(messages: Messages) -> str:
-        with _the_templates_word():
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
-
-    def render_prompt(messages: Messages) -> str:
-        with _the_templates_word():
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    def render_marked(messages: Messages) -> tuple[str, list[Span]]:
-        known: Any = tokenizer.special_tokens_map
-        with _the_templates_word():
-            result: Any = render_jinja_template(
-                [messages], chat_template=template, return_assistant_tokens_mask=True, **known
-            )
-        texts, spans = result
-        return texts[0], spans[0]
-
-    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        return render_marked_messages(row, column, render_marked)
-    special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    return render_messages(row, column, render, render_prompt, special)
+def require_kept(prepared: Prepared, section: DataSection) -> None:
+    """Raises DataError with the table of reasons if more rows are dropped than the recipe allows."""
+    counts = {reason: prepared.counts[reason] for reason in DROPPED if prepared.counts[reason]}
+    share = sum(counts.values()) / prepared.num_rows
+    if share <= section.max_dropped_fraction:
+        return
+    table = "\n".join(f"  {count:>9,} rows {reason}" for reason, count in counts.items())
+    listed = f"Each is listed in {prepared.listed}\n" if prepared.listed is not None else ""
+    raise DataError(
+        f"{share:.1%} of the {prepared.num_rows:,} rows would be dropped, and max_dropped_fraction allows "
+        f"{section.max_dropped_fraction:.0%}:\n{table}\n{listed}"
+        f"Raise sequence_len (it is {section.sequence_len}), write `excess_length_strategy: truncate` or `split`, or "
+        f"allow it: `max_dropped_fraction: {min(1.0, np.ceil(share * 20) / 20):g}`."
+    )
 
 
-@contextmanager
-def _the_templates_word() -> Iterator[None]:
-    """A template is a program that came with the tokenizer; what it raises says which conversation it does not take."""
-    try:
-        yield
-    except Exception as error:
-        raise DataError(f"the chat template refuses this conversation: {error}") from error
+def _documents(
+    source: Source, section: DataSection, tokenizer: "PreTrainedTokenizerBase", outcomes: list[Outcome]
+) -> Iterator[list[Document]]:
+    """What each row of a source becomes: no document, one, or several."""
+    render = _renderer(source.entry, section, tokenizer) if source.entry.type is not None else None
+    for first, rows in source.batches(BATCH_ROWS):
+        texts: list[Rendered | Document | None] = []
+        for i, row in enumerate(rows):
+            try:
+                texts.append(render(row) if render is not None else read_tokens(row, len(tokenizer)))
+            except DataError as error:
+                if section.on_bad_row == "raise":
+                    raise DataError(f"{source.entry.path}: row {first + i}: {error}.") from None
+                outcomes.append(Outcome(source.entry.path, first + i, BAD, 0, str(error)))
+                texts.append(None)
+        tokenized = iter(tokenize([text for text in texts if isinstance(text, Rendered)], tokenizer))
+        for i, text in enumerate(texts):
+            if text is None:
+                yield []
+                continue
+            document = next(tokenized) if isinstance(text, Rendered) else text
+            if isinstance(text, Rendered) and source.entry.type == "completion" and not text.text.strip():
+                outcomes.append(Outcome(source.entry.path, first + i, BLANK, 0))
+                yield []
+                continue
+            yield _fit(document, section, outcomes, source.entry.path, first + i)
 
 
-def _fit(document: Document, section: DataSection, counts: Counter[str], where: str) -> Document | None:
-    """The document as it is trained on, or None if it is not."""
+def _renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
+    """How the rows of an entry become text. Raises DataError if the tokenizer cannot do it."""
+    render = _renderer_of_type(entry, section, tokenizer)
+    if not section.train_on_inputs:
+        return render
+
+    def render_all(row: Row) -> Rendered:
+        one = render(row)
+        return Rendered(one.text, ((0, len(one.text)),), one.wraps, one.contents)
+
+    return render_all
+
+
+def _renderer_of_type(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
+    form = entry.type
+    if isinstance(form, InstructionFormat):
+        return lambda row: render_instruction(row, form)
+    if form == "alpaca":
+        return render_alpaca
+    if form == "completion":
+        return lambda row: render_completion(row, entry.field)
+    if form == "input_output":
+        return render_segments
+    if form == "prompt_completion":
+        return render_prompt_completion
+    reader = MessageReader.of(entry)
+    chat = build_chat_renderer(
+        tokenizer,
+        kwargs=section.chat_template_kwargs,
+        eot_tokens=section.eot_tokens,
+        train_on_eos=entry.train_on_eos,
+        train_on_eot=entry.train_on_eot,
+    )
+    return lambda row: chat.render(reader.read(row))
+
+
+def _fit(document: Document, section: DataSection, outcomes: list[Outcome], source: str, row: int) -> list[Document]:
+    """The row's document as it is trained on: none, one, or, if it is split, several."""
     ids, labels = document
-    if len(ids) > section.sequence_len:
+    limit, length = section.sequence_len, len(ids)
+
+    def outcome(reason: str) -> None:
+        outcomes.append(Outcome(source, row, reason, length))
+
+    if length < section.min_sample_len:
+        outcome(TOO_SHORT)
+        return []
+    pieces = [document]
+    if length > limit:
         if section.excess_length_strategy == "raise":
             raise DataError(
-                f"{where}: {len(ids)} tokens, but sequence_len is {section.sequence_len}.\n"
-                "Raise sequence_len, or write `excess_length_strategy: drop` or `truncate`."
+                f"{source}: row {row}: {length} tokens, but sequence_len is {limit}.\n"
+                "Raise sequence_len, or write `excess_length_strategy: drop`, `truncate` or `split`."
             )
         if section.excess_length_strategy == "drop":
-            counts[TOO_LONG] += 1
-            return None
-        counts[CUT] += 1
-        ids, labels = ids[: section.sequence_len], labels[: section.sequence_len]
-    if not (labels[1:] != IGNORE).any():
-        counts[UNTRAINED] += 1
-        return None
-    return ids, labels
+            outcome(TOO_LONG)
+            return []
+        split = section.excess_length_strategy == "split"
+        outcome(SPLIT if split else CUT)
+        pieces = [(ids[at : at + limit], labels[at : at + limit]) for at in range(0, length if split else 1, limit)]
+    trained = [(ids, labels) for ids, labels in pieces if (labels[1:] != IGNORE).any()]
+    if not trained:
+        outcome(UNTRAINED)
+    return [(ids, labels) for ids, labels in trained if len(ids) >= section.min_sample_len]
 
 
-def _require_documents(prepared: Prepared, section: DataSection, num_rows: int, held_out: NDArray[np.bool_]) -> None:
+def _require_documents(prepared: Prepared, section: DataSection, held_out: NDArray[np.bool_]) -> None:
     dropped = "; ".join(prepared.notes)
     advice = f"Raise sequence_len (it is {section.sequence_len})"
-    if not prepared.counts[TOO_LONG] and not prepared.counts[CUT]:
+    if not any(prepared.counts[reason] for reason in (TOO_LONG, CUT, SPLIT)):
         advice = "Rows need an answer: a message with role 'assistant', or an output"
     if len(prepared.train) == 0:
         if held_out.all():
-            raise DataError(f"val_set_size: {section.val_set_size} holds out all {num_rows} rows. Make it smaller.")
-        raise DataError(f"no row is left to train on, of {num_rows}: {dropped}.\n{advice}.")
+            raise DataError(
+                f"val_set_size: {section.val_set_size} holds out all {len(held_out)} rows. Make it smaller."
+            )
+        raise DataError(f"no row is left to train on, of {len(held_out)}: {dropped}.\n{advice}.")
     if (section.val_set_size or section.test_datasets) and len(prepared.held_out) == 0:
         raise DataError(f"no held-out row is left: {dropped}.\n{advice}, or val_set_size.")

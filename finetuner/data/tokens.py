@@ -1,10 +1,10 @@
 """Text and trained characters -> token ids and labels."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,40 @@ IGNORE = -100  # the label of a token that is not trained on; transformers' and 
 Ids = NDArray[np.int32]
 
 
-@dataclass(frozen=True)
+class Rows(Protocol):
+    """What batches are made of: documents (TokenStore), or packs of them (Packs)."""
+
+    def __len__(self) -> int: ...
+
+    def __hash__(self) -> int: ...
+
+    def length(self, i: int) -> int:
+        """Tokens of row i."""
+
+    def documents(self, i: int) -> list[tuple[Ids, Ids]]:
+        """(ids, labels) of each document in row i."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Of all rows, in tokens."""
+
+    @property
+    def sha256(self) -> str:
+        """Equal only if the same is learned from the same rows."""
+
+
+@dataclass(frozen=True, eq=False)
 class TokenStore:
-    """All documents, end to end: document i is ids[offsets[i]:offsets[i + 1]], its labels likewise (ids or IGNORE)."""
+    """All documents, end to end: document i is ids[offsets[i]:offsets[i + 1]], its labels likewise (ids or IGNORE).
+
+    `digest` and `trained` are those of a store that was read from disk, where counting would read it all.
+    """
 
     ids: Ids
     labels: Ids
     offsets: NDArray[np.int64]
+    digest: str | None = None
+    trained: int | None = None
 
     @classmethod
     def of(cls, documents: Iterable[tuple[Ids, Ids]]) -> "TokenStore":
@@ -46,21 +73,27 @@ class TokenStore:
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.ids[part], self.labels[part]
 
+    def documents(self, i: int) -> list[tuple[Ids, Ids]]:
+        return [self.document(i)]
+
     def length(self, i: int) -> int:
         return int(self.offsets[i + 1] - self.offsets[i])
 
     @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest document; 0 if there is none."""
-        return int(np.diff(self.offsets).max(initial=0))
+        return int(self.lengths.max(initial=0))
 
     @property
     def sha256(self) -> str:
         """Of all ids, labels and borders: equal only if the same is learned."""
-        digest = hashlib.sha256()
-        for part in (self.ids, self.labels, self.offsets):
-            digest.update(part.tobytes())
-        return digest.hexdigest()
+        if self.digest is not None:
+            return self.digest
+        return joined_digest(*(hashlib.sha256(part.tobytes()) for part in (self.ids, self.labels, self.offsets)))
 
     @property
     def num_tokens(self) -> int:
@@ -69,9 +102,40 @@ class TokenStore:
     @property
     def num_trained(self) -> int:
         """Labels that a loss counts: the first token of a document has no position that predicts it."""
+        if self.trained is not None:
+            return self.trained
         counted = self.labels != IGNORE
         counted[self.offsets[:-1][np.diff(self.offsets) > 0]] = False
         return int(counted.sum())
+
+
+def joined_digest(*parts: "hashlib._Hash") -> str:
+    """One digest of several."""
+    return hashlib.sha256("".join(part.hexdigest() for part in parts).encode()).hexdigest()
+
+
+def read_tokens(row: Mapping[str, Any], vocab_size: int) -> tuple[Ids, Ids]:
+    """(ids, labels) of a row that is tokenised already: columns input_ids and labels, and attention_mask if there is
+    padding, which is left out. Raises DataError if they are not token ids of this vocabulary, or differ in length."""
+    columns = []
+    for name in ("input_ids", "labels"):
+        try:
+            columns.append(np.array(row[name], dtype=np.int64).reshape(-1))
+        except (TypeError, ValueError, OverflowError):
+            raise DataError(f"column '{name}' must be a list of token ids; it is {row[name]!r:.60}") from None
+    ids, labels = columns
+    mask = row.get("attention_mask")
+    kept = np.ones(len(ids), dtype=bool) if mask is None else np.array(mask, dtype=bool)
+    if not len(ids) == len(labels) == len(kept):
+        raise DataError(f"{len(ids)} input_ids, {len(labels)} labels and {len(kept)} attention_mask must be equal many")
+    ids, labels = ids[kept], labels[kept]
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
+        raise DataError(f"input_ids has {wrong[0]}, but the tokenizer's ids are 0 to {vocab_size - 1}")
+    strange = labels[(labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))]
+    if len(strange):
+        raise DataError(f"labels has {strange[0]}, but must be token ids, or {IGNORE} where nothing is learned")
+    return ids.astype(np.int32), labels.astype(np.int32)
 
 
 def tokenize(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[Ids, Ids]]:
@@ -79,14 +143,22 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase")
 
     A token is trained on if all its characters are. A token that straddles the border of a span (a newline of the
     prompt merged with one of the answer) would be neither: such a text is cut at that border and tokenised in pieces,
-    which is also how the prompt is tokenised when the model is used.
+    which is also how the prompt is tokenised when the model is used. A row's own text that looks like a special token
+    is cut out and tokenised as words, so that no row can end a turn or begin another.
     """
+    if not rendered:
+        return []
     empty = np.zeros(0, dtype=np.int32)
     begin, end = _wrapping_ids(tokenizer) if any(one.wraps for one in rendered) else (empty, empty)
+    special = _special_ids(tokenizer)
     out = []
     for one, encoded in zip(rendered, _encode([r.text for r in rendered], tokenizer), strict=True):
-        cuts = _straddled_borders(one.spans, encoded)
-        ids, trained = _tokenize_pieces(one, cuts, tokenizer) if cuts else (encoded.ids, _inside(encoded, one.spans))
+        words = _special_in(one.contents, encoded, special)
+        cuts = sorted({*_straddled_borders(one.spans, encoded), *(place for word in words for place in word)})
+        if cuts:
+            ids, trained = _tokenize_pieces(one, cuts, words, tokenizer)
+        else:
+            ids, trained = encoded.ids, _inside(encoded, one.spans)
         if one.wraps:
             ids = np.concatenate([begin, ids, end])
             trained = np.concatenate([np.zeros(len(begin), bool), trained, np.ones(len(end), bool)])
@@ -107,9 +179,18 @@ class _Encoded:
     most: NDArray[np.int64]
 
 
-def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[_Encoded]:
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
-    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    return [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+
+
+def _encode(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, as_words: bool = False
+) -> Iterator[_Encoded]:
+    """`as_words`: special tokens in the text are text."""
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=as_words
+    )
+    special = _special_ids(tokenizer)
     for text, raw_ids, raw_offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         ids = np.array(raw_ids, dtype=np.int32)
         offsets = np.array(raw_offsets, dtype=np.int64).reshape(-1, 2)
@@ -138,27 +219,38 @@ def _straddled_borders(spans: tuple[Span, ...], encoded: _Encoded) -> list[int]:
     return sorted({*starts, *stops})
 
 
+def _special_in(contents: tuple[Span, ...], encoded: _Encoded, special: list[int]) -> list[Span]:
+    """Where special tokens stand within a row's own text."""
+    found = encoded.own[np.isin(encoded.ids, special)]
+    return [(int(a), int(b)) for a, b in found if any(start <= a and b <= stop for start, stop in contents)]
+
+
 def _is_within(place: int, ranges: NDArray[np.int64]) -> bool:
     return bool(((ranges[:, 0] < place) & (place < ranges[:, 1])).any())
 
 
 def _tokenize_pieces(
-    one: Rendered, cuts: list[int], tokenizer: "PreTrainedTokenizerBase"
+    one: Rendered, cuts: list[int], words: list[Span], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[Ids, NDArray[np.bool_]]:
+    """Encode what lies between the cuts; `words` are not special tokens, whatever they look like."""
     ids, trained = [], []
-    for a, b in pairwise([0, *cuts, len(one.text)]):
-        piece = _encode_within(one.text[a:b], tokenizer) if a else next(_encode([one.text[:b]], tokenizer))
+    for a, b in pairwise(sorted({0, *cuts, len(one.text)})):
+        as_words = (a, b) in words
+        if a:
+            piece = _encode_within(one.text[a:b], tokenizer, as_words=as_words)
+        else:
+            piece = next(_encode([one.text[:b]], tokenizer, as_words=as_words))
         spans = tuple((max(start, a) - a, min(stop, b) - a) for start, stop in one.spans if start < b and stop > a)
         ids.append(piece.ids)
         trained.append(_inside(piece, spans))
     return np.concatenate(ids), np.concatenate(trained)
 
 
-def _encode_within(text: str, tokenizer: "PreTrainedTokenizerBase") -> _Encoded:
+def _encode_within(text: str, tokenizer: "PreTrainedTokenizerBase", *, as_words: bool) -> _Encoded:
     """Encode what does not begin a text. SentencePiece begins a text with a space, unless behind a newline."""
-    (behind,) = _encode(["\n" + text], tokenizer)
+    (behind,) = _encode(["\n" + text], tokenizer, as_words=as_words)
     if _is_within(1, behind.most):  # the newline became one token with what follows it
-        return next(_encode([text], tokenizer))
+        return next(_encode([text], tokenizer, as_words=as_words))
     rest = behind.most[:, 0] >= 1
     return _Encoded(behind.ids[rest], behind.own[rest] - 1, behind.most[rest] - 1)
 

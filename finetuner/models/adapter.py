@@ -1,21 +1,18 @@
 """LoRA through PEFT: which layers it adapts, and its weights as files that PEFT reads."""
 
-from collections.abc import Iterable
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from finetuner.errors import ModelError
-from finetuner.recipe.problems import did_you_mean
+from finetuner.models.targets import Targets, choose_targets, is_tied
 from finetuner.recipe.sections import AdapterSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output head
 
 
 def add_lora(
@@ -32,14 +29,22 @@ def add_lora(
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = target_modules(model, None if section.lora_target_linear else section.lora_target_modules)
+    targets = choose_targets(model, section)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.lora_r,
         lora_alpha=section.lora_alpha,
         lora_dropout=section.lora_dropout,
-        target_modules=targets,
-        trainable_token_indices=_rows_to_train(model, new_token_ids),
+        target_modules=targets.modules,
+        modules_to_save=targets.whole or None,
+        ensure_weight_tying=targets.tied_head,
+        fan_in_fan_out=targets.fan_in_fan_out,
+        use_rslora=section.peft_use_rslora,
+        use_dora=section.peft_use_dora,
+        init_lora_weights=section.peft_init_lora_weights,
+        layers_to_transform=targets.blocks,
+        layers_pattern=targets.block_lists,
+        trainable_token_indices=_rows_to_train(model, new_token_ids, targets),
     )
     torch.manual_seed(seed)
     adapted = get_peft_model(model, config)
@@ -47,39 +52,45 @@ def add_lora(
     return adapted
 
 
-def target_modules(model: "PreTrainedModel", names: Iterable[str] | None) -> str | list[str]:
-    """`names` as PEFT takes them. Raises ModelError for a name that matches no linear layer, or a head that is tied."""
-    if names is None or list(names) in ([ALL_LINEAR], ["all_linear"]):
-        return ALL_LINEAR
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    endings = sorted({name.rpartition(".")[2] for name in linear})
-    wanted = list(names)
-    for name in wanted:
-        if not any(layer == name or layer.endswith("." + name) for layer in linear):
-            raise ModelError(
-                f"lora_target_modules names '{name}', but no linear layer of the model ends with that."
-                f"{did_you_mean(name, endings)}\nIts linear layers are: {', '.join(endings)}."
-            )
-    head = model.get_output_embeddings()
-    tied = head is not None and head.weight is model.get_input_embeddings().weight
-    for layer in linear if tied else ():
-        if model.get_submodule(layer) is head and any(layer == n or layer.endswith("." + n) for n in wanted):
-            raise ModelError(
-                f"'{layer}' is tied to the embedding: an adapter on it alone could not be merged. Remove it from "
-                "lora_target_modules."
-            )
-    return wanted
-
-
-def _rows_to_train(model: "PreTrainedModel", ids: tuple[int, ...]) -> dict[str, list[int]] | None:
+def _rows_to_train(model: "PreTrainedModel", ids: tuple[int, ...], targets: Targets) -> dict[str, list[int]] | None:
+    """Rows of the embedding and of an untied head (a tied one follows by itself), unless these are trained whole."""
     if not ids:
         return None
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [model.get_input_embeddings()]
+    head = model.get_output_embeddings()
+    if head is not None and not is_tied(model):
+        tables.append(head)
     names = {module: name for name, module in model.named_modules()}
-    rows = {names[embedding].rpartition(".")[2]: list(ids)}
-    if head is not None and head.weight is not embedding.weight:  # a tied head follows the embedding by itself
-        rows[names[head].rpartition(".")[2]] = list(ids)
-    return rows
+    whole = {name.rpartition(".")[2] for name in targets.whole}
+    endings = [names[table].rpartition(".")[2] for table in tables]
+    return {ending: list(ids) for ending in endings if ending not in whole} or None
+
+
+def start_from_adapter(model: "PeftModel", folder: Path) -> None:
+    """Take over the weights of another run's adapter, which has to be of the same kind.
+
+    Raises ModelError, with both values, where its settings are not the recipe's: the update would be another one.
+    """
+    there: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    here = model.peft_config["default"]
+    different = [
+        f"{key}: {there.get(name)} there, {getattr(here, name)} in the recipe"
+        for name, key in _SAME_ADAPTER.items()
+        if (there.get(name) or False) != (getattr(here, name) or False)
+    ]
+    if different:
+        raise ModelError(
+            f"the adapter in lora_model_dir '{folder}' is of another kind than the recipe's:\n  "
+            + "\n  ".join(different)
+            + "\nWrite its values into the recipe."
+        )
+    read_adapter(model, folder)
+
+
+# PEFT's name -> ours, of what makes the same tensors another update.
+_SAME_ADAPTER = {
+    "r": "lora_r", "lora_alpha": "lora_alpha", "use_rslora": "peft_use_rslora", "use_dora": "peft_use_dora",
+}  # fmt: skip
 
 
 def adapter_tensors(model: "PeftModel", values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -89,7 +100,14 @@ def adapter_tensors(model: "PeftModel", values: dict[str, torch.Tensor] | None =
     """
     from peft import get_peft_model_state_dict
 
+    if values is not None:  # it has a tied tensor once, and PEFT wants both names
+        live = model.state_dict(keep_vars=True)
+        first = {id(live[name]): value for name, value in values.items()}
+        values = {name: first[id(tensor)] for name, tensor in live.items() if id(tensor) in first}
     tensors = get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False)
+    # Of a tied pair PEFT wants both halves in the file, and safetensors no two tensors in one memory.
+    once = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
+    tensors = {name: t if once[t.data_ptr()] == name else t.clone() for name, t in tensors.items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

@@ -1,6 +1,7 @@
 """Hugging Face causal language models, ready to train."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,24 @@ from safetensors import SafetensorError
 from torch import nn
 
 from finetuner.errors import ModelError
+from finetuner.models.quantized import Format, FourBitLinear, adopt_layers, loading_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def load_model(
-    base_model: str, *, dtype: torch.dtype, attention: tuple[str, ...], trust_remote_code: bool = False
+    base_model: str,
+    *,
+    dtype: torch.dtype,
+    attention: tuple[str, ...],
+    trust_remote_code: bool = False,
+    form: Format | None = None,
+    device: torch.device | None = None,
 ) -> "PreTrainedModel":
     """A causal LM with its weights in `dtype`, on the CPU, with the first `attention` that the architecture has.
+
+    With a `form`, its linear layers but the head are quantised to it, on `device`, while they are read.
 
     Only safetensors: pickled weights can run code. Raises ModelError unless every weight of the model is in the files;
     transformers fills up what is missing with random numbers.
@@ -34,10 +44,18 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **(loading_arguments(base_model, form, device or torch.device("cpu"), trust_remote_code) if form else {}),
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if others and isinstance(error, ValueError | ImportError) and "attention" in str(error).lower():
-            return load_model(base_model, dtype=dtype, attention=tuple(others), trust_remote_code=trust_remote_code)
+            return load_model(
+                base_model,
+                dtype=dtype,
+                attention=tuple(others),
+                trust_remote_code=trust_remote_code,
+                form=form,
+                device=device,
+            )
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load a causal language model from '{base_model}': {first}\n"
@@ -50,6 +68,8 @@ def load_model(
             f"the weights of '{base_model}' are not those of its config ({type(model).__name__}): '{missing[0]}' and "
             f"{len(missing) - 1} more tensors are missing.\nFetch the model again, or mend its config.json."
         )
+    if form is not None and form.kind != "int8":
+        adopt_layers(model, form)
     return model
 
 
@@ -128,6 +148,24 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def train_only(model: nn.Module, patterns: tuple[str, ...] | None) -> None:
+    """Freeze all parameters but those whose name begins as one of the regular expressions says; None freezes none.
+
+    Raises ModelError for an expression that no name matches.
+    """
+    if patterns is None:
+        return
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(re.match(pattern, name) for name in names):
+            raise ModelError(
+                f"unfrozen_parameters has '{pattern}', but no parameter's name begins like that.\n"
+                f"They look like: {', '.join(names[:3])}, ..., {names[-1]}. (A tied head has no name of its own.)"
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
+
+
 def train_in_fp32(model: nn.Module) -> None:
     """A step of AdamW at a small rate is below half a bf16 ulp of most weights: they would not move at all."""
     for parameter in trainable_parameters(model).values():
@@ -179,6 +217,8 @@ def empty_model(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) elements; tied tensors count once."""
+    """(trainable, all) elements; tied tensors count once, and the weights of a 4-bit layer as what they stand for."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    layers = [m for m in model.modules() if isinstance(m, FourBitLinear)]
+    unpacked = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in layers)
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + unpacked

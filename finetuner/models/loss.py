@@ -39,18 +39,27 @@ class TokenLoss(nn.Module):
         return _bare(self.model)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sum over the trained tokens of -log p(target), in fp32.
 
         input_ids, attention_mask: (rows, length), padded on the right. positions, targets: (trained,), see Batch.
+        position_ids: (rows, length) instead of the mask, where a row holds several documents.
         With no trained token the result is 0 and still connected to every parameter, as DDP needs.
         """
         model = self.bare
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if position_ids is not None:  # some models have no such argument
+            inputs["position_ids"] = position_ids
         if not self.composed:
-            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            logits = model(**inputs).logits
             return F.cross_entropy(logits.flatten(0, 1)[positions].float(), targets, reduction="sum")
-        hidden = decoder_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        hidden = decoder_of(model)(**inputs)[0]
         hidden = hidden.flatten(0, 1)[positions]
         head = model.get_output_embeddings()
         soft_cap = _soft_cap(model)

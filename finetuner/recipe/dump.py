@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from finetuner.recipe.schema import Recipe
+from finetuner.recipe.secrets import without_secrets
 
 
 def flat_values(recipe: Recipe) -> dict[str, Any]:
@@ -16,7 +17,8 @@ def flat_values(recipe: Recipe) -> dict[str, Any]:
     for name in type(recipe).model_fields:
         section: BaseModel = getattr(recipe, name)
         out |= section.model_dump(mode="json", exclude_none=True)
-    unused = "lora_" if recipe.adapter.adapter is None else ()  # keys that would be refused as without effect
+    # keys that would be refused as without effect
+    unused = {None: ("lora_", "peft_", "bnb_"), "lora": ("bnb_",), "qlora": ()}[recipe.adapter.adapter]
     return {key: value for key, value in out.items() if value != {} and not key.startswith(unused)}
 
 
@@ -27,7 +29,7 @@ def dump_recipe(recipe: Recipe, heading: str) -> str:
     yaml.width = 1_000_000_000  # a text that is wrapped does not always come back as it was
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the sections' order
     stream = io.StringIO()
-    values = flat_values(recipe)
+    values = without_secrets(flat_values(recipe))
     # ruamel writes Unicode's own line breaks so that they read back as others; escaped, they stay what they are.
     yaml.allow_unicode = not any(mark in json.dumps(values, ensure_ascii=False) for mark in "\x85\u2028\u2029")
     yaml.dump(values, stream)

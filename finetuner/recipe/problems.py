@@ -2,7 +2,9 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from finetuner.recipe.secrets import hidden
 
 KeyPath = tuple[str | int, ...]
 
@@ -26,7 +28,8 @@ class Origin:
         if not self.text:
             return []
         margin = f"{self.line:>6} | " if self.line else "         "
-        lines = [margin + self.text[:160]]
+        shown = hidden(self.text)[:160]
+        lines = [margin + shown]
         if marked and self.line and self.column <= 160:
             lines.append(" " * (len(margin) - 2) + "| " + " " * (self.column - 1) + "^")
         return lines
@@ -50,6 +53,31 @@ class Problem:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Note:
+    """What was made of some keys, where the user may wonder; the first of them stands at `origin`.
+
+    `quiet`: shown by `finetuner check -v` alone.
+    """
+
+    keys: tuple[str, ...]
+    message: str
+    origin: Origin | None = None
+    quiet: bool = False
+
+    def __str__(self) -> str:
+        place = "" if self.origin is None else f"line {self.origin.line}: " if self.origin.line else f"{self.origin}: "
+        return f"{place}{', '.join(self.keys)} {self.message}"
+
+
+def once(notes: Iterable[Note]) -> tuple[Note, ...]:
+    """One note for all keys of which the same is said, in the order of the file."""
+    groups: dict[tuple[str, bool], list[Note]] = {}
+    for note in notes:
+        groups.setdefault((note.message, note.quiet), []).append(note)
+    return tuple(replace(group[0], keys=tuple(key for note in group for key in note.keys)) for group in groups.values())
+
+
 def render_problems(name: str, problems: Iterable[Problem]) -> str:
     """All mistakes in one message, in the order in which they stand in the file."""
     ordered = sorted(problems, key=lambda p: (p.origin.line, p.origin.column) if p.origin else (10**9, 0))
@@ -59,17 +87,53 @@ def render_problems(name: str, problems: Iterable[Problem]) -> str:
 
 
 def near_words(word: str, known: Iterable[str]) -> list[str]:
-    """What `word` was probably meant to be: the nearest known word, several in a tie, or none."""
+    """What `word` was probably meant to be: the nearest known words (at most 3), or none.
 
-    def likeness(other: str) -> tuple[bool, float]:
-        # Two letters in the wrong order are the likelier slip than a wrong letter: fb16 is bf16, not fp16.
-        return sorted(other) == sorted(word), difflib.SequenceMatcher(None, other, word).ratio()
+    Nearest is fewest slips; several words in a tie are all named, since each may have been meant. Words with more slips
+    than a third of their letters are found by what they share (`batch_size` of `micro_batch_size`), if by anything.
+    """
+    words = list(known)
+    plain = _plain(word)
+    near = [(edit_distance(plain, _plain(other), limit=max(1, len(word) // 3)), other) for other in words]
+    least = min((distance for distance, _ in near if distance is not None), default=None)
+    if least is not None:
+        ties = sorted(other for distance, other in near if distance == least)
+        if len(ties) <= 3 or least <= 1:
+            return ties
+    close = difflib.get_close_matches(plain, words, n=3, cutoff=0.6)
+    likeness = {other: difflib.SequenceMatcher(None, other, plain).ratio() for other in close}
+    return sorted(other for other in close if likeness[other] == max(likeness.values()))
 
-    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
-    return sorted(other for other in close if likeness(other) == max(map(likeness, close)))
+
+def _plain(word: str) -> str:
+    return word.lower().replace("-", "_")
+
+
+def edit_distance(one: str, other: str, limit: int) -> int | None:
+    """Slips between two words: a letter wrong, missing, too many, or two neighbours swapped; None for over `limit`.
+
+    The optimal string alignment distance (en.wikipedia.org/wiki/Damerau-Levenshtein_distance).
+    """
+    if abs(len(one) - len(other)) > limit:
+        return None
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        earlier, before, row = before, row, [i]
+        for j, b in enumerate(other, 1):
+            slips = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
+            if i > 1 and j > 1 and a == other[j - 2] and one[i - 2] == b:
+                slips = min(slips, earlier[j - 2] + 1)
+            row.append(slips)
+        if min(row) > limit:
+            return None
+    return row[-1] if row[-1] <= limit else None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ " Did you mean 'x'?", " ... 'x' or 'y'?" in a tie, or "" if nothing is near."""
-    near = near_words(word, known)
+    return meant(near_words(word, known))
+
+
+def meant(near: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -7,10 +7,13 @@ from finetuner.recipe.sections import (
     BatchSection,
     DataSection,
     EvaluationSection,
+    GuardSection,
     ModelSection,
     OptimizerSection,
     OutputSection,
+    PackingSection,
     PrecisionSection,
+    QuantizationSection,
     ScheduleSection,
     Section,
     ShardingSection,
@@ -24,13 +27,16 @@ class Recipe(Section):
     model: ModelSection
     tokenizer: TokenizerSection
     data: DataSection
+    packing: PackingSection
     adapter: AdapterSection
+    quantization: QuantizationSection
     batch: BatchSection
     schedule: ScheduleSection
     optimizer: OptimizerSection
     precision: PrecisionSection
     sharding: ShardingSection
     evaluation: EvaluationSection
+    guards: GuardSection
     output: OutputSection
 
 
@@ -38,13 +44,16 @@ SECTIONS: dict[str, type[Section]] = {
     "model": ModelSection,
     "tokenizer": TokenizerSection,
     "data": DataSection,
+    "packing": PackingSection,
     "adapter": AdapterSection,
+    "quantization": QuantizationSection,
     "batch": BatchSection,
     "schedule": ScheduleSection,
     "optimizer": OptimizerSection,
     "precision": PrecisionSection,
     "sharding": ShardingSection,
     "evaluation": EvaluationSection,
+    "guards": GuardSection,
     "output": OutputSection,
 }
 
@@ -54,20 +63,10 @@ KEYS: dict[str, tuple[str, FieldInfo]] = {
 }
 assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values()), "a key stands in two sections"
 
-# Other spellings of our keys, each accepted with one note.
-ALIASES = {"sequence_length": "sequence_len", "tokenizer_config": "tokenizer", "max_seq_length": "sequence_len"}
-
 # What people write for capabilities that are not built yet: named, so that nobody wonders about the spelling.
 NOT_YET = {
-    "bnb_config": "4-bit bases",
-    "chat_template": "chat templates other than the tokenizer's own",
-    "load_in_4bit": "4-bit bases",
-    "load_in_8bit": "8-bit bases",
-    "lora_modules_to_save": "training whole modules beside an adapter",
-    "peft_use_dora": "DoRA",
     "pretraining_dataset": "streaming corpora",
     "rl": "preference and reinforcement learning",
-    "sample_packing": "packing",
     "torch_compile": "compilation",
     "wandb_project": "experiment trackers",
 }

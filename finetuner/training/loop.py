@@ -10,27 +10,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetuner.data.batches import evaluation_batches, step_batches
+from finetuner.data.batches import Batch, Layout, evaluation_batches, step_batches
 from finetuner.data.order import mix
-from finetuner.data.tokens import TokenStore
-from finetuner.errors import TrainingError
+from finetuner.data.tokens import Rows
+from finetuner.errors import PreemptedError
 from finetuner.plan import Plan, Schedule
 from finetuner.training.engine import Engine
+from finetuner.training.guards import Guards
 from finetuner.training.metrics import peak_memory_bytes
-
-# A single bad batch is survivable; weights that are NaN are not, and then every step is bad.
-MAX_BAD_STEPS = 3
-# The loss scaler of fp16 begins too high and halves at each overflow until it fits.
-MAX_BAD_STEPS_FP16 = 20
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """All that a run has to remember beside weights and optimizer. Replaced, never edited."""
-
-    step: int = 0  # steps done
-    trained_tokens: int = 0
-    bad_steps: int = 0  # steps in a row whose gradient was not finite
+from finetuner.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -41,9 +29,12 @@ class Run:
     engine: Engine
     plan: Plan
     schedule: Schedule
-    train_rows: TokenStore
-    held_out_rows: TokenStore
+    train_rows: Rows
+    held_out_rows: Rows
     max_grad_norm: float
+    layout: Layout
+    eval_layout: Layout
+    guards: Guards
 
 
 @dataclass(frozen=True)
@@ -65,43 +56,58 @@ class Events:
     stepped: Callable[[TrainState, StepStats, float], None]  # seconds that the step took
     logged: Callable[[dict], None]
     evaluated: Callable[[dict], None]
-    save: Callable[[TrainState], None]
+    save: Callable[[TrainState, bool], None]  # true: because the run was asked to stop
     eval_progress: Callable[[int], None]  # rows evaluated on this rank
+    stop_wished: Callable[[], bool]  # of this rank
 
 
 def train(run: Run, state: TrainState, events: Events) -> TrainState:
-    """Go on from `state` to the last step. Raises TrainingError if the gradient stays non-finite."""
-    schedule = run.schedule
+    """Go on from `state` to the last step, or until the guards stop it.
+
+    Raises TrainingError if the run goes wrong, and PreemptedError, after saving, if any rank was asked to stop.
+    """
+    schedule, guards = run.schedule, run.guards
+    # Under fp16 a skipped step is the scaler's daily work; elsewhere it may mean that the weights are broken.
+    saves_when_bad = run.plan.precision == "fp16"
     if state.step == 0 and schedule.eval_on_start:
         events.evaluated(_evaluation_row(run, state, events))
     tokens, seconds = 0, 0.0
-    while state.step < schedule.total_steps:
+    saved_at = state.step
+    while state.step < schedule.total_steps and not state.stopped_early:
+        if _stop_is_wished(run, events):
+            if state.step > saved_at and (saves_when_bad or not state.bad_steps):
+                events.save(state, True)
+            raise PreemptedError(f"stopped by a signal after step {state.step} of {schedule.total_steps}.")
         started = time.perf_counter()
         stats = train_step(run, state.step)
-        state = replace(
-            state,
-            step=state.step + 1,
-            trained_tokens=state.trained_tokens + stats.num_tokens,
-            bad_steps=0 if stats.updated else state.bad_steps + 1,
-        )
+        state = replace(state, step=state.step + 1, trained_tokens=state.trained_tokens + stats.num_tokens)
+        state = guards.after_step(state, updated=stats.updated, loss=stats.loss)
         elapsed = time.perf_counter() - started
         tokens, seconds = tokens + stats.input_tokens, seconds + elapsed
         events.stepped(state, stats, elapsed)
         if schedule.logs_at(state.step):
             events.logged(_log_row(run, state, stats, tokens / seconds))
             tokens, seconds = 0, 0.0
-        fp16 = run.plan.precision == "fp16"
-        if state.bad_steps >= (MAX_BAD_STEPS_FP16 if fp16 else MAX_BAD_STEPS):
-            raise TrainingError(
-                f"loss or gradient was not finite in {state.bad_steps} steps in a row (the last: {state.step}, loss "
-                f"{stats.loss}, gradient norm {stats.grad_norm}).\nNothing was saved since. Try a smaller "
-                f"learning_rate (it is {schedule.peak_lr}), warmup_ratio=0.1, or bf16 instead of fp16."
-            )
+        guards.require_sound(state, loss=stats.loss, grad_norm=stats.grad_norm, peak_lr=schedule.peak_lr)
         if len(run.held_out_rows) and schedule.evaluates_at(state.step):
-            events.evaluated(_evaluation_row(run, state, events))
-        if schedule.saves_at(state.step) and (fp16 or not state.bad_steps):
-            events.save(state)
+            row = _evaluation_row(run, state, events)
+            events.evaluated(row)
+            state = guards.after_evaluation(state, row["eval_loss"])
+        best = guards.saves_best and state.best_step == state.step  # its loss is finite: so are the weights
+        due = schedule.saves_at(state.step, last=state.stopped_early) and (saves_when_bad or not state.bad_steps)
+        if best or due:
+            events.save(state, False)
+            saved_at = state.step
     return state
+
+
+def _stop_is_wished(run: Run, events: Events) -> bool:
+    """The same answer on every rank: one that stopped alone would leave the others waiting for it."""
+    wished = events.stop_wished()
+    if run.plan.data_parallel == 1:
+        return wished
+    anyone = torch.tensor(int(wished), device=run.accelerator.device)
+    return bool(run.accelerator.reduce(anyone, "sum"))
 
 
 def train_step(run: Run, step: int) -> StepStats:
@@ -111,7 +117,7 @@ def train_step(run: Run, step: int) -> StepStats:
     engine.set_learning_rate(lr)
     # Dropout is a function of (seed, step, rank), so that a resumed run needs no generator's state.
     torch.manual_seed(mix(plan.seed, step, plan.rank) >> 1)
-    group = [b.to(accelerator.device) for b in step_batches(run.train_rows, plan, run.schedule, step)]
+    group = [b.to(accelerator.device) for b in step_batches(run.train_rows, plan, run.schedule, step, run.layout)]
     counts = torch.tensor(
         [sum(b.num_trained for b in group), sum(b.num_tokens for b in group)], device=accelerator.device
     )
@@ -122,12 +128,17 @@ def train_step(run: Run, step: int) -> StepStats:
     total = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(group, 1):
         with engine.micro_batch(last=i == len(group)):
-            loss = engine.module(batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
+            loss = loss_of(engine.module, batch)
             engine.backward(loss * scale)
         total += loss.detach()
     loss_sum = float(accelerator.reduce(total, "sum"))  # makes a GPU's queue run dry, as the norm does, once a step
     grad_norm, updated = engine.update(run.max_grad_norm, loss_is_finite=math.isfinite(loss_sum))
     return StepStats(loss_sum / num_tokens, grad_norm, lr, num_tokens, input_tokens, updated=updated)
+
+
+def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Summed loss of a batch; `model` is a TokenLoss, prepared."""
+    return model(batch.input_ids, batch.attention_mask, batch.positions, batch.targets, batch.position_ids)
 
 
 @torch.no_grad()
@@ -137,9 +148,9 @@ def evaluate(run: Run, progress: Callable[[int], None] = lambda rows: None) -> t
     total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     count = 0
     with _evaluating(run.engine.module):
-        for host_batch in evaluation_batches(run.held_out_rows, run.plan):
+        for host_batch in evaluation_batches(run.held_out_rows, run.plan, run.eval_layout):
             batch = host_batch.to(device)
-            total += run.engine.module(batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
+            total += loss_of(run.engine.module, batch)
             count += batch.num_trained
             progress(len(batch.input_ids))
     sums = run.accelerator.reduce(torch.stack([total, torch.full_like(total, count)]), "sum")

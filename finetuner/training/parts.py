@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from finetuner.errors import CheckpointError
 from finetuner.training.engine import local_part
 
 PATTERN = "part-*.safetensors"
+MODEL_PART, OPTIMIZER_PART = "model/", "optimizer/"  # what a name in a part file begins with
 
 
 def write_part(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -67,3 +70,24 @@ class Parts(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.pieces)
+
+
+@torch.no_grad()
+def read_parts(model: nn.Module, folder: Path, *, trained_only: bool) -> None:
+    """Copy a checkpoint in parts into a model that is still whole. Raises CheckpointError if it is of another."""
+    parts = Parts(folder, MODEL_PART)
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad or not trained_only}
+    missing = sorted(set(wanted) - set(parts))
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint {folder} is not of this model and recipe: '{missing[0]}' and {len(missing) - 1} more "
+            "tensors are missing. Use the recipe that it was written with."
+        )
+    for name, parameter in wanted.items():
+        value = parts[name]
+        if value.shape != parameter.shape:
+            raise CheckpointError(
+                f"the checkpoint {folder} is not of this model and recipe: '{name}' is {tuple(value.shape)} there and "
+                f"{tuple(parameter.shape)} here. Use the recipe that it was written with."
+            )
+        parameter.copy_(value)

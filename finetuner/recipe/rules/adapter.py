@@ -1,21 +1,63 @@
 """Rules about what is trained."""
 
+import re
 from collections.abc import Iterator
 
+from finetuner.recipe.problems import KeyPath
 from finetuner.recipe.rules.base import Finding, Rule, Values
 
 
 def _one_way_to_name_targets(values: Values) -> Iterator[Finding]:
-    if values["lora_target_linear"] and values["lora_target_modules"] is not None:
-        message = "lora_target_linear adapts every linear layer, lora_target_modules the named ones. Remove one."
-        yield Finding(("lora_target_modules",), message)
     if values["lora_target_linear"] is False and values["lora_target_modules"] is None:
         message = "no layer is named. Write lora_target_modules: [q_proj, v_proj], or remove this line for all of them."
         yield Finding(("lora_target_linear",), message)
-    if values["lora_target_modules"] == ():
+    if values["lora_target_modules"] in ((), ""):
         yield Finding(
             ("lora_target_modules",), "no layer is named: nothing would be trained. Name some, or remove the key."
         )
 
 
-RULES: tuple[Rule, ...] = ((("lora_target_linear", "lora_target_modules"), _one_way_to_name_targets),)
+def _one_way_to_choose_blocks(values: Values) -> Iterator[Finding]:
+    blocks, targets = values["peft_layers_to_transform"], values["lora_target_modules"]
+    if blocks == ():
+        yield Finding(("peft_layers_to_transform",), "no block is numbered. Write [0, 1], or remove the key for all.")
+    if values["peft_layers_pattern"] is not None and blocks is None:
+        message = "peft_layers_pattern has no effect without peft_layers_to_transform. Add that, or remove this."
+        yield Finding(("peft_layers_pattern",), message)
+    if blocks is not None and isinstance(targets, str) and targets not in ("all-linear", "all_linear"):
+        message = "a regular expression in lora_target_modules already says which blocks. Remove one of the two."
+        yield Finding(("peft_layers_to_transform",), message, (("lora_target_modules",),))
+
+
+def _expressions_compile(values: Values) -> Iterator[Finding]:
+    places: list[tuple[KeyPath, str]] = []
+    if isinstance(values["lora_target_modules"], str):
+        places.append((("lora_target_modules",), values["lora_target_modules"]))
+    places += [(("unfrozen_parameters", i), text) for i, text in enumerate(values["unfrozen_parameters"] or ())]
+    for where, text in places:
+        try:
+            re.compile(text)
+        except re.error as error:
+            yield Finding(where, f"'{text}' is not a regular expression: {error}.")
+
+
+def _a_part_is_of_a_full_model(values: Values) -> Iterator[Finding]:
+    if values["unfrozen_parameters"] is None:
+        return
+    if values["adapter"] is not None:
+        message = (
+            "unfrozen_parameters trains a part of the model itself, and an adapter leaves all of it frozen. Remove one "
+            "(lora_modules_to_save trains whole modules beside an adapter)."
+        )
+        yield Finding(("unfrozen_parameters",), message, (("adapter",),))
+    elif values["unfrozen_parameters"] == ():
+        message = "no parameter is named: nothing would be trained. Name some, or remove the key."
+        yield Finding(("unfrozen_parameters",), message)
+
+
+RULES: tuple[Rule, ...] = (
+    (("lora_target_linear", "lora_target_modules"), _one_way_to_name_targets),
+    (("peft_layers_to_transform", "peft_layers_pattern", "lora_target_modules"), _one_way_to_choose_blocks),
+    (("lora_target_modules", "unfrozen_parameters"), _expressions_compile),
+    (("adapter", "unfrozen_parameters"), _a_part_is_of_a_full_model),
+)

@@ -1,10 +1,20 @@
 """Rules about rows."""
 
+import re
 from collections.abc import Iterator
 
+from finetuner.recipe.problems import did_you_mean
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.rules.files import DATA_SUFFIXES
-from finetuner.recipe.sections import DatasetEntry
+from finetuner.recipe.sections import DatasetEntry, InstructionFormat
+from finetuner.recipe.sections.datasets import CHAT_TEMPLATES, FALLBACK, KEYS_OF_TYPE
+
+
+def _entries(values: Values) -> Iterator[tuple[str, int, DatasetEntry]]:
+    for key in ("datasets", "test_datasets"):
+        for i, entry in enumerate(values[key]):
+            if isinstance(entry, DatasetEntry):
+                yield key, i, entry
 
 
 def _whole_rows_held_out(values: Values) -> Iterator[Finding]:
@@ -15,23 +25,121 @@ def _whole_rows_held_out(values: Values) -> Iterator[Finding]:
         yield Finding(("val_set_size",), "test_datasets already says what is held out. Remove one of the two.")
 
 
-def _columns_of_their_type(values: Values) -> Iterator[Finding]:
-    for key in ("datasets", "test_datasets"):
-        for i, entry in enumerate(values[key]):
-            given = isinstance(entry, DatasetEntry) and "field_messages" in entry.model_fields_set
-            if given and entry.type != "chat_template" and entry.field_messages != "messages":
-                yield Finding((key, i, "field_messages"), "field_messages is for `type: chat_template`. Remove it.")
+def _keys_of_their_type(values: Values) -> Iterator[Finding]:
+    for key, i, entry in _entries(values):
+        for name in sorted(entry.model_fields_set & set(KEYS_OF_TYPE)):
+            default = type(entry).model_fields[name].default
+            if entry.type != KEYS_OF_TYPE[name] and getattr(entry, name) != default:
+                yield Finding((key, i, name), f"{name} is for `type: {KEYS_OF_TYPE[name]}`. Remove it.")
 
 
 def _names_are_the_hubs(values: Values) -> Iterator[Finding]:
-    for key in ("datasets", "test_datasets"):
-        for i, entry in enumerate(values[key]):
-            if entry.name is not None and entry.path.endswith(DATA_SUFFIXES):
-                yield Finding((key, i, "name"), "name chooses a part of a hub dataset; a file has none. Remove it.")
+    for key, i, entry in _entries(values):
+        for name in ("name", "revision"):
+            if getattr(entry, name) is not None and entry.path.endswith(DATA_SUFFIXES):
+                yield Finding((key, i, name), f"{name} chooses a part of a hub dataset; a file has none. Remove it.")
 
+
+def _one_spelling_of_a_property(values: Values) -> Iterator[Finding]:
+    for key, i, entry in _entries(values):
+        for name in entry.message_property_mappings.model_fields_set:
+            older, place = f"message_field_{name}", (key, i, "message_property_mappings", name)
+            if getattr(entry, older) is not None:
+                message = f"{older} is the older spelling of message_property_mappings.{name}. Keep one of the two."
+                yield Finding((key, i, older), message, (place,))
+
+
+def _shards_that_are(values: Values) -> Iterator[Finding]:
+    for key, i, entry in _entries(values):
+        if entry.shards_idx >= (entry.shards or 1):
+            count = f"shards is {entry.shards}" if entry.shards else "shards is not given"
+            yield Finding(
+                (key, i, "shards_idx"), f"there is no part {entry.shards_idx}: {count}, and parts count from 0."
+            )
+
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_FORMATS = {
+    "format": ("instruction", "input", "system"),
+    "no_input_format": ("instruction", "system"),
+    "system_format": ("system",),
+}
+
+
+def _placeholders_of_a_format(values: Values) -> Iterator[Finding]:
+    for key, i, entry in _entries(values):
+        if not isinstance(entry.type, InstructionFormat):
+            continue
+        for name, known in _FORMATS.items():
+            used = _PLACEHOLDER.findall(getattr(entry.type, name))
+            for word in sorted(set(used) - set(known)):
+                listed = ", ".join(f"{{{one}}}" for one in known)
+                message = f"{{{word}}} stands for nothing in {name}; it may have {listed}.{did_you_mean(word, known)}"
+                yield Finding((key, i, "type", name), message)
+            if known[0] not in used and not set(used) - set(known):
+                message = f"{name} has no {{{known[0]}}}, so the row's text would be left out. Write it where it goes."
+                yield Finding((key, i, "type", name), message)
+
+
+def _one_chat_template(values: Values) -> Iterator[Finding]:
+    """A trained model answers in one form, and its tokenizer is saved with one template."""
+    default = values["chat_template"], values["chat_template_jinja"]
+    first: tuple[tuple[str | None, str | None], tuple[str | int, ...]] | None = None
+    for key, i, entry in _entries(values):
+        if entry.type != "chat_template":
+            continue
+        named = entry.chat_template is not None or entry.chat_template_jinja is not None
+        chosen = (entry.chat_template, entry.chat_template_jinja) if named else default
+        where = (key, i, "chat_template" if entry.chat_template is not None else "chat_template_jinja")
+        if first is not None and first[0] != chosen:
+            message = "every dataset must be rendered with the same chat template: the model answers in one form."
+            yield Finding(where if named else (key, i), message, (first[1],))
+        first = first or (chosen, where if named else (key, i))
+
+
+def _a_template_of_that_name(values: Values) -> Iterator[Finding]:
+    names: list[tuple[tuple[str | int, ...], str | None]] = [(("chat_template",), values["chat_template"])]
+    names += [((key, i, "chat_template"), entry.chat_template) for key, i, entry in _entries(values)]
+    known = ("tokenizer_default", "jinja", *CHAT_TEMPLATES)
+    for where, name in names:
+        if name is not None and name.removeprefix(FALLBACK) not in known:
+            message = (
+                f"there is no chat template '{name}'. Write one of: {', '.join(known)}."
+                f"{did_you_mean(name, known)} A template of your own: jinja, and chat_template_jinja beside it."
+            )
+            yield Finding(where, message)
+
+
+def _template_and_its_text(values: Values) -> Iterator[Finding]:
+    places: list[tuple[tuple[str | int, ...], str | None, str | None]] = [
+        ((), values["chat_template"], values["chat_template_jinja"])
+    ]
+    places += [((k, i), entry.chat_template, entry.chat_template_jinja) for k, i, entry in _entries(values)]
+    for where, name, text in places:
+        if name == "jinja" and text is None:
+            yield Finding((*where, "chat_template"), "chat_template: jinja needs chat_template_jinja beside it.")
+        if text is not None and name not in (None, "jinja"):
+            message = f"chat_template is '{name}', so this has no effect. Write `chat_template: jinja`, or remove it."
+            yield Finding((*where, "chat_template_jinja"), message, ((*where, "chat_template"),))
+
+
+def _packing_makes_lengths_equal(values: Values) -> Iterator[Finding]:
+    if values["sample_packing"] and values["group_by_length"]:
+        message = "packs are all of nearly one length: group_by_length has no effect with sample_packing. Remove it."
+        yield Finding(("group_by_length",), message, (("sample_packing",),))
+
+
+_SOURCES = ("datasets", "test_datasets")
 
 RULES: tuple[Rule, ...] = (
     (("val_set_size", "test_datasets"), _whole_rows_held_out),
-    (("datasets", "test_datasets"), _columns_of_their_type),
-    (("datasets", "test_datasets"), _names_are_the_hubs),
+    (_SOURCES, _keys_of_their_type),
+    (_SOURCES, _names_are_the_hubs),
+    (_SOURCES, _one_spelling_of_a_property),
+    (_SOURCES, _shards_that_are),
+    (_SOURCES, _placeholders_of_a_format),
+    ((*_SOURCES, "chat_template", "chat_template_jinja"), _one_chat_template),
+    ((*_SOURCES, "chat_template"), _a_template_of_that_name),
+    ((*_SOURCES, "chat_template", "chat_template_jinja"), _template_and_its_text),
+    (("sample_packing", "group_by_length"), _packing_makes_lengths_equal),
 )

@@ -6,11 +6,16 @@ from typing import Any
 
 from finetuner.recipe.rules.base import Finding
 
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+# What a data file's name ends with; json, csv and text may be packed with gzip besides.
+DATA_SUFFIXES = (
+    ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".json.gz", ".jsonl.gz", ".csv.gz", ".txt.gz",
+)  # fmt: skip
 
 
 def looks_local(path: str) -> bool:
     """Whether `path` means a place on this disk rather than a hub id (`name` or `owner/name`)."""
+    if "://" in path:
+        return False
     return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or path.endswith(DATA_SUFFIXES)
 
 

@@ -10,13 +10,6 @@ def _one_precision(values: Values) -> Iterator[Finding]:
         yield Finding(("fp16",), "bf16 and fp16 are both true: a run computes in one of them. Set one to false.")
 
 
-def _evaluation_needs_rows(values: Values) -> Iterator[Finding]:
-    if not values["val_set_size"] and not values["test_datasets"]:
-        for key in ("eval_steps", "evals_per_epoch", "eval_on_start"):
-            if values[key]:
-                yield Finding((key,), f"{key} needs held-out rows: add `val_set_size: 0.05` or test_datasets.")
-
-
 def _floor_is_cosines(values: Values) -> Iterator[Finding]:
     if values["cosine_min_lr_ratio"] and values["lr_scheduler"] != "cosine":
         message = f"has no effect with lr_scheduler '{values['lr_scheduler']}'. Write `lr_scheduler: cosine`."
@@ -36,7 +29,6 @@ RULES: tuple[Rule, ...] = (
     one_of("eval_steps", "evals_per_epoch", "both say when to evaluate"),
     one_of("save_steps", "saves_per_epoch", "both say when to save"),
     (("bf16", "fp16"), _one_precision),
-    (("val_set_size", "test_datasets", "eval_steps", "evals_per_epoch", "eval_on_start"), _evaluation_needs_rows),
     (("cosine_min_lr_ratio", "lr_scheduler"), _floor_is_cosines),
     (("overwrite_output_dir", "resume_from_checkpoint"), _fresh_or_resumed),
 )

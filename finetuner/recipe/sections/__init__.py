@@ -6,14 +6,19 @@ strict (the text "4" is not the number 4).
 
 from finetuner.recipe.sections.adapter import AdapterSection
 from finetuner.recipe.sections.base import Section
-from finetuner.recipe.sections.data import DataSection, DatasetEntry
+from finetuner.recipe.sections.data import DataSection, PackingSection
+from finetuner.recipe.sections.datasets import DatasetEntry, InstructionFormat, MessageProperties
+from finetuner.recipe.sections.guards import GuardSection
 from finetuner.recipe.sections.model import ModelSection, SpecialTokens, TokenizerSection
+from finetuner.recipe.sections.quantization import FourBitSection, QuantizationSection
 from finetuner.recipe.sections.running import EvaluationSection, OutputSection
 from finetuner.recipe.sections.sharding import FsdpConfig, ShardingSection
 from finetuner.recipe.sections.training import BatchSection, OptimizerSection, PrecisionSection, ScheduleSection
 
 __all__ = [
-    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "FsdpConfig", "ModelSection",
-    "OptimizerSection", "OutputSection", "PrecisionSection", "ScheduleSection", "Section", "ShardingSection",
-    "SpecialTokens", "TokenizerSection",
+    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "FourBitSection",
+    "FsdpConfig", "GuardSection", "InstructionFormat", "MessageProperties",
+    "ModelSection", "OptimizerSection", "OutputSection",
+    "PackingSection", "PrecisionSection", "QuantizationSection",
+    "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection",
 ]  # fmt: skip

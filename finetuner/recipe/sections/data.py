@@ -1,22 +1,11 @@
-"""Which rows are learned."""
+"""Which rows are learned, and how they are laid into batches."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from finetuner.recipe.sections.base import DiskName, NonNegative, Section, TokenCount
-
-
-class DatasetEntry(Section):
-    """One source of rows."""
-
-    path: DiskName = Field(min_length=1, description="A json, jsonl, csv or parquet file, a folder, or a hub id.")
-    type: Literal["alpaca", "chat_template"] = Field(
-        description="alpaca: columns instruction, input (may be missing), output. chat_template: a list of messages."
-    )
-    split: str = Field("train", description="Which split of the dataset.")
-    name: str | None = Field(None, description="Which configuration of a hub dataset.")
-    field_messages: str = Field("messages", description="Column that holds the messages of a chat_template row.")
+from finetuner.recipe.sections.base import Count, DiskName, Names, NonNegative, Section, Share, TokenCount
+from finetuner.recipe.sections.datasets import DatasetEntry
 
 
 class DataSection(Section):
@@ -31,8 +20,43 @@ class DataSection(Section):
     val_set_size: NonNegative = Field(
         0.0, description="Training rows to hold out: a fraction below 1, or a number of rows."
     )
-    sequence_len: TokenCount = Field(2048, description="Longest document, in tokens.")
-    excess_length_strategy: Literal["drop", "truncate", "raise"] = Field(
-        "drop", description="What happens to a longer document."
+    sequence_len: TokenCount = Field(2048, description="Longest document, and size of a pack, in tokens.")
+    excess_length_strategy: Literal["drop", "truncate", "split", "raise"] = Field(
+        "drop", description="What happens to a longer document; split: it becomes several."
+    )
+    min_sample_len: Count = Field(2, description="Shorter documents, in tokens, are dropped.")
+    max_dropped_fraction: Share = Field(
+        0.2, description="Most of the rows that may be dropped; above it, the run stops and says why they were."
+    )
+    on_bad_row: Literal["skip", "raise"] = Field(
+        "raise", description="A row that cannot become text stops the run, or is dropped and listed."
     )
     train_on_inputs: bool = Field(False, description="Learn the prompts too, not only the answers.")
+    chat_template: str | None = Field(
+        None,
+        description="tokenizer_default: the tokenizer's own. Or a name, such as chatml or llama3; "
+        "tokenizer_default_fallback_NAME: the named one if the tokenizer has none; jinja: that of chat_template_jinja.",
+    )
+    chat_template_jinja: str | None = Field(None, description="A chat template: its text, or a file that holds it.")
+    chat_template_kwargs: dict[str, str | bool | int | float] = Field(
+        {}, description="Values that the chat template asks for, such as enable_thinking."
+    )
+    eot_tokens: Names | None = Field(
+        None, description="Tokens that end a turn; default: the token that the template writes after it."
+    )
+    dataset_prepared_path: DiskName = Field(
+        ".finetuner/prepared", min_length=1, description="Folder that keeps the tokens for later starts."
+    )
+
+
+class PackingSection(Section):
+    """How documents are laid into the rows of a batch."""
+
+    sample_packing: bool = Field(
+        False, description="Fill each row with several whole documents, which do not see each other."
+    )
+    eval_sample_packing: bool | None = Field(None, description="The same in evaluation; default: as sample_packing.")
+    pad_to_sequence_len: bool = Field(False, description="Give every batch the full length, whatever is in it.")
+    group_by_length: bool = Field(
+        False, description="Make the rows of a step of like length: less padding, and an order that is less random."
+    )

@@ -1,5 +1,7 @@
 """Evaluation, files and logs."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Section, Steps
@@ -10,6 +12,9 @@ class EvaluationSection(Section):
 
     eval_steps: Steps | None = Field(None, description="Every so many steps.")
     evals_per_epoch: Count | None = Field(None, description="So many times an epoch; default: once.")
+    eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
+        None, description="no: never; epoch: at each epoch's end; steps: as eval_steps or evals_per_epoch says."
+    )
     eval_on_start: bool = Field(False, description="Also before the first step.")
 
 
@@ -20,7 +25,18 @@ class OutputSection(Section):
     overwrite_output_dir: bool = Field(False, description="Delete what an earlier run wrote there, and start anew.")
     save_steps: Steps | None = Field(None, description="A checkpoint every so many steps.")
     saves_per_epoch: Count | None = Field(None, description="So many checkpoints an epoch; default: one.")
-    save_total_limit: CountOrZero = Field(3, description="Checkpoints kept; the oldest go first. 0: keep all.")
+    save_strategy: Literal["no", "steps", "epoch", "best"] | None = Field(
+        None,
+        description="no: only when the run is asked to stop; epoch: at each epoch's end; steps: as save_steps or "
+        "saves_per_epoch says; best: at each evaluation with the lowest held-out loss so far.",
+    )
+    save_first_step: bool = Field(False, description="Also after the first step, to see that saving works.")
+    save_only_model: bool = Field(
+        False, description="Checkpoints without the optimizer's state: smaller, and no run can go on from them."
+    )
+    save_total_limit: CountOrZero = Field(
+        3, description="Checkpoints kept; the oldest go first, but not the best if it is wanted. 0: keep all."
+    )
     resume_from_checkpoint: bool | DiskName = Field(
         False, description="true: the newest whole checkpoint in output_dir, if there is one; or a checkpoint's folder."
     )

@@ -1,0 +1,166 @@
+"""Row -> the conversation in it, as chat templates want it: roles by their usual names, tool calls as values."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetuner.data.formats import kind_of
+from finetuner.data.sources import Row
+from finetuner.errors import DataError
+from finetuner.recipe.sections import DatasetEntry
+
+Messages = list[dict[str, Any]]
+
+# The names that data sets of the ShareGPT kind give to roles.
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
+TOOL_CALL_ROLE = "function_call"  # a turn of ShareGPT data whose text is the JSON of a call
+TRAINING_KEYS = ("train", "weight")  # heeded where they stand; `weight` is the OpenAI format's word
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """`trained[i]` says whether message i is learned. `plain`: every message is a role and a text, nothing more."""
+
+    messages: Messages
+    trained: tuple[bool, ...]
+    tools: list[Any] | None
+    plain: bool
+
+
+@dataclass(frozen=True)
+class MessageReader:
+    """How the messages of one dataset are read."""
+
+    column: str
+    tools_column: str
+    role_key: str
+    content_key: str
+    training_key: str | None
+    roles: Mapping[str, str]  # a row's name of a role -> the template's
+    roles_to_train: frozenset[str]
+
+    @classmethod
+    def of(cls, entry: DatasetEntry) -> "MessageReader":
+        names = {name: role for role, given in entry.roles.items() for name in given}
+        roles = ROLES | names
+        return cls(
+            column=entry.field_messages,
+            tools_column=entry.field_tools,
+            role_key=entry.message_field_role or entry.message_property_mappings.role,
+            content_key=entry.message_field_content or entry.message_property_mappings.content,
+            training_key=entry.message_field_training,
+            roles=roles,
+            roles_to_train=frozenset(roles.get(role, role) for role in entry.roles_to_train),
+        )
+
+    def read(self, row: Row) -> Conversation:
+        """Raises DataError if a message is not one, or the tools are not a list."""
+        cell = row[self.column]
+        if not isinstance(cell, list) or not cell:
+            raise DataError(f"column '{self.column}' holds {kind_of(cell)}, but must be a list of messages")
+        messages: Messages = []
+        trained = []
+        for i, given in enumerate(cell):
+            message, wish = self._message(i, given)
+            messages.append(message)
+            trained.append(message["role"] in self.roles_to_train if wish is None else wish)
+        plain = all(message.keys() <= {"role", "content", "name"} for message in messages)
+        return Conversation(messages, tuple(trained), self._tools(row.get(self.tools_column)), plain)
+
+    def _message(self, i: int, given: Any) -> tuple[dict[str, Any], bool | None]:
+        # `datasets` gives every message the keys of all; a key that is null here was not in this one
+        message = without_nulls(given) if isinstance(given, dict) else {}
+        role, content = message.pop(self.role_key, None), message.pop(self.content_key, None)
+        if content is None and message.get("tool_calls"):
+            content = ""
+        if isinstance(content, list):
+            content = _joined(content, message, i)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(
+                f"message {i} of column '{self.column}' must have text in '{self.role_key}' and '{self.content_key}'; "
+                f"it is {given!r:.150}"
+            )
+        wish = self._wish(i, message)
+        if role == TOOL_CALL_ROLE and role not in self.roles:
+            message["tool_calls"] = _tool_calls(content, i)
+            role, content = "assistant", ""
+        if "tool_calls" in message:
+            message["tool_calls"] = [_tool_call(call, i) for call in message["tool_calls"]]
+        return {"role": self.roles.get(role, role), "content": content, **message}, wish
+
+    def _wish(self, i: int, message: dict[str, Any]) -> bool | None:
+        """What the message itself says about being learned."""
+        keys = (self.training_key,) if self.training_key is not None else TRAINING_KEYS
+        for key in keys:
+            if key in message:
+                value = message.pop(key)
+                if value not in (0, 1):
+                    raise DataError(f"message {i}: '{key}' is {value!r:.60}, but must be true or false (1 or 0)")
+                return bool(value)
+        return None
+
+    def _tools(self, cell: Any) -> list[Any] | None:
+        if isinstance(cell, str):
+            cell = _parsed(cell, f"column '{self.tools_column}'") if cell.strip() else None
+        if cell is not None and not isinstance(cell, list):
+            raise DataError(f"column '{self.tools_column}' holds {kind_of(cell)}, but must be a list of tools")
+        tools = [without_nulls(tool) for tool in cell or ()]
+        return [
+            {"type": "function", "function": tool} if isinstance(tool, dict) and "function" not in tool else tool
+            for tool in tools
+        ] or None
+
+
+def _joined(parts: list[Any], message: dict[str, Any], turn: int) -> str:
+    """The text of a content in parts; thoughts and tool calls among them become keys of the message."""
+    texts, thoughts, calls = [], [], []
+    for part in parts:
+        part_type = part.get("type") if isinstance(part, dict) else None
+        value = (part.get("text") or part.get("value") or part.get("content")) if isinstance(part, dict) else None
+        if part_type not in ("text", "reasoning", "thinking", "tool_call") or not isinstance(value or "", str):
+            raise DataError(f"message {turn}: this part of its content is not text: {part!r:.150}")
+        if part_type == "text":
+            texts.append(value or "")
+        elif part_type == "tool_call":
+            calls += _tool_calls(value or "", turn)
+        else:
+            thoughts.append(value or "")
+    if thoughts:
+        message["reasoning_content"] = "".join(thoughts)
+    if calls:
+        message["tool_calls"] = calls
+    return "".join(texts)
+
+
+def _tool_calls(text: str, turn: int) -> list[Any]:
+    calls = _parsed(text, f"message {turn}, a tool call,")
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _tool_call(call: Any, turn: int) -> dict[str, Any]:
+    """{"type": "function", "function": {"name", "arguments"}}, the arguments being values: a template writes them as
+    JSON, and a text would become a text within a text."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"message {turn}: a tool call must have a 'name'; it is {call!r:.150}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, f"message {turn}: the arguments of '{function['name']}'")
+    outer = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
+    inner = {key: value for key, value in function.items() if key not in ("type", "id")}
+    return {"type": "function", **outer, "function": {**inner, "arguments": arguments}}
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{what} is not JSON ({error}): {text!r:.80}") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """The value as it was in its file: a table gives every block the keys of all, with nulls for those not there."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value

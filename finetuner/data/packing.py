@@ -1,0 +1,86 @@
+"""Documents -> packs: rows that are filled with several whole documents."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetuner.data.tokens import Ids, TokenStore
+
+
+@dataclass(frozen=True, eq=False)
+class Packs:
+    """Pack i holds the documents members[starts[i]:starts[i + 1]] of the store, end to end."""
+
+    store: TokenStore
+    members: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    capacity: int
+
+    @classmethod
+    def of(cls, store: TokenStore, capacity: int) -> "Packs":
+        members, starts = best_fit_decreasing(store.lengths, capacity)
+        return cls(store, members, starts, capacity)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def documents(self, i: int) -> list[tuple[Ids, Ids]]:
+        return [self.store.document(int(member)) for member in self.members[self.starts[i] : self.starts[i + 1]]]
+
+    def length(self, i: int) -> int:
+        return int(self.lengths[i])
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        sums = np.concatenate([[0], np.cumsum(self.store.lengths[self.members])])
+        return np.diff(sums[self.starts])
+
+    @property
+    def fill(self) -> float:
+        """The share of the packs' room that holds tokens."""
+        return self.store.num_tokens / (len(self) * self.capacity)
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256(self.store.sha256.encode())
+        digest.update(self.members.tobytes())
+        digest.update(self.starts.tobytes())
+        return digest.hexdigest()
+
+
+def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(members, starts): bin i holds members[starts[i]:starts[i + 1]], at most `capacity` in all.
+
+    Longest first, each into the fullest bin that has room (Johnson 1974: at most 11/9 of the fewest bins, and one).
+    Which amounts of room are to be had stands in the bits of one number, so that the smallest that is enough is the
+    lowest bit at or above the length: a few machine words per document. Equal lengths go in order of their number.
+    """
+    assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= capacity), "a document fits into a bin"
+    order = np.argsort(-lengths, kind="stable")
+    bins_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0
+    bin_of = np.empty(len(lengths), dtype=np.int64)
+    num_bins = 0
+    for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            bins = bins_with_room[room]
+            chosen = bins.pop()
+            if not bins:
+                rooms ^= 1 << room
+        else:
+            room, chosen = capacity, num_bins
+            num_bins += 1
+        bin_of[document] = chosen
+        left = room - length
+        if left:
+            if not bins_with_room[left]:
+                rooms |= 1 << left
+            bins_with_room[left].append(chosen)
+    members = np.argsort(bin_of, kind="stable")
+    counts = np.bincount(bin_of, minlength=num_bins)
+    return members.astype(np.int64), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -1,0 +1,68 @@
+"""Does a model keep the documents of a pack apart? Tried on the model itself, since architectures differ."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetuner.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LENGTH = 8  # of each of the two documents
+MOST_LEAKED = 0.01
+
+
+def wants_flat_packs(model: "PreTrainedModel") -> bool:
+    """Flash attention finds the borders of documents in the positions of one long row, and only there."""
+    return "flash" in str(model.config._attn_implementation)
+
+
+@torch.no_grad()
+def require_isolation(model: "PreTrainedModel") -> None:
+    """Raises ModelError unless a document's logits are the same whatever stands before it in its pack, and the same as
+    alone.
+
+    Position ids begin anew with each document and there is no attention mask: transformers' mask functions then make
+    the attention block-diagonal (SDPA, eager) or call the variable-length kernel (flash). Models with an attention or
+    a state of their own may do neither. "The same" is measured against what the document before it would change if
+    the two were one.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    vocab = int(model.config.get_text_config().vocab_size)
+    first, other, second = (
+        (torch.arange(LENGTH, device=device) * step + step + 2).reshape(1, -1) % vocab for step in (1, 3, 5)
+    )
+    apart = torch.arange(LENGTH, device=device).repeat(2).reshape(1, -1)
+    try:
+        packed, changed = (_last(model, torch.cat([a, second], dim=1), apart) for a in (first, other))
+        alone = _last(model, second, apart[:, :LENGTH])
+    except TypeError as error:
+        raise ModelError(_leaks(model, "takes no position_ids")) from error
+    joined, joined_changed = (_last(model, torch.cat([a, second], dim=1), None) for a in (first, other))
+    model.train(was_training)
+    influence = float((joined - joined_changed).abs().max())
+    seen = max(float((packed - changed).abs().max()), float((packed - alone).abs().max()))
+    rounding = 1e-5 if alone.dtype == torch.float32 else 2e-2
+    allowed = max(MOST_LEAKED * influence, rounding * float(alone.abs().max()) if seen < influence / 2 else 0.0)
+    if seen > allowed:
+        raise ModelError(_leaks(model, f"changes by {seen:.2g} with the document before it in the pack"))
+
+
+def _last(model: "PreTrainedModel", ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Logits of the last LENGTH tokens."""
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
+    return model(**inputs).logits[:, -LENGTH:]
+
+
+def _leaks(model: "PreTrainedModel", what: str) -> str:
+    return (
+        f"sample_packing needs attention that keeps documents apart, and {type(model).__name__} with "
+        f"'{model.config._attn_implementation}' attention {what}.\n"
+        "Write `sample_packing: false` (`group_by_length: true` saves padding too), or choose another "
+        "attn_implementation."
+    )

@@ -1,0 +1,118 @@
+"""A recipe of Axolotl, LLaMA-Factory or TRL -> the equivalent one of ours, with a comment where something changed."""
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from finetuner.errors import RecipeError
+from finetuner.recipe.document import Document, parse_yaml
+from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, Tool, tool_of
+from finetuner.recipe.foreign.translate import translate
+from finetuner.recipe.load import load, read_text, resolve
+from finetuner.recipe.problems import Note, render_problems
+
+SCHEMA_LINE = "# yaml-language-server: $schema=recipe.schema.json"  # finetuner schema > recipe.schema.json
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Our recipe as text, and what was made of each key."""
+
+    tool: str
+    text: str
+    notes: tuple[Note, ...]
+
+
+def convert(path: str | Path) -> Converted:
+    """Raises RecipeError, with every key that blocks, and then writes nothing."""
+    document = parse_yaml(read_text(Path(path)), str(path))
+    if not document.is_whole:
+        raise RecipeError(render_problems(str(path), document.problems))
+    tool = tool_of(document.values)
+    given = list(document.values)
+    notes = translate(document, tool.meanings)
+    _shape_adapter(document.values)
+    said = dict(document.values)
+    defaults = {key: value for key, value in tool.defaults.items() if said.get(key) is None and _counts(key, said)}
+    document.values |= defaults
+    loaded = resolve(document, notes, check_files=False)
+    return Converted(tool.name, _written(document, Path(path).name, tool, given, notes, defaults), loaded.notes)
+
+
+def check(path: str, overrides: list[str], *, verbose: bool) -> Iterator[str]:
+    """What `finetuner check` prints. Raises RecipeError with every mistake, or every foreign key that blocks."""
+    tool = tool_of(parse_yaml(read_text(Path(path)), path).values)
+    if tool is not AXOLOTL_TOOL:
+        converted = convert(path)
+        yield f"{path} is a recipe of {tool.name}:"
+        yield from (f"  {note}" for note in converted.notes if verbose or not note.quiet)
+        yield f"nothing blocks. Write it as a recipe of finetuner: finetuner convert {path} -o recipe.yml"
+        return
+    loaded = load(path, overrides)
+    yield from (f"note: {note}" for note in loaded.notes if not note.quiet)
+    quiet = [note for note in loaded.notes if note.quiet]
+    if verbose and quiet:
+        yield "accepted, without effect:"
+        yield from (f"  {note}" for note in quiet)
+    yield f"{path}: no mistakes"
+
+
+def write_new(path: Path, text: str) -> None:
+    """Raises RecipeError rather than write over a file, or into a folder that cannot be written."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RecipeError(f"'{path}' is there already. Name another file, or delete it.") from None
+    except OSError as error:
+        raise RecipeError(f"'{path}' cannot be written: {error.strerror}.") from error
+
+
+def _shape_adapter(values: dict[str, Any]) -> None:
+    """LoRA and a 4-bit base are said in two keys elsewhere, in either order; together they are QLoRA."""
+    if values.get("load_in_4bit") and values.get("adapter") == "lora":
+        values["adapter"] = "qlora"
+
+
+def _counts(key: str, said: Mapping[str, Any]) -> bool:
+    return not key.startswith("lora_") or said.get("adapter") is not None
+
+
+def _written(
+    document: Document, name: str, tool: Tool, given: list[str], notes: list[Note], defaults: Mapping[str, Any]
+) -> str:
+    lines = [SCHEMA_LINE, f"# {name}, a recipe of {tool.name}, converted. Check it: finetuner check THIS_FILE", ""]
+    of_key = {key: note for note in notes for key in note.keys}
+    places = {key: document.origin((key,), of_key=True) for key in document.values if key not in defaults}
+    for key, origin in sorted(places.items(), key=lambda item: item[1].line if item[1] else 0):
+        value = document.values[key]
+        if value is None:
+            continue
+        written = origin.text.strip().partition(":")[0] if origin is not None and origin.line else key
+        if key not in given or written != key:
+            lines.append(f"# {origin.text.strip() if origin is not None else written}")
+        lines += _yaml({key: value})
+    if defaults:
+        lines += ["", f"# what {tool.name} does when nothing is said"]
+        for key, value in defaults.items():
+            lines += _yaml({key: value})
+    dropped = [(key, of_key[key]) for key in given if key in of_key and key not in document.values]
+    dropped = [(key, note) for key, note in dropped if not note.message.startswith("is read as")]
+    if dropped:
+        lines += ["", "# left out"]
+        lines += [f"# {key}: {note.message}" for key, note in dropped]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(value: dict[str, Any]) -> list[str]:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.width = 1_000_000_000
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    yaml.dump(value, stream)
+    return stream.getvalue().rstrip("\n").splitlines()

@@ -1,0 +1,1 @@
+"""Recipes of other tools: what each of their keys means here."""

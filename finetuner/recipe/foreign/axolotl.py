@@ -1,0 +1,380 @@
+"""Axolotl's keys that are not ours by the same name: what each means here.
+
+Most of Axolotl's keys are ours, with its meaning; those are in the sections. Where ours means something else, DIFFERENT
+says so. Names and meanings: axolotl-ai-cloud/axolotl, src/axolotl/utils/schemas, 2025 to 2026.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetuner.recipe.foreign.base import Foreign, blocked, ignored, renamed, spread, translated
+from finetuner.recipe.secrets import SECRET_KEYS
+
+_LOSS_HEAD = (
+    "here the chunked loss head keeps (tokens x vocabulary) logits out of memory, in the place of fused cross entropy; "
+    "Liger's fused RMSNorm, RoPE, SwiGLU and LayerNorm kernels are not applied"
+)
+_KERNELS = "the fused LoRA kernels are not applied: the result is the same, the step somewhat slower and larger"
+_PACKER = "packing here is best-fit-decreasing over the whole dataset: it has no groups or bins to size"
+_LOADING = "weights are always loaded in a memory-saving way"
+_RL = "preference and reinforcement learning"
+_MOE = "options for mixtures of experts"
+_MULTIMODAL = "images and audio"
+_SP = "splitting one sequence over several GPUs"
+
+
+def _attention(name: str) -> Foreign:
+    """`sdp_attention: true` and its kind: each was a switch of its own before attn_implementation."""
+    return translated(lambda on: {"attn_implementation": name} if on else {})
+
+
+def _flash(on: Any) -> Mapping[str, Any]:
+    # "auto", not "flash_attention_2": the same recipe then runs on a laptop too, through SDPA.
+    return {"attn_implementation": "auto" if on else "sdpa"}
+
+
+def _plain_precision(key: str) -> Foreign:
+    return translated(lambda on: {key: True} if on else {})
+
+
+AXOLOTL: dict[str, Foreign] = {
+    # other spellings
+    "sequence_length": renamed("sequence_len"),
+    "max_seq_length": renamed("sequence_len"),
+    "tokenizer_config": renamed("tokenizer"),
+    "model_revision": renamed("revision_of_model"),
+    "evaluation_strategy": renamed("eval_strategy"),
+    "noisy_embedding_alpha": renamed("neftune_noise_alpha"),
+    "type_of_model": renamed("model_type"),
+    "model_config": renamed("overrides_of_model_config"),
+    "gradient_checkpoint": renamed("gradient_checkpointing"),
+    "auto_resume_from_checkpoints": translated(lambda on: {"resume_from_checkpoint": True} if on else {}),
+    "metric_for_best_model": blocked("a metric other than eval_loss", says_nothing=("eval_loss", "loss")),
+    "greater_is_better": blocked("a metric other than eval_loss, which is better when lower"),
+    "bnb_config": renamed("bnb_config_kwargs"),
+    # attention
+    "flash_attention": translated(_flash),
+    "sdp_attention": _attention("sdpa"),
+    "eager_attention": _attention("eager"),
+    "flex_attention": _attention("flex_attention"),
+    "xformers_attention": translated(lambda on: {"attn_implementation": "sdpa"} if on else {}),
+    # number formats without autocast
+    "bfloat16": _plain_precision("bf16"),
+    "float16": _plain_precision("fp16"),
+    "float32": translated(lambda on: {"bf16": False} if on else {}),
+    # said by default
+    "strict": ignored("a recipe is always read strictly"),
+    "save_safetensors": Foreign(unsupported="writing pickle files", instead="Remove it.", says_nothing=(True,)),
+    "tokenizer_save_jinja_files": ignored("the chat template is always saved with the tokenizer"),
+    "include_tokens_per_second": ignored("tokens per second are always in metrics.jsonl"),
+    "include_tkps": ignored("tokens per second are always in metrics.jsonl"),
+    "remove_unused_columns": ignored("only the columns that a format names are read"),
+    "wandb_watch": ignored("gradients are not uploaded; grad_norm is in metrics.jsonl"),
+    "wandb_log_model": ignored("models are not uploaded to a tracker; hub_model_id uploads the result"),
+    "hf_mlflow_log_artifacts": ignored("models are not uploaded to a tracker; hub_model_id uploads the result"),
+    "hf_use_auth_token": ignored("the hub token of `hf auth login` is used where there is one"),
+    "mean_resizing_embeddings": blocked("new embeddings at the mean of the old", "Remove it: new rows are drawn."),
+    "embeddings_skip_upcast": ignored("trained embeddings are fp32, and frozen ones keep the base's format"),
+    "auto_find_batch_size": blocked("looking for a batch size by running out of memory", "Set micro_batch_size."),
+    "dataset_processes": ignored("tokenising uses every core by itself"),
+    "dataset_num_proc": ignored("tokenising uses every core by itself"),
+    "dataset_keep_in_memory": ignored("rows are mapped from disk and cached by the system"),
+    "preprocess_iterable": ignored("rows are read in batches"),
+    "merge_lora": ignored("merging is a command: python -m finetuner.merge RECIPE"),
+    "merge_method": ignored("merging streams tensor by tensor"),
+    "lora_on_cpu": ignored("merging runs on the CPU, tensor by tensor"),
+    "base_model_ignore_patterns": ignored("only safetensors files are fetched"),
+    "base_model_config": translated(lambda name: {}),
+    "experimental_skip_move_to_device": ignored(_LOADING),
+    "low_cpu_mem_usage": ignored(_LOADING),
+    "qlora_sharded_model_loading": ignored(_LOADING),
+    "gc_steps": ignored("Python's collector runs on its own"),
+    "device": ignored("the launcher says which device each rank uses"),
+    "device_map": ignored("the launcher says which device each rank uses"),
+    "world_size": ignored("the launcher says how many ranks there are"),
+    "local_rank": ignored("the launcher says how many ranks there are"),
+    "ddp": ignored("several ranks without fsdp or deepspeed are DDP"),
+    "is_falcon_derived_model": ignored("the model's own config says what it is"),
+    "is_llama_derived_model": ignored("the model's own config says what it is"),
+    "is_mistral_derived_model": ignored("the model's own config says what it is"),
+    "is_qwen_derived_model": ignored("the model's own config says what it is"),
+    "axolotl_config_path": ignored("nothing reads it"),
+    "debug": ignored("finetuner check -v and metrics.jsonl say what a run does"),
+    "inference": ignored("generating is not part of a training recipe"),
+    "default_system_message": blocked("a system message for every template", "Put it into the rows or the template."),
+    "split_thinking": blocked("splitting the reasoning off", "Put it into the rows."),
+    "telemetry": ignored("nothing is reported to anyone"),
+    **spread(
+        " ".join(SECRET_KEYS),
+        blocked("secrets in a recipe", "Use `hf auth login`, `wandb login` or the service's environment variable."),
+    ),
+    # Liger, cut cross entropy and other kernels
+    **spread(
+        "liger_rope liger_rms_norm liger_rms_norm_gated liger_layer_norm liger_swiglu liger_glu_activation "
+        "liger_cross_entropy liger_fused_linear_cross_entropy liger_use_token_scaling cut_cross_entropy "
+        "flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_fuse_mlp "
+        "unsloth_cross_entropy_loss unsloth_rms_norm unsloth_rope chunked_cross_entropy "
+        "chunked_cross_entropy_num_chunks use_kernels",
+        ignored(_LOSS_HEAD, loud=True),
+    ),
+    **spread(
+        "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel unsloth_lora_mlp unsloth_lora_qkv "
+        "unsloth_lora_o",
+        ignored(_KERNELS, loud=True),
+    ),
+    **spread("sample_packing_group_size sample_packing_bin_size sample_packing_sequentially", ignored(_PACKER)),
+    **spread("multipack_real_batches pretrain_multipack_buffer_size", ignored(_PACKER)),
+    "batch_flattening": ignored("sample_packing does this job"),
+    **spread(
+        "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor",
+        ignored("batches are cut from a token store in memory: there are no workers to tune"),
+    ),
+    "dataloader_drop_last": blocked("dropping an epoch's last rows", "Remove it: every row is seen once an epoch."),
+    "flash_optimum": blocked("BetterTransformer"),
+    "s2_attention": blocked("shifted sparse attention", "Write attn_implementation: auto."),
+    # generation while training
+    **spread(
+        "eval_table_size eval_max_new_tokens do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset "
+        "bench_split",
+        blocked(
+            "generating during evaluation", "Remove it; held-out loss and perplexity are taken.", says_nothing=(0, 128)
+        ),
+    ),
+    # other ways of training
+    "rl": blocked(_RL),
+    **spread(
+        "trl vllm dpo_beta rl_beta dpo_use_weighting dpo_use_logits_to_keep orpo_alpha rpo_alpha simpo_gamma cpo_alpha "
+        "kto_desirable_weight kto_undesirable_weight reward_model process_reward_model num_labels ebft kd_trainer "
+        "center_rewards_coefficient dpo_label_smoothing dpo_loss_type dpo_norm_loss dpo_padding_free",
+        blocked(_RL),
+    ),
+    **spread("max_prompt_len", Foreign(without_effect="it belongs to preference learning")),
+    "pretraining_dataset": blocked("streaming corpora", "Name local files under datasets, with `type: completion`."),
+    "streaming": blocked("streaming corpora"),
+    **spread("pretraining_sample_concatenation pretrain_multipack_attn", ignored("it belongs to pretraining_dataset")),
+    **spread(
+        "qat quantization ptq torchao_quantization fp8 fp8_enable_fsdp_float8_all_gather nvfp4",
+        blocked("training in or for 8-bit and 4-bit floats", "Remove it; `adapter: qlora` trains on a 4-bit base."),
+    ),
+    **spread(
+        "gptq gptq_disable_exllama awq", blocked("GPTQ and AWQ bases", "Take the unquantised base and adapter: qlora.")
+    ),
+    "model_quantization_config": blocked("bases stored in MXFP4", "Take an unquantised base."),
+    "model_quantization_config_kwargs": blocked("bases stored in MXFP4", "Take an unquantised base."),
+    "use_mxfp4": blocked("MXFP4"),
+    "load_in_fp8": blocked("8-bit float bases"),
+    **spread(
+        "relora relora_steps relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_prune_method "
+        "relora_cpu_offload jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps",
+        blocked("ReLoRA", "Remove it; LoRA is `adapter: lora`."),
+    ),
+    **spread(
+        "lisa_n_layers lisa_step_interval lisa_layers_attribute",
+        blocked("LISA", "Train some layers with unfrozen_parameters."),
+    ),
+    **spread(
+        "lora_target_parameters llama4_linearized_experts quantize_moe_experts use_scattermoe use_sonicmoe "
+        "experts_implementation expert_parallel_size moe_kernels router_aux_loss_coef gate_router",
+        blocked(_MOE),
+    ),
+    **spread("processor_type image_size image_resize_algorithm multimodal image_base_path", blocked(_MULTIMODAL)),
+    **spread("is_multimodal skip_multimodal", blocked(_MULTIMODAL)),
+    **spread(
+        "sequence_parallel_degree context_parallel_size tensor_parallel_size "
+        "heads_k_stride ring_attn_func sequence_parallel_mode",
+        blocked(_SP, "Remove it; `fsdp` shards the model over GPUs.", says_nothing=(1,)),
+    ),
+    **spread("use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks", blocked("PoSE")),
+    **spread(
+        "use_ray ray_run_name ray_num_workers resources_per_worker",
+        blocked("Ray", "Start with accelerate launch or torchrun."),
+    ),
+    **spread(
+        "use_comet comet_api_key comet_workspace comet_project_name comet_experiment_key comet_mode comet_online "
+        "comet_experiment_config",
+        blocked("Comet", "Use use_tensorboard, wandb_project or use_mlflow."),
+    ),
+    **spread(
+        "use_otel_metrics otel_metrics_host otel_metrics_port trackio_space_id swanlab_project use_swanlab "
+        "swanlab_experiment_name swanlab_mode swanlab_workspace",
+        blocked("this tracker", "Use use_tensorboard, wandb_project or use_mlflow."),
+    ),
+    **spread(
+        "gradio_title gradio_share gradio_server_name gradio_server_port gradio_max_new_tokens gradio_temperature",
+        ignored("there is no demo page"),
+    ),
+    "optim_args": blocked("free-form optimizer arguments", "Use adam_beta1, adam_beta2, adam_epsilon."),
+    "optim_target_modules": blocked("GaLore and its kin", "Choose another optimizer."),
+    **spread("adam_beta3 adam_epsilon2", blocked("optimizers with a third moment")),
+    "lr_groups": blocked("a learning rate per module name", "embedding_lr and loraplus_lr_ratio set group rates."),
+    "lr_quadratic_warmup": blocked("a quadratic warmup", "Remove it: the warmup is linear."),
+    "lr_div_factor": blocked("the one-cycle schedule", "Write lr_scheduler: cosine."),
+    "torchdistx_path": blocked("the AnyPrecision optimizer"),
+    "dion_lr": blocked("the Dion optimizer"),
+    "batch_size": Foreign(
+        unsupported="a total batch size",
+        instead="Set gradient_accumulation_steps = batch_size / micro_batch_size / number of ranks.",
+    ),
+    "max_packed_sequence_len": Foreign(unsupported="a packed length of its own", instead="Set sequence_len."),
+    "rope_scaling": Foreign(
+        unsupported="rope_scaling at the top level", instead="Write overrides_of_model_config: {rope_scaling: {...}}."
+    ),
+    **spread(
+        "max_memory gpu_memory_limit",
+        blocked("spreading one rank's model over devices", "Use fsdp or deepspeed to shard it."),
+    ),
+    "overrides_of_model_kwargs": blocked("free-form arguments of from_pretrained"),
+    "cls_model_config": blocked("a config class of your own", "Remove it: the model's config names its class."),
+    "tokenizer_use_mistral_common": blocked("mistral-common's tokenizer", "Remove it: the model's own is used."),
+    "added_tokens_overrides": blocked("renaming reserved tokens", "Add tokens with `tokens`."),
+    "fix_untrained_tokens": blocked("mending untrained tokens"),
+    "peft": blocked("LoftQ and torchao adapters", "Remove it; `adapter: qlora` quantises with bitsandbytes."),
+    "peft_layer_replication": blocked("replicating layers"),
+    "peft_trainable_token_indices": blocked(
+        "naming token rows to train", "Rows of new tokens are trained by themselves."
+    ),
+    "peft_ensure_weight_tying": ignored("tied weights stay tied"),
+    "peft_autocast_adapter_dtype": ignored("adapters are trained in fp32"),
+    "curriculum_sampling": blocked("an order by difficulty", "Remove it: the order is seeded."),
+    "profiler_steps": blocked("profiling"),
+    "profiler_steps_start": ignored("it belongs to profiler_steps"),
+    "accelerator_config": blocked("free-form settings of Accelerate"),
+    "push_dataset_to_hub": blocked("uploading the prepared dataset"),
+    "hub_revision": blocked("uploading to a branch"),
+    "torch_compile_mode": blocked("modes of torch.compile"),
+    "dynamic_checkpoint": blocked("saving when a file appears"),
+    "generate_samples": blocked("samples of text while training"),
+    "diffusion": blocked("diffusion language models"),
+    "activation_offloading": blocked("activations in host memory", "Write gradient_checkpointing: true."),
+    "layer_offloading": blocked("layers in host memory", "fsdp_config: {offload_params: true} does that for shards."),
+    "shrink_embeddings": blocked("cutting the embeddings down", "Remove it."),
+    "dataset_shard_num": blocked("training on a part of all datasets", "Use `shards` or a split slice of a dataset."),
+    "dataset_shard_idx": blocked("training on a part of all datasets", "Use `shards` or a split slice of a dataset."),
+    "skip_prepare_dataset": blocked("rows that are rendered while training"),
+    **spread(
+        "gptq_groupsize gptq_model_v1", blocked("GPTQ and AWQ bases", "Take the unquantised base and adapter: qlora.")
+    ),
+    "adam_eps": renamed("adam_epsilon"),
+    "eta_min": blocked("the schedule's end as a rate", "Write cosine_min_lr_ratio, as a fraction of learning_rate."),
+    "torch_dtype": ignored("bf16 and fp16 say what is computed in"),
+    "streaming_multipack_buffer_size": ignored(_PACKER),
+    **spread(
+        "sample_packing_eff_est sample_packing_seq_len_multiplier total_num_tokens total_supervised_tokens "
+        "is_preprocess",
+        ignored("it is counted from the rows"),
+    ),
+    **spread(
+        "fused_attn_kernel use_dsv4_kernels use_glm_dsa_kernels gemma4_hybrid_attn_impl dsv4_fp4_grouped_mode "
+        "use_eaft eaft_alpha eaft_k tiled_mlp tiled_mlp_num_shards ple_cpu_offload nvfp4_merge_aware llmcompressor "
+        "use_onebitllms reinit_weights",
+        blocked("this way of training or computing"),
+    ),
+    "freeze_mm_modules": blocked(_MULTIMODAL),
+    "expert_parallel_num_nvl_bytes": blocked(_MOE),
+    "expert_parallel_token_capacity": blocked(_MOE),
+    **spread(
+        "swanlab_description swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer "
+        "swanlab_log_model swanlab_lark_webhook_url swanlab_lark_secret trackio_project_name trackio_run_name",
+        blocked("this tracker", "Use use_tensorboard, wandb_project or use_mlflow."),
+    ),
+    "eval_table_max_new_tokens": blocked("generating during evaluation", says_nothing=(0, 128)),
+    "flex_attn_compile_kwargs": blocked("settings of flex attention's compiler"),
+}
+
+# Axolotl's keys for datasets[], as above. `type` and the like are ours.
+DATASET: dict[str, Foreign] = {
+    **spread("field_chosen field_rejected field_prompt chosen_format rejected_format prompt_format", blocked(_RL)),
+    "conversation": blocked(
+        "conversation templates by FastChat's names", "Write chat_template: chatml, or another name."
+    ),
+    "input_transform": blocked("code in a recipe"),
+    "input_format": blocked("FastChat prompts"),
+    "preprocess_shards": ignored("rows are read in batches"),
+    "logprobs_field": blocked("distillation"),
+    "temperature": blocked("distillation"),
+    "trust_remote_code": blocked("dataset scripts", "Convert the dataset to parquet or jsonl."),
+}
+
+_AO = "torchao's optimizers. Write adamw_bnb_8bit"
+_KERNEL_HUB = "attention kernels from the hub. Write flash_attention_2"
+
+# Values of our keys that other tools know and that cannot be done here yet.
+UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
+    "optimizer": {
+        **dict.fromkeys(
+            (
+                "adamw_torch_4bit",
+                "adamw_torch_8bit",
+                "adamw_torch_fp8",
+                "ao_adamw_4bit",
+                "ao_adamw_8bit",
+                "ao_adamw_fp8",
+            ),
+            _AO,
+        ),
+        **dict.fromkeys(
+            (
+                "optimi_adamw",
+                "adopt_adamw",
+                "came_pytorch",
+                "dion",
+                "ademamix",
+                "ademamix_8bit",
+                "q_galore_adamw8bit",
+                "galore_adamw",
+                "galore_adamw_8bit",
+                "schedule_free_adamw",
+                "lomo",
+                "adalomo",
+                "grokadamw",
+                "flash_adamw",
+                "stable_adamw",
+                "apollo_adamw",
+            ),
+            "this optimizer. Write adamw_torch",
+        ),
+    },
+    "lr_scheduler": dict.fromkeys(
+        ("one_cycle", "rex", "reduce_lr_on_plateau", "cosine_with_min_lr", "greedy"), "this schedule. Write cosine"
+    ),
+    "attn_implementation": {
+        "kernels-community/vllm-flash-attn3": _KERNEL_HUB,
+        "kernels-community/flash-attn2": _KERNEL_HUB,
+        "kernels-community/flash-attn3": _KERNEL_HUB,
+        "fp8": "attention in 8-bit floats",
+        "sage": "SageAttention",
+        "s2": "shifted sparse attention",
+        "flash_attention_4": "this attention",
+    },
+    "adapter": {
+        "llama-adapter": "this adapter. Write lora",
+        "mora": "this adapter. Write lora",
+        "ia3": "this adapter. Write lora",
+    },
+    "gradient_checkpointing": {
+        "offload": "activations in host memory. Write true",
+        "unsloth": "activations in host memory. Write true",
+        "offload_disk": "activations on disk. Write true",
+    },
+}
+
+PLUGINS = {
+    "axolotl.integrations.liger.LigerPlugin": _LOSS_HEAD,
+    "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin": _LOSS_HEAD,
+}
+
+# Where our key has Axolotl's name and not quite its meaning.
+DIFFERENT = {
+    "sequence_len": "there the default is 512",
+    "excess_length_strategy": "there only drop and truncate",
+    "weight_decay": "there also on embeddings of some models; here on matrices only",
+    "adapter": "there qlora needs load_in_4bit as well; here it says it by itself",
+    "warmup_ratio": "there rounded down in some versions; here up",
+    "learning_rate": "the same peak; the first warmup step has rate 0, as in transformers",
+    "bf16": "there `full` loads the trained weights in bf16 too; here trained weights are always fp32",
+    "resume_from_checkpoint": "there a path only; here also true for the newest one",
+    "save_total_limit": "there no limit by default; here 3",
+    "seed": "there not set by default in some versions; here 42",
+    "logging_steps": "there 500 by default in some versions; here 1",
+    "attn_implementation": "there chosen by transformers when left out; here flash attention where it can run",
+}

@@ -1,0 +1,55 @@
+"""What one key of another tool means here."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Exactly one of `becomes`, `translate`, `without_effect` and `unsupported` says what happens to the key.
+
+    becomes: our key with the same values. translate: the value -> our keys and their values.
+    without_effect: accepted, and why nothing is lost by that. unsupported: what cannot be done here.
+    instead: what to write or do. says_nothing: values that only spell the default out, beside null, false and empty.
+    """
+
+    becomes: str | None = None
+    translate: Callable[[Any], Mapping[str, Any]] | None = None
+    without_effect: str | None = None
+    unsupported: str | None = None
+    instead: str = ""
+    says_nothing: tuple[Any, ...] = ()
+    loud: bool = False  # a key without effect that someone set in order to gain something: said even without -v
+
+    def __post_init__(self) -> None:
+        meanings = (self.becomes, self.translate, self.without_effect, self.unsupported)
+        assert sum(meaning is not None for meaning in meanings) == 1, "a foreign key means one thing"
+
+    def is_off(self, value: Any) -> bool:
+        """Whether the value asks for nothing: `rl:`, `load_in_8bit: false`, `fsdp: []`."""
+        return value in (None, False, "", [], {}) or any(value is said or value == said for said in self.says_nothing)
+
+
+Table = Mapping[str, Foreign]
+
+
+def renamed(key: str) -> Foreign:
+    return Foreign(becomes=key)
+
+
+def translated(translate: Callable[[Any], Mapping[str, Any]]) -> Foreign:
+    return Foreign(translate=translate)
+
+
+def ignored(reason: str, *, loud: bool = False) -> Foreign:
+    return Foreign(without_effect=reason, loud=loud)
+
+
+def blocked(capability: str, instead: str = "Remove it.", says_nothing: tuple[Any, ...] = ()) -> Foreign:
+    return Foreign(unsupported=capability, instead=instead, says_nothing=says_nothing)
+
+
+def spread(keys: str, meaning: Foreign) -> dict[str, Foreign]:
+    """The same meaning for several keys, written as one text."""
+    return dict.fromkeys(keys.split(), meaning)

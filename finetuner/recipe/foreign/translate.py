@@ -1,0 +1,161 @@
+"""A document with another tool's keys -> one with ours, with a note or a problem for each."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from finetuner.recipe.document import Document
+from finetuner.recipe.foreign.axolotl import AXOLOTL, DATASET, PLUGINS, UNSUPPORTED_VALUES
+from finetuner.recipe.foreign.base import Foreign, blocked
+from finetuner.recipe.problems import KeyPath, Note, Problem, did_you_mean
+from finetuner.recipe.schema import KEYS, NOT_YET
+
+# Every key that is not ours and still understood.
+MEANINGS: dict[str, Foreign] = {
+    key: meaning
+    for key, meaning in (AXOLOTL | {key: blocked(capability) for key, capability in NOT_YET.items()}).items()
+    if key not in KEYS
+}
+ALIASES: dict[str, str] = {key: meaning.becomes for key, meaning in MEANINGS.items() if meaning.becomes}
+
+# Axolotl's older or longer names of values that are ours.
+VALUES: Mapping[str, Mapping[Any, Any]] = {
+    "optimizer": {"adamw_hf": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"},
+    "bf16": {"full": True},
+    "attn_implementation": {"xformers": "sdpa", "flash_attention": "flash_attention_2"},
+    "evals_per_epoch": {0: None},
+    "saves_per_epoch": {0: None},
+    "eval_steps": {0: None},
+    "save_steps": {0: None},
+    "early_stopping_patience": {0: None},
+}
+
+
+def translate(document: Document, meanings: Mapping[str, Foreign] = MEANINGS) -> list[Note]:
+    """Rewrite the document's values in place, so that only our keys and unknown ones are left."""
+    translation = Translation(document)
+    for key in list(document.values):
+        if key == "plugins":
+            translation.plugins()
+        elif key in meanings:
+            translation.key((), key, meanings[key])
+    for name in ("datasets", "test_datasets"):
+        entries = document.values.get(name)
+        for i, entry in enumerate(entries if isinstance(entries, list) else ()):
+            for key in [k for k in entry if k in DATASET] if isinstance(entry, dict) else ():
+                translation.key((name, i), key, DATASET[key])
+    translation.values()
+    return translation.notes
+
+
+class Translation:
+    """The rewriting of one document; `notes` grows as it goes."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.notes: list[Note] = []
+
+    def key(self, block: KeyPath, key: str, meaning: Foreign) -> None:
+        """One key of the block at `block` (the whole recipe: ())."""
+        values = self._block(block)
+        path, value = (*block, key), values[key]
+        origin = self.document.origin(path, of_key=True)
+        if meaning.unsupported is not None:
+            if not meaning.is_off(value):
+                message = f"'{key}' is not supported yet: {meaning.unsupported}. {meaning.instead}"
+                self.document.problems.append(Problem(message, origin))
+            else:
+                self.notes.append(Note((key,), "left out: it says what holds anyway", origin, quiet=True))
+        elif meaning.without_effect is not None:
+            loud = meaning.loud and not meaning.is_off(value)
+            self.notes.append(Note((key,), f"without effect: {meaning.without_effect}", origin, quiet=not loud))
+        elif meaning.becomes is not None:
+            self._move(path, (*block, meaning.becomes))
+            return
+        elif value is not None and meaning.translate is not None:
+            try:
+                self._replace(path, meaning.translate(value))
+            except (AttributeError, KeyError, TypeError):  # a number where the other tool has text, or the like
+                self.document.problems.append(Problem(f"'{key}' has a value that its tool would not take.", origin))
+        del values[key]
+
+    def plugins(self) -> None:
+        """Plugins of Axolotl's that have a counterpart here; any other is a problem."""
+        named = self.document.values.pop("plugins")
+        origin = self.document.origin(("plugins",), of_key=True)
+        for i, name in enumerate(named if isinstance(named, list) else [named] if named else []):
+            if name in PLUGINS:
+                self.notes.append(Note((str(name).rpartition(".")[2],), f"without effect: {PLUGINS[name]}", origin))
+            else:
+                message = (
+                    f"the plugin '{name}' is not supported yet: plugins of other tools are not run here. Remove it."
+                )
+                place = self.document.origin(("plugins", i))
+                self.document.problems.append(Problem(message + did_you_mean(str(name), PLUGINS), place))
+
+    def values(self) -> None:
+        """Values that another tool spells otherwise, or that it alone can do."""
+        for key, refused in UNSUPPORTED_VALUES.items():
+            value = self.document.values.get(key)
+            if isinstance(value, str) and value in refused:
+                message = f"{key}: '{value}' is not supported yet: {refused[value]}."
+                self.document.problems.append(Problem(message, self.document.origin((key,))))
+                del self.document.values[key]
+        self.fractions()
+        for key, spellings in VALUES.items():
+            value = self.document.values.get(key)
+            if isinstance(value, bool | list | dict) or value not in spellings:
+                continue
+            self.document.values[key] = spellings[value]
+            meant = "the default" if spellings[value] is None else f"'{spellings[value]}'"
+            self.notes.append(Note((key,), f"'{value}' is read as {meant}", self.document.origin((key,))))
+
+    def fractions(self) -> None:
+        """transformers reads steps below 1 as a fraction of all steps."""
+        values = self.document.values
+        warmup = values.get("warmup_steps")
+        if isinstance(warmup, float) and 0 < warmup < 1 and values.get("warmup_ratio") is None:
+            self._move(("warmup_steps",), ("warmup_ratio",))
+        for key, instead in (("eval_steps", "evals_per_epoch"), ("save_steps", "saves_per_epoch")):
+            value = values.get(key)
+            if isinstance(value, float) and 0 < value < 1:
+                message = f"{key}: {value} is not supported yet: a fraction of all steps. Write {instead}."
+                self.document.problems.append(Problem(message, self.document.origin((key,))))
+                del values[key]
+
+    def _block(self, path: KeyPath) -> dict[str, Any]:
+        block: Any = self.document.values
+        for part in path:
+            block = block[part]
+        return block
+
+    def _move(self, path: KeyPath, target: KeyPath) -> None:
+        values, key, ours = self._block(path[:-1]), str(path[-1]), str(target[-1])
+        origin = self.document.origin(path, of_key=True)
+        if values.get(ours) is not None:
+            if values[key] is not None:
+                other = self.document.origin(target, of_key=True)
+                message = f"'{key}' and '{ours}' are the same key. Remove one."
+                self.document.problems.append(Problem(message, origin, (other,) if other else ()))
+            del values[key]
+            return
+        values[ours] = values.pop(key)
+        for table in (self.document.keys, self.document.places):
+            for old in [p for p in table if p[: len(path)] == path]:
+                table[(*target, *old[len(path) :])] = table.pop(old)
+        if values[ours] is not None:
+            self.notes.append(Note((key,), f"is read as {ours}", origin))
+
+    def _replace(self, path: KeyPath, meant: Mapping[str, Any]) -> None:
+        """`flash_attention: true` -> attn_implementation, at the same place. A key of ours that is given decides."""
+        origin = self.document.origin(path, of_key=True)
+        assert origin is not None
+        for key, value in meant.items():
+            given = self.document.values.get(key)
+            said = f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
+            if given is not None:
+                self.notes.append(Note((str(path[-1]),), f"without effect: {key} is given", origin))
+                continue
+            self.document.values[key] = value
+            self.document.keys[(key,)] = self.document.places[(key,)] = origin
+            self.notes.append(Note((str(path[-1]),), f"is read as `{said}`", origin))

@@ -1,0 +1,49 @@
+"""Keys that were written although they can have no effect; a default in their place would be no mistake.
+
+Where the key that switches them off is written too (`adapter:`, `val_set_size: 0`), they are the boilerplate of a
+template and only noted; where it is missing, it was probably forgotten.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from finetuner.recipe.problems import KeyPath
+from finetuner.recipe.rules.base import Finding
+
+_ADAPTER_PREFIXES = ("lora_", "peft_", "loraplus_")
+_EVALUATION_KEYS = ("eval_steps", "evals_per_epoch", "eval_on_start")
+
+
+def given_findings(raw: Mapping[str, Any]) -> Iterator[Finding]:
+    """The mistakes among them."""
+    if "adapter" not in raw:
+        for key in _adapter_keys(raw):
+            message = f"{key} has no effect without `adapter: lora`. Add that line, or remove this one."
+            yield Finding((key,), message)
+    if not _rows_held_out(raw) and raw.get("val_set_size") is None:
+        for key in _evaluation_keys(raw):
+            yield Finding((key,), f"{key} needs held-out rows: add `val_set_size: 0.05` or test_datasets.")
+
+
+def given_notes(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """The boilerplate among them, and why it has no effect."""
+    if "adapter" in raw and raw["adapter"] is None:
+        for key in _adapter_keys(raw):
+            yield (key,), "without effect: adapter is empty, so every weight is trained"
+    if raw.get("lora_target_linear") is True and raw.get("lora_target_modules"):
+        yield ("lora_target_modules",), "without effect: lora_target_linear adapts every linear layer"
+    if not _rows_held_out(raw) and raw.get("val_set_size") is not None:
+        for key in _evaluation_keys(raw):
+            yield (key,), "without effect: no row is held out"
+
+
+def _adapter_keys(raw: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in raw.items() if key.startswith(_ADAPTER_PREFIXES) and value not in (None, False)]
+
+
+def _evaluation_keys(raw: Mapping[str, Any]) -> list[str]:
+    return [key for key in _EVALUATION_KEYS if raw.get(key)]
+
+
+def _rows_held_out(raw: Mapping[str, Any]) -> bool:
+    return bool(raw.get("val_set_size") or raw.get("test_datasets"))

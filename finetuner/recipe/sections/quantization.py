@@ -1,0 +1,35 @@
+"""The number format that the frozen base is kept in."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from finetuner.recipe.sections.base import Section
+
+FloatName = Literal["float32", "bfloat16", "float16"]
+
+
+class FourBitSection(Section):
+    """How a 4-bit base is kept (QLoRA, arXiv:2305.14314); the words are bitsandbytes'."""
+
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
+        "nf4", description="nf4: sixteen levels made for normally distributed weights; fp4: a 4-bit float."
+    )
+    bnb_4bit_use_double_quant: bool = Field(
+        True, description="Quantise the scale of every 64 weights too: 0.37 bits less for each weight."
+    )
+    bnb_4bit_compute_dtype: FloatName | None = Field(
+        None, description="Number format of the matrix products; default: the run's own."
+    )
+    bnb_4bit_quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = Field(
+        "uint8",
+        description="Format that the packed bytes pass as; only engines that shard nothing but floats need one.",
+    )
+
+
+class QuantizationSection(Section):
+    """A base in 4 or 8 bits under a LoRA adapter. `adapter: qlora` means 4 bits."""
+
+    load_in_4bit: bool | None = Field(None, description="Keep the base in 4 bits; adapter: qlora means the same.")
+    load_in_8bit: bool = Field(False, description="Keep the base in 8 bits under adapter: lora (LLM.int8).")
+    bnb_config_kwargs: FourBitSection = Field(FourBitSection(), description="How the 4-bit base is kept.")
