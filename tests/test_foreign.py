@@ -131,6 +131,7 @@ def test_any_other_plugin_is_an_error_at_its_line(recipe) -> None:
         ("bfloat16: true", "bf16", True),
         ("float16: true", "fp16", True),
         ("float32: true", "bf16", False),
+        ("lr_scheduler: constant_with_warmup", "lr_scheduler", "constant"),
         ("optimizer: adamw_hf", "optimizer", "adamw_torch"),
         ("warmup_steps: 0.1", "warmup_ratio", 0.1),
         ("evals_per_epoch: 0", "evals_per_epoch", None),

@@ -515,7 +515,10 @@ def _strategy(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     if get_origin(annotation) is tuple:
         return st.lists(_strategy(get_args(annotation)[0], []), min_size=least, max_size=3)
     if get_origin(annotation) is dict:
-        return st.just({"zero_optimization": {"stage": 2}})
+        value = get_args(annotation)[1]
+        if value is Any:
+            return st.just({"zero_optimization": {"stage": 2}})
+        return st.dictionaries(texts, _strategy(value, []), max_size=3)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return _fields(annotation)
     if annotation is bool:
@@ -576,7 +579,8 @@ def test_long_and_odd_texts_are_dumped_as_they_are(write: Callable[..., Path], t
 
 def test_a_dump_writes_every_default(write: Callable[..., Path]) -> None:
     dumped = dump_recipe(load_recipe(write(BASE + "adapter: lora\n")), "x")
-    unset = {key for key, (_, info) in KEYS.items() if info.default is None} | {"special_tokens"}
+    unset = {key for key, (_, info) in KEYS.items() if info.default is None or info.default == {}}
+    unset |= {"special_tokens", "bnb_config_kwargs"}
     unset.remove("adapter")
     assert {line.partition(":")[0] for line in dumped.splitlines() if line[0].isalpha()} == set(KEYS) - unset
 
@@ -593,6 +597,15 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"val_set_size": 1, "eval_steps": 5, "evals_per_epoch": 2},
         {"val_set_size": 1, "eval_steps": 5},
     ),
+    (
+        "fsdp",
+        {"fsdp": ["full_shard"], "deepspeed": {"zero_optimization": {"stage": 1}}},
+        {"deepspeed": {"zero_optimization": {"stage": 1}}},
+    ),
+    ("fsdp", {"fsdp": ["full_shard", "no_shard"]}, {"fsdp": ["full_shard"]}),
+    ("fsdp_version", {"fsdp_version": 2}, {"fsdp_version": 2, "fsdp": ["full_shard"]}),
+    ("dp_shard_size", {"dp_shard_size": 2}, {"dp_shard_size": 2, "fsdp": ["hybrid_shard"]}),
+    ("optimizer", {"optimizer": "adamw_bnb_8bit", "fsdp": ["full_shard"]}, {"fsdp": ["full_shard"]}),
     ("saves_per_epoch", {"save_steps": 5, "saves_per_epoch": 2}, {"saves_per_epoch": 2}),
     ("load_in_4bit", {"adapter": "qlora", "load_in_4bit": False}, {"adapter": "qlora"}),
     ("load_in_8bit", {"load_in_8bit": True}, {"load_in_8bit": True, "adapter": "lora"}),

@@ -111,7 +111,7 @@ def adapter_tensors(model: "PeftModel", values: dict[str, torch.Tensor] | None =
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def write_adapter(model: "PeftModel", folder: Path, values: dict[str, torch.Tensor]) -> None:
+def write_adapter(model: "PeftModel", folder: Path, values: dict[str, torch.Tensor] | None = None) -> None:
     """adapter_model.safetensors and adapter_config.json, as `peft.PeftModel.from_pretrained` reads them."""
     from safetensors.torch import save_file
 

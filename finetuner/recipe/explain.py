@@ -166,6 +166,10 @@ def json_schema() -> dict[str, Any]:
             described.pop("title", None)
             optional = key not in schema.get("required", [])
             properties[key] = _or_empty(described) if optional else described
+    blocks = definitions["FsdpConfig"]["properties"]
+    for words in (*blocks.values(), properties["fsdp"]):  # read from one text too, and in either case
+        words["anyOf"] = [*(words.pop("anyOf", None) or [_kind(words)]), {"type": "string"}]
+    definitions["FsdpConfig"]["properties"] = blocks | {f"fsdp_{key}": words for key, words in blocks.items()}
     for key, meaning in MEANINGS.items():
         properties[key] = {"description": foreign_meaning(meaning), "deprecated": True}
     properties["plugins"] = {"description": "Axolotl's plugins; Liger and cut cross entropy alone.", "deprecated": True}
@@ -178,6 +182,11 @@ def json_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "$defs": definitions,
     }
+
+
+def _kind(schema: dict[str, Any]) -> dict[str, Any]:
+    """Takes the type out of a schema, and leaves what describes it."""
+    return {key: schema.pop(key) for key in list(schema) if key not in ("description", "default", "title")}
 
 
 def _or_empty(schema: dict[str, Any]) -> dict[str, Any]:

@@ -42,16 +42,48 @@ AXOLOTL: dict[str, Foreign] = {
     "sequence_length": renamed("sequence_len"),
     "max_seq_length": renamed("sequence_len"),
     "tokenizer_config": renamed("tokenizer"),
-    "model_revision": renamed("revision_of_model"),
     "evaluation_strategy": renamed("eval_strategy"),
-    "noisy_embedding_alpha": renamed("neftune_noise_alpha"),
-    "type_of_model": renamed("model_type"),
-    "model_config": renamed("overrides_of_model_config"),
     "gradient_checkpoint": renamed("gradient_checkpointing"),
     "auto_resume_from_checkpoints": translated(lambda on: {"resume_from_checkpoint": True} if on else {}),
     "metric_for_best_model": blocked("a metric other than eval_loss", says_nothing=("eval_loss", "loss")),
     "greater_is_better": blocked("a metric other than eval_loss, which is better when lower"),
     "bnb_config": renamed("bnb_config_kwargs"),
+    # what the model's own files say
+    **spread("model_type type_of_model", ignored("the model's own config says which class it is")),
+    **spread(
+        "tokenizer_type tokenizer_use_fast tokenizer_legacy", ignored("the tokenizer's own files say which class it is")
+    ),
+    # trackers and uploads
+    **spread(
+        "use_wandb wandb_project wandb_name wandb_entity wandb_run_id wandb_mode use_mlflow mlflow_tracking_uri "
+        "mlflow_experiment_name mlflow_run_name use_tensorboard logging_dir use_trackio",
+        blocked("experiment trackers", "Remove it; metrics.jsonl has every figure."),
+    ),
+    **spread(
+        "hub_model_id hub_strategy push_to_hub hub_private_repo",
+        blocked("uploading to the hub", "Remove it, and type `hf upload NAME OUTPUT_DIR` after the run."),
+    ),
+    **spread("revision_of_model model_revision", blocked("a revision of the model", "Give its downloaded folder.")),
+    **spread("overrides_of_model_config model_config", blocked("changing the model's config", "Change config.json.")),
+    **spread("neftune_noise_alpha noisy_embedding_alpha", blocked("noise on embeddings")),
+    **spread("resize_token_embeddings_to_32x", blocked("a vocabulary of a multiple of 32", "Remove it.")),
+    "gradient_checkpointing_kwargs": ignored("recomputing is never reentrant: the gradient is the same either way"),
+    **spread(
+        "ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers",
+        ignored("every trained weight is used in each step, and ranks wait an hour for each other"),
+    ),
+    "shuffle_merged_datasets": ignored("the order of all rows is drawn anew in each epoch"),
+    "dataset_exact_deduplication": blocked("leaving out equal rows"),
+    "data_seed": blocked("a seed of the data's own", "Set seed."),
+    **spread(
+        "cosine_constant_lr_ratio lr_scheduler_kwargs lr_decay_steps lr_decay_ratio",
+        blocked("this detail of the schedule"),
+    ),
+    **spread(
+        "loraplus_lr_ratio loraplus_lr_embedding embedding_lr embedding_lr_scale",
+        blocked("learning rates of their own for some weights", says_nothing=(1e-6,)),
+    ),
+    **spread("torch_compile_backend torch_compile", blocked("compilation", says_nothing=("auto",))),
     # attention
     "flash_attention": translated(_flash),
     "sdp_attention": _attention("sdpa"),
@@ -70,8 +102,8 @@ AXOLOTL: dict[str, Foreign] = {
     "include_tkps": ignored("tokens per second are always in metrics.jsonl"),
     "remove_unused_columns": ignored("only the columns that a format names are read"),
     "wandb_watch": ignored("gradients are not uploaded; grad_norm is in metrics.jsonl"),
-    "wandb_log_model": ignored("models are not uploaded to a tracker; hub_model_id uploads the result"),
-    "hf_mlflow_log_artifacts": ignored("models are not uploaded to a tracker; hub_model_id uploads the result"),
+    "wandb_log_model": ignored("models are not uploaded to a tracker"),
+    "hf_mlflow_log_artifacts": ignored("models are not uploaded to a tracker"),
     "hf_use_auth_token": ignored("the hub token of `hf auth login` is used where there is one"),
     "mean_resizing_embeddings": blocked("new embeddings at the mean of the old", "Remove it: new rows are drawn."),
     "embeddings_skip_upcast": ignored("trained embeddings are fp32, and frozen ones keep the base's format"),
@@ -192,12 +224,12 @@ AXOLOTL: dict[str, Foreign] = {
     **spread(
         "use_comet comet_api_key comet_workspace comet_project_name comet_experiment_key comet_mode comet_online "
         "comet_experiment_config",
-        blocked("Comet", "Use use_tensorboard, wandb_project or use_mlflow."),
+        blocked("Comet", "Remove it; metrics.jsonl has every figure."),
     ),
     **spread(
         "use_otel_metrics otel_metrics_host otel_metrics_port trackio_space_id swanlab_project use_swanlab "
         "swanlab_experiment_name swanlab_mode swanlab_workspace",
-        blocked("this tracker", "Use use_tensorboard, wandb_project or use_mlflow."),
+        blocked("this tracker", "Remove it; metrics.jsonl has every figure."),
     ),
     **spread(
         "gradio_title gradio_share gradio_server_name gradio_server_port gradio_max_new_tokens gradio_temperature",
@@ -206,7 +238,7 @@ AXOLOTL: dict[str, Foreign] = {
     "optim_args": blocked("free-form optimizer arguments", "Use adam_beta1, adam_beta2, adam_epsilon."),
     "optim_target_modules": blocked("GaLore and its kin", "Choose another optimizer."),
     **spread("adam_beta3 adam_epsilon2", blocked("optimizers with a third moment")),
-    "lr_groups": blocked("a learning rate per module name", "embedding_lr and loraplus_lr_ratio set group rates."),
+    "lr_groups": blocked("a learning rate per module name", "Remove it."),
     "lr_quadratic_warmup": blocked("a quadratic warmup", "Remove it: the warmup is linear."),
     "lr_div_factor": blocked("the one-cycle schedule", "Write lr_scheduler: cosine."),
     "torchdistx_path": blocked("the AnyPrecision optimizer"),
@@ -216,9 +248,7 @@ AXOLOTL: dict[str, Foreign] = {
         instead="Set gradient_accumulation_steps = batch_size / micro_batch_size / number of ranks.",
     ),
     "max_packed_sequence_len": Foreign(unsupported="a packed length of its own", instead="Set sequence_len."),
-    "rope_scaling": Foreign(
-        unsupported="rope_scaling at the top level", instead="Write overrides_of_model_config: {rope_scaling: {...}}."
-    ),
+    "rope_scaling": Foreign(unsupported="rope_scaling at the top level", instead="Change the model's config.json."),
     **spread(
         "max_memory gpu_memory_limit",
         blocked("spreading one rank's model over devices", "Use fsdp or deepspeed to shard it."),
@@ -275,7 +305,7 @@ AXOLOTL: dict[str, Foreign] = {
     **spread(
         "swanlab_description swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer "
         "swanlab_log_model swanlab_lark_webhook_url swanlab_lark_secret trackio_project_name trackio_run_name",
-        blocked("this tracker", "Use use_tensorboard, wandb_project or use_mlflow."),
+        blocked("this tracker", "Remove it; metrics.jsonl has every figure."),
     ),
     "eval_table_max_new_tokens": blocked("generating during evaluation", says_nothing=(0, 128)),
     "flex_attn_compile_kwargs": blocked("settings of flex attention's compiler"),
@@ -283,6 +313,9 @@ AXOLOTL: dict[str, Foreign] = {
 
 # Axolotl's keys for datasets[], as above. `type` and the like are ours.
 DATASET: dict[str, Foreign] = {
+    **spread(
+        "template_thinking_key field_thinking", blocked("reasoning in a column of its own", "Put it into the messages.")
+    ),
     **spread("field_chosen field_rejected field_prompt chosen_format rejected_format prompt_format", blocked(_RL)),
     "conversation": blocked(
         "conversation templates by FastChat's names", "Write chat_template: chatml, or another name."
@@ -298,9 +331,20 @@ DATASET: dict[str, Foreign] = {
 _AO = "torchao's optimizers. Write adamw_bnb_8bit"
 _KERNEL_HUB = "attention kernels from the hub. Write flash_attention_2"
 
+# Axolotl's row types that are not ours, by how they begin.
+ROW_TYPES: dict[str, str] = {
+    **dict.fromkeys(
+        ("ebft", "bradley_terry", "stepwise_supervised", "chatml.", "llama3.", "user_defined.", "orpo.", "gsm8k",
+         "chat_template.argilla", "passthrough"), _RL),
+    **dict.fromkeys(("alpaca:", "alpaca_"), "a style of Alpaca rows"),
+    "oasst": "rows of conversation trees", "pretrain": "streaming corpora",
+    "context_qa": "rows of questions about a context", "gpteacher": "GPTeacher rows",
+}  # fmt: skip
+
 # Values of our keys that other tools know and that cannot be done here yet.
 UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
     "optimizer": {
+        "paged_adamw_32bit": "moments in 32 bits that are paged. Write paged_adamw_8bit or adamw_torch",
         **dict.fromkeys(
             (
                 "adamw_torch_4bit",
@@ -343,6 +387,7 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
         "kernels-community/flash-attn3": _KERNEL_HUB,
         "fp8": "attention in 8-bit floats",
         "sage": "SageAttention",
+        "flex_attention": "flex attention. Write sdpa",
         "s2": "shifted sparse attention",
         "flash_attention_4": "this attention",
     },

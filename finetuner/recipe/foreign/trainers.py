@@ -10,30 +10,19 @@ from typing import Any
 from finetuner.recipe.foreign.axolotl import AXOLOTL
 from finetuner.recipe.foreign.base import Foreign, blocked, ignored, renamed, spread, translated
 
-_SCHEDULES = {"cosine_with_min_lr": "cosine", "warmup_stable_decay": "warmup_stable_decay"}
-_TRACKERS: dict[str, Mapping[str, Any]] = {
-    "tensorboard": {"use_tensorboard": True},
-    "wandb": {"wandb_project": "finetuner"},
-    "mlflow": {"use_mlflow": True},
-}
-
-
-def _report_to(named: Any) -> Mapping[str, Any]:
-    names = named if isinstance(named, list) else [named]
-    return {key: value for name in names for key, value in _TRACKERS.get(str(name), {}).items()}
-
-
 TRAINING_ARGUMENTS: dict[str, Foreign] = {
     "model_name_or_path": renamed("base_model"),
     "per_device_train_batch_size": renamed("micro_batch_size"),
     "per_device_eval_batch_size": renamed("eval_batch_size"),
     "num_train_epochs": renamed("num_epochs"),
-    "lr_scheduler_type": translated(lambda name: {"lr_scheduler": _SCHEDULES.get(name, name)}),
+    "lr_scheduler_type": renamed("lr_scheduler"),
     "optim": renamed("optimizer"),
     "evaluation_strategy": renamed("eval_strategy"),
     "max_steps": translated(lambda steps: {"max_steps": steps} if steps != -1 else {}),
-    "report_to": translated(_report_to),
-    "run_name": renamed("wandb_name"),
+    "report_to": blocked(
+        "experiment trackers", "Remove it; metrics.jsonl has every figure.", says_nothing=("none", ["none"])
+    ),
+    "run_name": ignored("output_dir tells runs apart"),
     "torch_dtype": ignored("bf16 and fp16 say what is computed in"),
     "dtype": ignored("bf16 and fp16 say what is computed in"),
     "use_liger_kernel": AXOLOTL["liger_rms_norm"],
@@ -144,7 +133,7 @@ def _peft(on: Any) -> Mapping[str, Any]:
 
 
 TRL: dict[str, Foreign] = TRAINING_ARGUMENTS | {
-    "model_revision": renamed("revision_of_model"),
+    "model_revision": blocked("a revision of the model", "Give its folder.", says_nothing=("main",)),
     "use_peft": translated(_peft),
     "lora_target_modules": translated(_lora_target),
     "use_rslora": renamed("peft_use_rslora"),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetuner.recipe.document import Document
-from finetuner.recipe.foreign.axolotl import AXOLOTL, DATASET, PLUGINS, UNSUPPORTED_VALUES
+from finetuner.recipe.foreign.axolotl import AXOLOTL, DATASET, PLUGINS, ROW_TYPES, UNSUPPORTED_VALUES
 from finetuner.recipe.foreign.base import Foreign, blocked
 from finetuner.recipe.problems import KeyPath, Note, Problem, did_you_mean
 from finetuner.recipe.schema import KEYS, NOT_YET
@@ -21,6 +21,7 @@ ALIASES: dict[str, str] = {key: meaning.becomes for key, meaning in MEANINGS.ite
 # Axolotl's older or longer names of values that are ours.
 VALUES: Mapping[str, Mapping[Any, Any]] = {
     "optimizer": {"adamw_hf": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"},
+    "lr_scheduler": {"constant_with_warmup": "constant"},
     "bf16": {"full": True},
     "attn_implementation": {"xformers": "sdpa", "flash_attention": "flash_attention_2"},
     "evals_per_epoch": {0: None},
@@ -44,6 +45,8 @@ def translate(document: Document, meanings: Mapping[str, Foreign] = MEANINGS) ->
         for i, entry in enumerate(entries if isinstance(entries, list) else ()):
             for key in [k for k in entry if k in DATASET] if isinstance(entry, dict) else ():
                 translation.key((name, i), key, DATASET[key])
+        translation.row_types(name)
+    translation.fsdp1()
     translation.values()
     return translation.notes
 
@@ -109,6 +112,29 @@ class Translation:
             self.document.values[key] = spellings[value]
             meant = "the default" if spellings[value] is None else f"'{spellings[value]}'"
             self.notes.append(Note((key,), f"'{value}' is read as {meant}", self.document.origin((key,))))
+
+    def row_types(self, name: str) -> None:
+        """`type` of the entries of datasets or test_datasets."""
+        entries = self.document.values.get(name)
+        for i, entry in enumerate(entries if isinstance(entries, list) else ()):
+            kind = entry.get("type") if isinstance(entry, dict) else None
+            if kind == "chat_template.default":
+                entry["type"] = "chat_template"
+            for start, capability in ROW_TYPES.items():
+                if isinstance(kind, str) and kind.startswith(start):
+                    message = f"{name}.{i}.type: '{kind}' is not supported yet: {capability}."
+                    self.document.problems.append(Problem(message, self.document.origin((name, i, "type"))))
+                    entry["type"] = "alpaca"  # so that it is said once
+                    break
+
+    def fsdp1(self) -> None:
+        """What FSDP1 let people switch off, and FSDP2 always does."""
+        config = self.document.values.get("fsdp_config")
+        for key in ("use_orig_params", "fsdp_use_orig_params", "limit_all_gathers", "fsdp_limit_all_gathers"):
+            if isinstance(config, dict) and config.get(key) is False:
+                del config[key]
+                where = self.document.origin(("fsdp_config", key), of_key=True)
+                self.notes.append(Note((f"fsdp_config.{key}",), "without effect: FSDP2 always does this", where))
 
     def fractions(self) -> None:
         """transformers reads steps below 1 as a fraction of all steps."""

@@ -104,7 +104,7 @@ def _a_template_of_that_name(values: Values) -> Iterator[Finding]:
     for where, name in names:
         if name is not None and name.removeprefix(FALLBACK) not in known:
             message = (
-                f"there is no chat template '{name}'. Write one of: {', '.join(known)}."
+                f"chat_template is not supported yet: the name '{name}'. Write one of: {', '.join(known)}."
                 f"{did_you_mean(name, known)} A template of your own: jinja, and chat_template_jinja beside it."
             )
             yield Finding(where, message)

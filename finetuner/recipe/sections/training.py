@@ -30,8 +30,10 @@ class ScheduleSection(Section):
 class OptimizerSection(Section):
     """The update rule."""
 
-    optimizer: Literal["adamw_torch", "adamw_torch_fused"] = Field(
-        "adamw_torch", description="AdamW (arXiv:1711.05101); both use PyTorch's fused kernel where there is one."
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"] = Field(
+        "adamw_torch",
+        description="AdamW (arXiv:1711.05101), by PyTorch's fused kernel where there is one; or with moments in 8 bits "
+        "(arXiv:2110.02861), which paged_ moves to the CPU's memory when a GPU's is short.",
     )
     weight_decay: NonNegative = Field(0.0, description="On matrices only.")
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="Decay of the mean.")
