@@ -143,7 +143,7 @@ def compare_with_one_rank(engine: str, adapter: str, accum: int, recipe: Path, t
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "adapter", "accum"),
-    [("FSDP2", "full", 3), ("FSDP2 offloaded", "lora", 1), ("ZeRO-1", "lora", 3), ("ZeRO-3", "full", 1)],
+    [("FSDP2 offloaded", "lora", 1), ("ZeRO-1", "lora", 3), ("ZeRO-3", "full", 1)],
 )
 def test_an_engine_gives_the_numbers_of_one_rank(engine, adapter, accum, recipe, train, tmp_path):
     compare_with_one_rank(engine, adapter, accum, recipe, train, tmp_path)
@@ -174,13 +174,14 @@ SHARDED = {"fsdp": ["full_shard"], "fsdp_config": {"state_dict_type": "SHARDED_S
 def test_a_checkpoint_in_parts_resumes_bitwise_on_its_ranks_and_exactly_on_one(recipe, train, tmp_path):
     """The same tensors in one rank's memory as two wrote; what follows differs by the order of sums alone."""
     keys = override(**SHARDED)
-    run_ranks(recipe, tmp_path / "a", "micro_batch_size=4", *keys)
+    split = ("micro_batch_size=2", "gradient_accumulation_steps=2")
+    assert_real("FSDP2", run_ranks(recipe, tmp_path / "a", *split, *keys).out)
     folder = tmp_path / "a" / "checkpoints" / "step-00000003"
     assert {p.name for p in folder.glob("*.safetensors")} == {"part-00000.safetensors", "part-00001.safetensors"}
     sizes = [p.stat().st_size for p in folder.glob("*.safetensors")]
     assert max(sizes) < 1.1 * min(sizes)
 
-    run_ranks(recipe, resumed(recipe, tmp_path / "a", tmp_path / "b"), *SPLIT, *keys)
+    run_ranks(recipe, resumed(recipe, tmp_path / "a", tmp_path / "b"), *split, "resume_from_checkpoint=true", *keys)
     assert largest_difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0.0
     for name in ("part-00000", "part-00001"):
         last = f"checkpoints/step-00000005/{name}.safetensors"
