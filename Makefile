@@ -13,13 +13,14 @@ DATA := data/stdlib_docstrings
 RECIPE := examples/quickstart.yml
 OUT := outputs/quickstart
 
-.PHONY: help install quickstart test test-fast lint clean-quickstart
+.PHONY: help install quickstart test test-fast test-matrix lint clean-quickstart
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   set up, train a real model on this machine in a few minutes, show what it learned"
 	@echo "make test         set up, check the code, run all tests"
 	@echo "make test-fast    the tests that need no further processes, in under 90 seconds"
+	@echo "make test-matrix  every engine against one rank, with every adapter: the whole table, in half an hour"
 	@echo "make clean-quickstart   delete what the quickstart made"
 
 install: $(INSTALLED)
@@ -59,6 +60,9 @@ test: lint
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
+
+test-matrix: $(INSTALLED)
+	$(BIN)/python -m pytest -m matrix
 
 clean-quickstart:
 	rm -rf $(MODEL) $(DATA) $(OUT)

@@ -27,6 +27,7 @@ from finetuner.models.tokenizer import Vocabulary
 from finetuner.plan import Plan, Precision
 from finetuner.recipe import Recipe
 from finetuner.sharding import FsdpPlan
+from finetuner.training.parts import has_parts, read_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,8 @@ def build_model(
     """Base (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around both; on the CPU if an
     engine takes them to the device in parts."""
     full, config = recipe.adapter.adapter is None, recipe.sharding.fsdp_config
-    source = str(checkpoint) if full and checkpoint is not None else recipe.model.base_model
+    in_parts = checkpoint is not None and has_parts(checkpoint)
+    source = str(checkpoint) if full and checkpoint is not None and not in_parts else recipe.model.base_model
     dtype = torch.float32 if full else DTYPES[plan.precision]
     form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
     # Ranks that are handed their part by the main one need no weights of their own; a quantised base each reads itself.
@@ -76,6 +78,8 @@ def build_model(
         recompute_activations(model)
     if full:
         train_only(model, recipe.adapter.unfrozen_parameters)
+        if checkpoint is not None and in_parts and not handed:
+            read_parts(model, checkpoint, trained_only=False)
         return TokenLoss(model, composed=composed)
     adapted = add_lora(
         model,
@@ -87,7 +91,10 @@ def build_model(
     train_in_fp32(adapted)
     if checkpoint is not None:
         require_same_record(checkpoint, record_of(model))
-        read_adapter(adapted, checkpoint)
+        if in_parts:
+            read_parts(adapted, checkpoint, trained_only=True)
+        else:
+            read_adapter(adapted, checkpoint)
     elif recipe.adapter.lora_model_dir is not None:
         require_same_base(Path(recipe.adapter.lora_model_dir), recipe.model.base_model)
         start_from_adapter(adapted, Path(recipe.adapter.lora_model_dir))

@@ -52,10 +52,15 @@ def save_checkpoint(
             ) from error
 
 
+def aside_of(folder: Path) -> Path:
+    """Where `folder` is written before it takes its name."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block ends well, and vanishes otherwise."""
-    aside = folder.with_name(f".{folder.name}.tmp")
+    aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)  # left by a kill
     aside.mkdir(parents=True)
     try:

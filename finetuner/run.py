@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from finetuner import __version__
 from finetuner.assemble import DTYPES, build_model
 from finetuner.checkpoint import (
+    aside_of,
     checkpoint_folder,
     list_checkpoints,
     newest_whole,
@@ -46,6 +47,7 @@ from finetuner.plan import Plan
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.recipe.sections import GuardSection
 from finetuner.resume import check_resume, resume_facts
+from finetuner.sharding import FsdpPlan
 from finetuner.summary import print_plan, rows_line
 from finetuner.training.accelerator import build_accelerator, build_engine, leave_ranks, use_threads_and_matmuls
 from finetuner.training.guards import Guards
@@ -65,6 +67,7 @@ from finetuner.weights import (
     write_best,
     write_checkpoint,
     write_model,
+    write_parts,
     write_result,
 )
 from finetuner.world import World
@@ -270,12 +273,18 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
 
     def save(state: TrainState, stops: bool) -> None:
         model_only = recipe.output.save_only_model and not stops
-        gathered = gather(weights, optimizer=not model_only)
-        write: Callable[[Path], None] = partial(write_checkpoint, weights, gathered)
-        if model_only:
-            write = partial(write_model, weights, gathered.model)
+        folder, engine = checkpoint_folder(output_dir, state.step), run.plan.engine
+        write: Callable[[Path], None]
+        if isinstance(engine, FsdpPlan) and engine.sharded_checkpoints:
+            write = partial(write_parts, weights, model_only=model_only)
+            if not main:
+                write(aside_of(folder))
+        else:
+            gathered = gather(weights, optimizer=not model_only)
+            write = partial(write_checkpoint, weights, gathered)
+            if model_only:
+                write = partial(write_model, weights, gathered.model)
         if main:
-            folder = checkpoint_folder(output_dir, state.step)
             save_checkpoint(folder, state, facts | {"model_only": model_only}, write)
             prune(output_dir, recipe.output.save_total_limit, state.best_step if run.guards.saves_best else None)
         run.accelerator.wait_for_everyone()

@@ -42,7 +42,7 @@ class FsdpPlan:
 
     @property
     def name(self) -> str:
-        ways = f"{self.num_shards} ranks"
+        ways = _ranks(self.num_shards)
         if self.num_replicas > 1:
             ways = f"{self.num_replicas} copies x {ways}"
         kept = "" if self.reshard_after_forward else ", gathered weights kept until the backward is done"
@@ -65,7 +65,11 @@ class ZeroPlan:
 
     @property
     def name(self) -> str:
-        return f"ZeRO-{self.stage} over {self.num_shards} ranks{', offloaded to the CPU' if self.offload else ''}"
+        return f"ZeRO-{self.stage} over {_ranks(self.num_shards)}{', offloaded to the CPU' if self.offload else ''}"
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count != 1)}"
 
 
 EnginePlan = FsdpPlan | ZeroPlan | None  # None: a copy on each rank

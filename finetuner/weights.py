@@ -1,12 +1,14 @@
 """What a checkpoint and a result hold beside the state: written and read side by side.
 
 A checkpoint has the adapter (LoRA) or the whole model in fp32, the optimizer's state, the loss scaler's under fp16,
-and the tokenizer. A result is the same without the optimizer, and a full model in the number format it ran in.
+and the tokenizer. It is one file of each that the main rank writes, or parts that every rank writes; in both forms any
+engine on any number of ranks goes on from it. A result is one file, without the optimizer, and a full model in the
+number format it ran in.
 """
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ from finetuner.models.loss import TokenLoss
 from finetuner.models.quantized import record_of, write_record
 from finetuner.output import move_into
 from finetuner.training.loop import Run
+from finetuner.training.optimizer import optimizer_tensors
+from finetuner.training.parts import MODEL_PART, OPTIMIZER_PART, Parts, has_parts, write_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,12 +55,35 @@ class Gathered:
 def gather(weights: Weights, *, optimizer: bool) -> Gathered:
     """Called by all ranks together."""
     engine = weights.run.engine
+    model = engine.whole(model_tensors(weights))
+    return Gathered(model, engine.optimizer_state(weights.parameters) if optimizer else {})
+
+
+def model_tensors(weights: Weights) -> dict[str, torch.Tensor]:
+    """What is saved of the model, as this rank holds it; a tied tensor under its first name."""
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in weights.bare.model.state_dict(keep_vars=True).items():
         if tensor.requires_grad or not weights.is_lora:
-            found.setdefault(id(tensor), (name, tensor))  # a tied tensor under its first name
-    model = engine.whole(dict(found.values()))
-    return Gathered(model, engine.optimizer_state(weights.parameters) if optimizer else {})
+            found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def write_parts(weights: Weights, folder: Path, *, model_only: bool) -> None:
+    """A checkpoint in parts, called by all ranks together: each writes what it holds into `folder`, once the main rank
+    has made it."""
+    accelerator = weights.run.accelerator
+    accelerator.wait_for_everyone()
+    tensors = {MODEL_PART + name: tensor for name, tensor in model_tensors(weights).items()}
+    if not model_only:
+        state = optimizer_tensors(weights.run.engine.optimizer, weights.parameters, on_cpu=False)
+        tensors |= {OPTIMIZER_PART + name: tensor for name, tensor in state.items()}
+    write_part(folder, tensors)
+    if accelerator.is_main_process:
+        model: Any = weights.bare.model
+        (model.peft_config["default"] if weights.is_lora else model.config).save_pretrained(str(folder))
+        _write_record(weights, folder)
+        weights.tokenizer.save_pretrained(folder)
+    accelerator.wait_for_everyone()
 
 
 def write_checkpoint(weights: Weights, gathered: Gathered, folder: Path) -> None:
@@ -69,9 +96,12 @@ def write_checkpoint(weights: Weights, gathered: Gathered, folder: Path) -> None
 
 
 def read_optimizer(weights: Weights, folder: Path) -> None:
-    """Load the optimizer and scaler that write_checkpoint wrote, by all ranks; the model was built from the same
-    folder."""
-    weights.run.engine.load_optimizer_state(weights.parameters, load_file(folder / "optimizer.safetensors"))
+    """Load the optimizer and scaler that a checkpoint has, by all ranks; the model was built from the same folder."""
+    if has_parts(folder):
+        tensors: Mapping[str, torch.Tensor] = Parts(folder, OPTIMIZER_PART)
+    else:
+        tensors = load_file(folder / "optimizer.safetensors")
+    weights.run.engine.load_optimizer_state(weights.parameters, tensors)
     scaler = weights.run.accelerator.scaler
     if scaler is not None and (folder / "scaler.json").exists():
         scaler.load_state_dict(json.loads((folder / "scaler.json").read_text()))
@@ -81,13 +111,17 @@ def write_model(weights: Weights, values: dict[str, torch.Tensor], folder: Path)
     model: Any = weights.bare.model
     if weights.is_lora:
         write_adapter(model, folder, values)
-        record = record_of(weights.bare.bare)
-        if record is not None:
-            write_record(record, folder)
+        _write_record(weights, folder)
     else:
         use_token_ids(model, weights.token_ids)
         write_model_folder(model, folder, values)
     weights.tokenizer.save_pretrained(folder)
+
+
+def _write_record(weights: Weights, folder: Path) -> None:
+    record = record_of(weights.bare.bare) if weights.is_lora else None
+    if record is not None:
+        write_record(record, folder)
 
 
 def write_result(weights: Weights, output_dir: Path, dtype: torch.dtype) -> None:
@@ -95,9 +129,13 @@ def write_result(weights: Weights, output_dir: Path, dtype: torch.dtype) -> None
     values = gather(weights, optimizer=False).model
     if not weights.run.accelerator.is_main_process:
         return
-    if not weights.is_lora:
-        values = {name: v.to(dtype) if v.is_floating_point() else v for name, v in values.items()}
-    _publish(weights, output_dir, lambda aside: write_model(weights, values, aside))
+    _publish(weights, output_dir, lambda aside: write_model(weights, _as_result(weights, values, dtype), aside))
+
+
+def _as_result(weights: Weights, values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """An adapter stays in fp32."""
+    cast = not weights.is_lora
+    return {name: v.to(dtype) if cast and v.is_floating_point() else v for name, v in values.items()}
 
 
 def write_best(weights: Weights, output_dir: Path, dtype: torch.dtype, step: int) -> None:
@@ -113,7 +151,9 @@ def write_best(weights: Weights, output_dir: Path, dtype: torch.dtype, step: int
         )
 
     def write(aside: Path) -> None:
-        if weights.is_lora:
+        if has_parts(folder):
+            write_model(weights, _as_result(weights, Parts(folder, MODEL_PART), dtype), aside)
+        elif weights.is_lora:
             for path in folder.iterdir():
                 if path.name not in _CHECKPOINTS_OWN:
                     shutil.copyfile(path, aside / path.name)

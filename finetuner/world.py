@@ -119,6 +119,12 @@ def take_engine_from_launcher() -> None:
         os.environ.pop(name, None)
 
 
+def name_local_rank() -> None:
+    """DeepSpeed insists on a variable that only launchers set. Without a launcher this is rank 0; to be called when the
+    Accelerator is there, which would take the variable for a launch."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+
+
 def refuse_a_launch_that_lost_its_ranks(env: Mapping[str, str]) -> None:
     """Without a GPU, `accelerate launch --num_processes 2` starts one process and says nothing.
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "checkpoint": {"training"},
     "export": {"models", "checkpoint"},
     "weights": {"training", "models", "checkpoint", "output"},
-    "assemble": {"recipe", "plan", "data", "models", "export", "sharding"},
+    "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
     "summary": {"recipe", "plan", "data", "models", "training", "weights"},
 }
 COMMANDS = {"run", "cli", "train", "merge", "__init__"}

@@ -1,62 +1,360 @@
-"""Every engine gives the numbers of one rank, and is the one that was asked for."""
+"""Every engine is real, gives the numbers of one rank, and leaves checkpoints that every other can go on from."""
 
 import json
+import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import alpaca_rows, run_command, write_rows
+from conftest import (
+    Result,
+    alpaca_rows,
+    largest_difference,
+    make_model,
+    run_command,
+    weights_of,
+    write_rows,
+)
 
-from finetuner.errors import PlanError
-from finetuner.plan import Plan
-from finetuner.recipe import load_recipe
-from finetuner.world import World
+from finetuner.training.metrics import read_metrics
+
+ADAPTERS: dict[str, dict] = {
+    "full": {},
+    # a rank that two ranks cannot share evenly, and a token that gets a row of its own
+    "lora": {"adapter": "lora", "lora_r": 3, "tokens": ["<|new|>"], "gradient_checkpointing": True},
+    "qlora": {"adapter": "qlora", "load_in_4bit": True, "lora_r": 3},
+}
 
 
-def zero(stage: int) -> str:
-    return f"deepspeed={{zero_optimization: {{stage: {stage}}}}}"
+def zero(stage: int, **block: object) -> dict:
+    return {"deepspeed": {"zero_optimization": {"stage": stage, "overlap_comm": stage == 1, **block}}}
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+ENGINES: dict[str, dict] = {
+    "DDP": {},
+    "FSDP2": {"fsdp": ["full_shard", "auto_wrap"]},
+    "FSDP2 offloaded": {
+        "fsdp": ["full_shard", "auto_wrap"],
+        "fsdp_config": {"fsdp_offload_params": True, "fsdp_cpu_ram_efficient_loading": True},
+    },
+    "ZeRO-1": zero(1),
+    "ZeRO-2": zero(2),
+    "ZeRO-3": zero(3),
+}
+
+
+@dataclass(frozen=True)
+class Holds:
+    """The run's own words on what its ranks hold: elements, as (least, most) over the ranks."""
+
+    engine: str
+    parameters: tuple[int, int]
+    updated: tuple[int, int]
+    trained: int
+    total: int
+
+
+def holds(text: str) -> Holds:
+    def numbers(pattern: str) -> list[int]:
+        found = re.search(pattern, text)
+        assert found, text
+        return [int(n.replace(",", "")) for n in found.groups() if n]
+
+    held = numbers(r"each rank holds +([\d,]+)(?: to ([\d,]+))? parameters")
+    updated = numbers(r"parameters, ([\d,]+)(?: to ([\d,]+))? updated by it")
+    trained, total = numbers(r"parameters +([\d,]+) trained of ([\d,]+)")
+    engine = re.search(r"engine +(.+?) *\n", text)
+    assert engine
+    return Holds(engine[1], (held[0], held[-1]), (updated[0], updated[-1]), trained, total)
+
+
+def assert_real(name: str, text: str) -> None:
+    """On two ranks: the engine says its name, and a rank holds no more than its part (which ZeRO pads)."""
+    found = holds(text)
+    word, _, rest = name.partition(" ")
+    assert found.engine.startswith(f"{word} over 2 ranks") and ("offloaded" in found.engine) == ("offloaded" in rest)
+    if word == "DDP":
+        assert found.parameters == (found.total, found.total) and found.updated == (found.trained, found.trained)
+        return
+    if word in ("ZeRO-1", "ZeRO-2"):
+        assert found.parameters == (found.total, found.total)
+    else:
+        assert found.total <= sum(found.parameters) <= found.total + 500
+    assert found.trained <= sum(found.updated) <= found.trained + 500
+    assert max(found.updated) < 0.7 * found.trained
+
+
+@pytest.fixture
+def unequal_rows(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "unequal.jsonl", alpaca_rows(80))
+
+
+@pytest.fixture
+def recipe(unequal_rows, write_recipe):
+    return write_recipe(
+        datasets=[{"path": str(unequal_rows), "type": "alpaca"}],
+        max_steps=5,
+        learning_rate=2e-4,
+        warmup_steps=2,
+        weight_decay=0.1,
+        val_set_size=3,
+        save_steps=3,
+        seed=7,
+    )
+
+
+def override(**keys: object) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+
+
+def run_ranks(recipe: Path, out: Path, *overrides: str, ranks: int = 2) -> Result:
+    done = run_command("finetuner.train", recipe, f"output_dir={out}", *overrides, ranks=ranks)
+    assert done.code == 0, done.text
+    return done
+
+
+COMPARED = {"loss": 1e-5, "grad_norm": 1e-5, "learning_rate": 0.0, "num_tokens": 0.0, "eval_loss": 1e-5}
+
+
+def assert_same_numbers(rows: list[dict], reference: list[dict]) -> None:
+    assert len(rows) == len(reference)
+    for row, expected in zip(rows, reference, strict=True):
+        for key, bound in COMPARED.items():
+            if key in expected:
+                assert row[key] == pytest.approx(expected[key], rel=bound, abs=0.0), (key, row["step"])
+
+
+def compare_with_one_rank(engine: str, adapter: str, accum: int, recipe: Path, train, tmp_path: Path) -> None:
+    """The same 12 rows a step on one rank in one micro-batch, and on two ranks in `accum` micro-batches each."""
+    keys = ADAPTERS[adapter]
+    reference = train(recipe, *override(**keys, micro_batch_size=12, output_dir=str(tmp_path / "one")))
+    split = {"micro_batch_size": 6 // accum, "gradient_accumulation_steps": accum}
+    done = run_ranks(recipe, tmp_path / "two", *override(**keys, **split, **ENGINES[engine]))
+    assert_real(engine, done.out)
+    assert_same_numbers(read_metrics(tmp_path / "two" / "metrics.jsonl"), reference)
+    assert largest_difference(weights_of(tmp_path / "one"), weights_of(tmp_path / "two")) < 1e-6
+    last = f"checkpoints/step-{5:08}"
+    one, two = (weights_of(tmp_path / name / last) for name in ("one", "two"))
+    assert one.keys() == two.keys(), "the same files from every engine; of an adapter's run, nothing of the base"
+    assert largest_difference(one, two) < 1e-6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("override", "engine"),
-    [
-        ("fsdp=[full_shard, auto_wrap]", "FSDP2 over 2 ranks"),
-        (zero(1), "ZeRO-1"),
-        (zero(2), "ZeRO-2"),
-        (zero(3), "ZeRO-3"),
-    ],
-    ids=["FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3"],
+    ("engine", "adapter", "accum"),
+    [("FSDP2 offloaded", "lora", 1), ("ZeRO-1", "lora", 3), ("ZeRO-3", "full", 1)],
 )
-def test_two_ranks_of_an_engine_give_the_numbers_of_one(override, engine, write_recipe, train, tmp_path):
-    rows = write_rows(tmp_path / "sixteen.jsonl", alpaca_rows(16))
-    recipe = write_recipe(
-        datasets=[{"path": str(rows), "type": "alpaca"}],
-        micro_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=3,
-        learning_rate=2e-4,
-        bf16=False,
-        adapter="lora",
-        lora_r=4,
+def test_an_engine_gives_the_numbers_of_one_rank(engine, adapter, accum, recipe, train, tmp_path):
+    compare_with_one_rank(engine, adapter, accum, recipe, train, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize("accum", [1, 3])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_gives_the_numbers_of_one_rank(engine, adapter, accum, recipe, train, tmp_path):
+    compare_with_one_rank(engine, adapter, accum, recipe, train, tmp_path)
+
+
+def resumed(recipe: Path, source: Path, out: Path, step: int = 3) -> Path:
+    """A folder with the run of `source` as it was at `step`."""
+    name = f"checkpoints/step-{step:08}"
+    shutil.copytree(source / name, out / name)
+    shutil.copy(source / "metrics.jsonl", out)
+    return out
+
+
+SPLIT = ("micro_batch_size=4", "resume_from_checkpoint=true")
+SHARDED = {"fsdp": ["full_shard"], "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_parts_resumes_bitwise_on_its_ranks_and_exactly_on_one(recipe, train, tmp_path):
+    """The same tensors in one rank's memory as two wrote; what follows differs by the order of sums alone."""
+    keys = override(**SHARDED)
+    split = ("micro_batch_size=2", "gradient_accumulation_steps=2")
+    assert_real("FSDP2", run_ranks(recipe, tmp_path / "a", *split, *keys).out)
+    folder = tmp_path / "a" / "checkpoints" / "step-00000003"
+    assert {p.name for p in folder.glob("*.safetensors")} == {"part-00000.safetensors", "part-00001.safetensors"}
+    sizes = [p.stat().st_size for p in folder.glob("*.safetensors")]
+    assert max(sizes) < 1.1 * min(sizes)
+
+    run_ranks(recipe, resumed(recipe, tmp_path / "a", tmp_path / "b"), *split, "resume_from_checkpoint=true", *keys)
+    assert largest_difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0.0
+    for name in ("part-00000", "part-00001"):
+        last = f"checkpoints/step-00000005/{name}.safetensors"
+        assert (tmp_path / "a" / last).read_bytes() == (tmp_path / "b" / last).read_bytes()
+
+    one = resumed(recipe, tmp_path / "a", tmp_path / "c")
+    rows = train(recipe, f"output_dir={one}", "resume_from_checkpoint=true", "micro_batch_size=8")
+    assert_same_numbers(rows, read_metrics(tmp_path / "a" / "metrics.jsonl"))
+    assert largest_difference(weights_of(tmp_path / "a"), weights_of(one)) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("precision", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("engine", ["FSDP2", "FSDP2 offloaded", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
+def test_a_resumed_run_is_bitwise_the_unbroken_run_in_every_engine(engine, precision, adapter, recipe, tmp_path):
+    keys = override(**ADAPTERS[adapter], **ENGINES[engine], bf16=precision)
+    run_ranks(recipe, tmp_path / "a", "micro_batch_size=4", *keys)
+    run_ranks(recipe, resumed(recipe, tmp_path / "a", tmp_path / "b"), *SPLIT, *keys)
+    assert largest_difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0.0
+    last = "checkpoints/step-00000005/optimizer.safetensors"
+    assert (tmp_path / "a" / last).read_bytes() == (tmp_path / "b" / last).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize("after", ENGINES)
+@pytest.mark.parametrize("before", ["FSDP2", "ZeRO-2", "ZeRO-3"])
+def test_a_run_goes_on_in_another_engine(before, after, recipe, train, tmp_path):
+    run_ranks(recipe, tmp_path / "a", "micro_batch_size=4", *override(**ENGINES[before]))
+    run_ranks(recipe, resumed(recipe, tmp_path / "a", tmp_path / "b"), *SPLIT, *override(**ENGINES[after]))
+    assert_same_numbers(*(read_metrics(tmp_path / name / "metrics.jsonl") for name in ("a", "b")))
+    assert largest_difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_hybrid_sharding_on_two_copies_of_two_ranks_gives_the_numbers_of_one(recipe, train, tmp_path):
+    reference = train(recipe, "micro_batch_size=12", f"output_dir={tmp_path / 'one'}")
+    hybrid = override(fsdp=["hybrid_shard"], dp_replicate_size=2, micro_batch_size=3)
+    done = run_ranks(recipe, tmp_path / "four", *hybrid, ranks=4)
+    found = holds(done.out)
+    assert found.engine == "FSDP2 over 2 copies x 2 ranks"
+    assert sum(found.parameters) == found.total
+    assert_same_numbers(read_metrics(tmp_path / "four" / "metrics.jsonl"), reference)
+
+
+def test_a_sharded_recipe_runs_on_one_rank(recipe, train, capsys, tmp_path):
+    plain = train(recipe, "micro_batch_size=4", f"output_dir={tmp_path / 'plain'}")
+    capsys.readouterr()
+    keys = override(**SHARDED, micro_batch_size=4, output_dir=str(tmp_path / "fsdp"))
+    assert_same_numbers(train(recipe, *keys), plain)
+    assert holds(capsys.readouterr().out).engine == "FSDP2 over 1 rank"
+    again = train(recipe, f"output_dir={resumed(recipe, tmp_path / 'fsdp', tmp_path / 'b')}", *SPLIT)
+    assert_same_numbers(again, plain)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"fsdp_config": {"auto_wrap_policy": "NO_WRAP"}},
+        {"fsdp": ["shard_grad_op"], "fsdp_config": {"forward_prefetch": True, "activation_checkpointing": True}},
+        {"fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaMLP,LlamaAttention"}},
+    ],
+    ids=["the whole model at once", "kept until the backward", "layers by name"],
+)
+def test_what_is_gathered_when_changes_no_number(keys, recipe, train, tmp_path):
+    plain = train(recipe, "micro_batch_size=4", f"output_dir={tmp_path / 'plain'}")
+    wrapped = train(recipe, *override(**keys, micro_batch_size=4, output_dir=str(tmp_path / "fsdp")))
+    assert_same_numbers(wrapped, plain)
+
+
+def sharded_here(plan, tied_or_not: Path):
+    """A tiny model, sharded in this process on a group of one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finetuner.models.loss import TokenLoss
+    from finetuner.training.fsdp import shard_module
+
+    loss = TokenLoss(AutoModelForCausalLM.from_pretrained(tied_or_not), composed=True)
+    shard_module(loss, plan, torch.device("cpu"), full=True)
+    return loss
+
+
+@pytest.fixture
+def group_of_one():
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("changes", "classes"),
+    [
+        ({}, ["LlamaDecoderLayer"] * 2),
+        ({"layer_classes": ("LlamaMLP",)}, ["LlamaMLP"] * 2),
+        ({"wraps_layers": False}, []),
+    ],
+)
+def test_the_layers_of_the_plan_are_gathered_one_by_one(changes, classes, tiny_model, group_of_one):
+    from torch.distributed.fsdp import FSDPModule
+
+    from finetuner.sharding import FsdpPlan
+
+    loss = sharded_here(FsdpPlan(num_shards=1, pin_memory=False, **changes), tiny_model)
+    wrapped = [type(m).__name__.removeprefix("FSDP") for m in loss.modules() if isinstance(m, FSDPModule)]
+    assert sorted(wrapped) == sorted([*classes, "TokenLoss"])
+
+
+def test_a_class_that_the_model_has_not_is_named_with_those_it_has(tiny_model, group_of_one):
+    from finetuner.errors import ModelError
+    from finetuner.sharding import FsdpPlan
+
+    with pytest.raises(ModelError, match=r"no module of the class 'MistralLayer'(.|\n)*LlamaDecoderLayer"):
+        sharded_here(FsdpPlan(num_shards=1, layer_classes=("MistralLayer",)), tiny_model)
+
+
+def test_the_norm_of_a_sharded_gradient_is_torchs_and_clips_the_same(tiny_model, group_of_one):
+    import torch
+    from accelerate import Accelerator
+    from torch.nn.utils import clip_grad_norm_
+    from transformers import AutoModelForCausalLM
+
+    from finetuner.sharding import FsdpPlan
+    from finetuner.training.fsdp import FsdpEngine
+
+    loss = sharded_here(plan := FsdpPlan(num_shards=1, pin_memory=False), tiny_model)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.0)
+    engine = FsdpEngine(Accelerator(cpu=True), loss, optimizer, plan)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.arange(24).reshape(2, 12)
+    positions = torch.arange(20)
+    (engine.module(ids, torch.ones_like(ids), positions, positions) * 3.0).backward()
+    logits = plain(ids).logits.flatten(0, 1)[positions]
+    (torch.nn.functional.cross_entropy(logits, positions, reduction="sum") * 3.0).backward()
+    assert engine._clip(0.5) == pytest.approx(float(clip_grad_norm_(plain.parameters(), 0.5)), rel=1e-5)
+    mine = {n: p.grad.to_local() for n, p in loss.model.named_parameters()}
+    assert largest_difference(mine, {n: p.grad for n, p in plain.named_parameters()}) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_is_skipped_and_not_learned_in_zero_3(recipe, tmp_path):
+    """DeepSpeed itself would go on with weights that are NaN."""
+    keys = override(**ENGINES["ZeRO-3"], learning_rate=1e30, warmup_steps=1, lr_scheduler="constant", max_steps=20)
+    done = run_command("finetuner.train", recipe, f"output_dir={tmp_path / 'out'}", *keys, ranks=2)
+    assert done.code != 0 and "loss or gradient was not finite" in done.text
+    for folder in (tmp_path / "out" / "checkpoints").glob("step-*"):
+        assert all(tensor.isfinite().all() for tensor in weights_of(folder).values())
+
+
+@pytest.mark.slow
+def test_only_the_main_rank_reads_the_model_and_tied_weights_stay_tied(recipe, tokenizer_folder, train, tmp_path):
+    """With cpu_ram_efficient_loading, under accelerate's own launcher and a configuration of it."""
+    import os
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    base = make_model(tmp_path / "base", tokenizer_folder, tied=True)
+    reference = train(recipe, f"base_model={base}", "micro_batch_size=8", f"output_dir={tmp_path / 'one'}")
+    words = ["--config_file", "fsdp_configs/fsdp2_qlora_low_ram.yml", "-m", "finetuner.train", str(recipe)]
+    keys = override(
+        base_model=str(base), micro_batch_size=4, output_dir=str(tmp_path / "two"), **ENGINES["FSDP2 offloaded"]
     )
-    one = train(recipe, f"output_dir={tmp_path / 'one'}", "gradient_accumulation_steps=4")
-    done = run_command("finetuner.train", recipe, f"output_dir={tmp_path / 'two'}", override, ranks=2)
-    assert done.code == 0, done.text
-    assert engine in done.out
-    two = [row for row in metrics(tmp_path / "two") if "loss" in row]
-    assert len(two) == 3
-    for here, there in zip(two, one, strict=True):
-        assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
-        assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-5)
-        assert here["learning_rate"] == there["learning_rate"]
-    assert (tmp_path / "two" / "adapter_model.safetensors").exists()
-
-
-def test_moments_in_8_bits_under_zero_are_refused_by_name(write_recipe):
-    recipe = load_recipe(write_recipe(optimizer="adamw_bnb_8bit", deepspeed={"zero_optimization": {"stage": 1}}))
-    with pytest.raises(PlanError, match="adamw_bnb_8bit with deepspeed is not supported yet"):
-        Plan.from_recipe(recipe, World(size=2))
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("COV_", "PYTEST_"))} | {"CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *words, *keys]
+    done = subprocess.run(launch, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_real("FSDP2 offloaded", done.stdout)
+    assert_same_numbers(read_metrics(tmp_path / "two" / "metrics.jsonl"), reference)
+    assert largest_difference(weights_of(tmp_path / "one"), weights_of(tmp_path / "two")) < 1e-6

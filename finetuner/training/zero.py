@@ -14,6 +14,7 @@ from finetuner.models.loss import TokenLoss
 from finetuner.sharding import ZeroPlan, zero_config_for
 from finetuner.training.engine import Held, Tensors
 from finetuner.training.optimizer import set_learning_rate
+from finetuner.world import name_local_rank
 
 
 class ZeroEngine:
@@ -183,5 +184,6 @@ def _initialize(loss: TokenLoss, optimizer: torch.optim.Optimizer, config: dict[
 
         set_accelerator(CPU_Accelerator())
     deepspeed.init_distributed(dist_backend=distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+    name_local_rank()
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config)
     return engine

@@ -39,9 +39,6 @@ def _one_strategy(values: Values) -> Iterator[Finding]:
         yield Finding(("fsdp",), "no_shard keeps a whole copy on each rank, which cannot be offloaded. Use full_shard.")
     if config is None:
         return
-    if config.state_dict_type == "SHARDED_STATE_DICT":
-        message = "checkpoints in parts (SHARDED_STATE_DICT) are not supported yet. Write FULL_STATE_DICT."
-        yield Finding(("fsdp_config",), message)
     if config.auto_wrap_policy == "NO_WRAP" and ("auto_wrap" in words or config.transformer_layer_cls_to_wrap):
         message = "auto_wrap_policy NO_WRAP gathers the whole model at once, auto_wrap and class names do not."
         yield Finding(("fsdp_config",), message + " Remove one.", (("fsdp",),))

@@ -46,7 +46,7 @@ class FsdpConfig(Section):
     )
     state_dict_type: StateDictType = Field(
         "FULL_STATE_DICT",
-        description="Checkpoints as one file that rank 0 writes; SHARDED_STATE_DICT is not supported yet.",
+        description="Checkpoints as one file that rank 0 writes, or (SHARDED_STATE_DICT) each rank's part by itself.",
     )
     final_state_dict_type: Annotated[Literal["FULL_STATE_DICT"], BeforeValidator(_upper)] = Field(
         "FULL_STATE_DICT", description="The result of a run is always ordinary safetensors."
