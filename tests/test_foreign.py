@@ -13,7 +13,7 @@ from finetuner.errors import RecipeError
 from finetuner.recipe import KEYS, load
 from finetuner.recipe.convert import convert
 from finetuner.recipe.foreign.axolotl import DIFFERENT, PLUGINS, UNSUPPORTED_VALUES
-from finetuner.recipe.foreign.tools import LLAMA_FACTORY_TOOL, TRL_TOOL
+from finetuner.recipe.foreign.tools import ELSEWHERE, LLAMA_FACTORY_TOOL, TRL_TOOL
 from finetuner.recipe.foreign.translate import MEANINGS, VALUES
 
 BASE = "base_model: org/model\nlearning_rate: 2e-4\ndatasets:\n  - path: org/data\n    type: alpaca\n"
@@ -300,3 +300,15 @@ def test_sharegpt_rows_are_read_as_chats_with_its_column_and_keys(recipe) -> Non
 @pytest.mark.parametrize("kind", ["alpaca_chat.load_qa", "jeopardy", "my_rows.transform", "context_qa.load_v2"])
 def test_row_types_of_axolotls_that_are_not_ours_are_refused_by_name(recipe, kind: str) -> None:
     assert f"type: '{kind}' is not supported yet: " in refusal(recipe(BASE.replace("alpaca", kind)))
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"), [("lora_rank", "lora_r"), ("lr", "learning_rate"), ("cutoff_len", "sequence_len"), ("r", "lora_r")]
+)
+def test_a_word_of_another_tool_in_a_recipe_of_ours_is_told_ours(recipe, key: str, ours: str) -> None:
+    assert f"unknown key '{key}'. It is called {ours} here." in refusal(recipe(f"{BASE}{key}: 8\n"))
+
+
+def test_names_from_elsewhere_are_of_keys_that_there_are() -> None:
+    assert set(ELSEWHERE.values()) <= set(KEYS)
+    assert not set(ELSEWHERE) & set(KEYS)
