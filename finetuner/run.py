@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from finetuner import __version__
-from finetuner.assemble import DTYPES, build_model
+from finetuner.assemble import DTYPES, build_model, probe
 from finetuner.checkpoint import (
     aside_of,
     checkpoint_folder,
@@ -25,7 +25,7 @@ from finetuner.checkpoint import (
     set_aside_after,
 )
 from finetuner.data.batches import Layout
-from finetuner.data.cache import prepare_once
+from finetuner.data.cache import packs_held_out, prepare_once
 from finetuner.data.prepare import Prepared
 from finetuner.data.templates import chosen_template
 from finetuner.errors import CheckpointError, FinetunerError, ModelError, PreemptedError
@@ -43,7 +43,7 @@ from finetuner.models.quantized import (
 )
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
-from finetuner.plan import Plan
+from finetuner.plan import Plan, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.recipe.sections import GuardSection
 from finetuner.resume import check_resume, resume_facts
@@ -138,30 +138,9 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
             )
             return
 
-    bare = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator)
-    for note in length_notes(bare.bare, prepared.train.longest):
-        screen.line(f"note: {note}")
-    counted = count_parameters(bare)
-    run = Run(
-        accelerator=accelerator,
-        engine=build_engine(
-            accelerator,
-            bare,
-            plan,
-            full=not is_lora,
-            make_optimizer=lambda: build_optimizer(trainable_parameters(bare), recipe.optimizer),
-        ),
-        plan=plan,
-        schedule=schedule,
-        train_rows=prepared.train_rows,
-        held_out_rows=prepared.held_out_rows,
-        max_grad_norm=recipe.optimizer.max_grad_norm,
-        layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
-        eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
-        guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
+    weights, counted = assemble(
+        recipe, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen
     )
-    parameters, token_ids = trainable_parameters(bare), special_ids(recipe, vocabulary.tokenizer)
-    weights = Weights(run, bare, parameters, vocabulary.tokenizer, is_lora, token_ids)
     if checkpoint is not None:
         read_optimizer(weights, checkpoint)
         screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
@@ -184,6 +163,52 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     else:
         screen.line(f"done: the model is in {output_dir}")
     leave_ranks(accelerator)
+
+
+def assemble(
+    recipe: Recipe,
+    plan: Plan,
+    schedule: Schedule,
+    vocabulary: Vocabulary,
+    prepared: Prepared,
+    attention: tuple[str, ...],
+    checkpoint: Path | None,
+    accelerator: Accelerator,
+    screen: Screen,
+) -> tuple[Weights, tuple[int, int]]:
+    """The model in its engine, ready to train; and its parameters, counted before they were spread."""
+    is_lora = recipe.adapter.adapter is not None
+    with screen.work("loading the model", "MB") as work:
+        built = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator, work.at_bytes)
+        bare = built.loss
+        for note in length_notes(bare.bare, prepared.train.longest):
+            screen.line(f"note: {note}")
+        counted = count_parameters(bare)
+        engine = build_engine(
+            accelerator,
+            bare,
+            plan,
+            full=not is_lora,
+            make_optimizer=lambda: build_optimizer(trainable_parameters(bare), recipe.optimizer),
+            promises=built.promises,
+        )
+    packs = recipe.packing.sample_packing or packs_held_out(recipe.packing)
+    with torch.no_grad():
+        bare.composed = bool(engine.module(partial(probe, packs=packs)))
+    run = Run(
+        accelerator=accelerator,
+        engine=engine,
+        plan=plan,
+        schedule=schedule,
+        train_rows=prepared.train_rows,
+        held_out_rows=prepared.held_out_rows,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
+        eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
+        guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
+    )
+    token_ids = special_ids(recipe, vocabulary.tokenizer)
+    return Weights(run, bare, trainable_parameters(bare), vocabulary.tokenizer, is_lora, token_ids), counted
 
 
 def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tuple[Vocabulary, Prepared]:

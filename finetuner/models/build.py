@@ -1,5 +1,6 @@
 """Hugging Face causal language models, ready to train."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -11,7 +12,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from finetuner.errors import ModelError
-from finetuner.models.quantized import Format, FourBitLinear, adopt_layers, loading_arguments
+from finetuner.models.quantized import (
+    Format,
+    FourBitLinear,
+    adopt_layers,
+    loading_arguments,
+    make_room_for_layers,
+    require_full_weights,
+)
+from finetuner.models.stream import Promises, Report, promise, settle_buffers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -184,15 +193,22 @@ def write_model_folder(model: "PreTrainedModel", folder: Path, values: Mapping[s
 
 
 def empty_model(
-    base_model: str, *, dtype: torch.dtype, attention: tuple[str, ...], trust_remote_code: bool = False
+    base_model: str,
+    *,
+    dtype: torch.dtype,
+    attention: tuple[str, ...],
+    trust_remote_code: bool = False,
+    form: Format | None = None,
 ) -> "PreTrainedModel":
-    """As load_model, with arbitrary numbers for weights, for ranks that are handed theirs by another.
+    """As load_model, with arbitrary numbers for weights, for ranks that are handed theirs tensor by tensor.
 
     On Linux its memory is not occupied before it is written to, so a rank pays for its part alone.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+    if form is not None:
+        require_full_weights(base_model, config)
     first_choice, *others = attention
     try:
         with torch.device("meta"):
@@ -201,8 +217,16 @@ def empty_model(
             )
     except (ValueError, ImportError) as error:
         if others and "attention" in str(error).lower():
-            return empty_model(base_model, dtype=dtype, attention=tuple(others), trust_remote_code=trust_remote_code)
+            return empty_model(
+                base_model,
+                dtype=dtype,
+                attention=tuple(others),
+                trust_remote_code=trust_remote_code,
+                form=form,
+            )
         raise
+    if form is not None:
+        make_room_for_layers(model, form)
     model.tie_weights()
     parameters: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -213,7 +237,37 @@ def empty_model(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    return model
+    with contextlib.suppress(OSError):  # it has none: what the config says serves
+        model.generation_config = GenerationConfig.from_pretrained(base_model)
+    return model.eval()
+
+
+def promised_model(
+    base_model: str,
+    *,
+    dtype: torch.dtype,
+    attention: tuple[str, ...],
+    form: Format | None,
+    device: torch.device,
+    cache_folder: Path | None = None,
+    report: Report = lambda done, total: None,
+    cast_to: torch.dtype | None = None,
+) -> "tuple[PreTrainedModel, Promises] | None":
+    """As load_model, with weights that are still to be read, in `dtype`; None for a model that has to be loaded whole.
+
+    `cast_to`: number format of the empty model, where an engine would cast all of it.
+    """
+    try:
+        model = empty_model(base_model, dtype=cast_to or dtype, attention=attention, form=form)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None  # load_model says what is wrong
+    if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
+        return None
+    settle_buffers(model)
+    names = dict(model.named_parameters())
+    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, FourBitLinear)}
+    promises = promise(base_model, model, names, layers, dtype, device, cache_folder, report)
+    return None if promises is None else (model, promises)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from torch import distributed
 
 from finetuner.errors import PlanError
 from finetuner.models.loss import TokenLoss
+from finetuner.models.stream import Promises
 from finetuner.plan import Plan
 from finetuner.sharding import FsdpPlan, ZeroPlan
 from finetuner.training.engine import CopiesEngine, Engine
@@ -63,20 +64,23 @@ def build_engine(
     *,
     full: bool,
     make_optimizer: Callable[[], torch.optim.Optimizer],
+    promises: Promises | None = None,
 ) -> Engine:
-    """Spread `loss` as the plan says, in place. `make_optimizer` is called when its parameters are what they will be.
+    """Spread `loss` as the plan says, in place, and read what is promised of it. `make_optimizer` is called when its
+    parameters are what they will be.
 
     Each engine asserts that it is the one that was asked for.
     """
     if isinstance(plan.engine, FsdpPlan):
         from finetuner.training.fsdp import FsdpEngine, shard_module
 
-        shard_module(loss, plan.engine, accelerator.device, full=full)
+        shard_module(loss, plan.engine, accelerator.device, full=full, promises=promises)
         return FsdpEngine(accelerator, loss, make_optimizer(), plan.engine)
     if isinstance(plan.engine, ZeroPlan):
         from finetuner.training.zero import ZeroEngine
 
-        return ZeroEngine(accelerator, loss, make_optimizer(), plan.engine)
+        return ZeroEngine(accelerator, loss, make_optimizer(), plan.engine, promises)
+    assert promises is None
     return CopiesEngine(accelerator, loss.to(accelerator.device), make_optimizer)
 
 
