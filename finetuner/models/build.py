@@ -192,6 +192,46 @@ def write_model_folder(model: "PreTrainedModel", folder: Path, values: Mapping[s
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def on_meta(
+    base_model: str,
+    *,
+    dtype: torch.dtype,
+    attention: tuple[str, ...],
+    trust_remote_code: bool = False,
+    form: Format | None = None,
+) -> "PreTrainedModel":
+    """As load_model, without memory for its weights; only config.json is read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+    if form is not None:
+        require_full_weights(base_model, config)
+    for i, choice in enumerate(attention):
+        try:
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=choice, trust_remote_code=trust_remote_code
+                )
+            break
+        except (ValueError, ImportError) as error:
+            if i + 1 == len(attention) or "attention" not in str(error).lower():
+                raise
+    if form is not None and form.kind != "int8":
+        make_room_for_layers(model, form)
+    model.tie_weights()
+    return model
+
+
+def bare_bones(
+    base_model: str, *, dtype: torch.dtype, attention: tuple[str, ...], form: Format | None
+) -> "PreTrainedModel | None":
+    """As on_meta, or None where load_model will say what is wrong with it."""
+    try:
+        return on_meta(base_model, dtype=dtype, attention=attention, form=form)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError):
+        return None
+
+
 def empty_model(
     base_model: str,
     *,
@@ -204,30 +244,9 @@ def empty_model(
 
     On Linux its memory is not occupied before it is written to, so a rank pays for its part alone.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
-    if form is not None:
-        require_full_weights(base_model, config)
-    first_choice, *others = attention
-    try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=first_choice, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, ImportError) as error:
-        if others and "attention" in str(error).lower():
-            return empty_model(
-                base_model,
-                dtype=dtype,
-                attention=tuple(others),
-                trust_remote_code=trust_remote_code,
-                form=form,
-            )
-        raise
-    if form is not None:
-        make_room_for_layers(model, form)
-    model.tie_weights()
+    model: Any = on_meta(base_model, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code, form=form)
     parameters: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
