@@ -604,7 +604,7 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("fsdp", {"fsdp": ["full_shard", "no_shard"]}, {"fsdp": ["full_shard"]}),
     ("fsdp_version", {"fsdp_version": 2}, {"fsdp_version": 2, "fsdp": ["full_shard"]}),
-    ("dp_shard_size", {"dp_shard_size": 2}, {"dp_shard_size": 2, "fsdp": ["hybrid_shard"]}),
+    ("dp_shard_size", {"dp_shard_size": 2}, {"dp_shard_size": 2, "fsdp": ["full_shard"]}),
     ("optimizer", {"optimizer": "adamw_bnb_8bit", "fsdp": ["full_shard"]}, {"fsdp": ["full_shard"]}),
     ("saves_per_epoch", {"save_steps": 5, "saves_per_epoch": 2}, {"saves_per_epoch": 2}),
     ("load_in_4bit", {"adapter": "qlora", "load_in_4bit": False}, {"adapter": "qlora"}),
@@ -624,13 +624,6 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         "val_set_size",
         {"val_set_size": 0.1, "test_datasets": [{"path": "a/b", "type": "alpaca"}]},
         {"val_set_size": 0.1},
-    ),
-    ("eval_steps", {"eval_steps": 5}, {"eval_steps": 5, "val_set_size": 0.1}),
-    ("evals_per_epoch", {"evals_per_epoch": 5}, {"evals_per_epoch": 5, "val_set_size": 0.1}),
-    (
-        "eval_on_start",
-        {"eval_on_start": True},
-        {"eval_on_start": True, "test_datasets": [{"path": "a/b", "type": "alpaca"}]},
     ),
     (
         "cosine_min_lr_ratio",
