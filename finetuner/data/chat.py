@@ -20,6 +20,7 @@ from finetuner.data.skeleton import (
     mocked_plainly,
     outline,
     rewritten,
+    said_in_calls,
     stand_in_for,
     with_thoughts_apart,
 )
@@ -42,13 +43,23 @@ class EndsOfTurns:
     of_text: Ends = "turn"
     of_turn: Ends = "turn"
 
-    def after(self, text: str) -> str:
-        """The token with which `text` begins, with white space before it; "" if there is none."""
+    def after(self, text: str, closing: str) -> str:
+        """The tokens with which `text` begins, with white space before them; "" if there are none.
+
+        More than one only as far as `closing`, which follows the last answer of all, has them too: what else follows
+        at once begins the next turn ("</s>[INST]").
+        """
         blank = len(text) - len(text.lstrip())
-        return text[:blank] + max((t for t in self.tokens if text.startswith(t, blank)), key=len, default="") or ""
+        ending = text[:blank] + self._at(text, blank)
+        while (more := self._at(text, len(ending))) and closing.startswith(ending + more):
+            ending += more
+        return ending if ending.strip() else ""
+
+    def _at(self, text: str, place: int) -> str:
+        return max((token for token in self.tokens if text.startswith(token, place)), key=len, default="")
 
     def policy(self, ending: str) -> Ends:
-        return self.of_text if ending.strip() == self.eos else self.of_turn
+        return self.of_text if self.eos is not None and ending.endswith(self.eos) else self.of_turn
 
 
 @dataclass(frozen=True)
@@ -147,8 +158,8 @@ class ChatRenderer:
             last = own[-1] + 1 if own else first
             opened = spans[first - 1][1] if first else 0
             before, behind, after = literals[first], literals[last], around.literals[i + 1]
-            thinks = "reasoning_content" in message
-            given = around.header(i) if thinks else around.given(i)
+            thinks = any(pieces[at].kind == "t" for at in own)
+            given = around.before_thought(i, before) if thinks else around.given(i)
             if message["role"] != "assistant":
                 start = spans[own[0]][0]
             elif before.startswith(around.literals[i][:given]):
@@ -163,14 +174,21 @@ class ChatRenderer:
                     raise DataError(rewritten(i))
                 stop += len(behind) - len(after)
             turns.append(_Turn((start, stop), after))
-        return Rendered(text, self._trained_spans(conversation.trained, turns), wraps=False, contents=spans)
+        said = {
+            place
+            for message, turn in zip(messages, turns, strict=True)
+            for place in said_in_calls(message.get("tool_calls"), text, turn.body, self.ends.tokens)
+        }
+        contents = tuple(sorted({*spans, *said}))
+        return Rendered(text, self._trained_spans(conversation.trained, turns), wraps=False, contents=contents)
 
     def _trained_spans(self, trained: tuple[bool, ...], turns: list[_Turn]) -> tuple[Span, ...]:
         """What is learned of each turn, and of its end."""
+        closing = turns[-1].following
         last = max((i for i, wish in enumerate(trained) if wish), default=-1)
         spans = []
         for i, turn in enumerate(turns):
-            (start, stop), ending = turn.body, self.ends.after(turn.following)
+            (start, stop), ending = turn.body, self.ends.after(turn.following, closing)
             policy = self.ends.policy(ending)
             if trained[i] and not ending.strip() and (policy in ("turn", "all") or (policy == "last" and i == last)):
                 raise DataError(_endless(i, turn.following))

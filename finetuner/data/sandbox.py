@@ -20,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
 from finetuner.data.formats import Span
+from finetuner.data.messages import THOUGHTS
 from finetuner.errors import DataError
 
 MAX_STEPS = 2_000_000  # turns of loops and calls: seconds
@@ -61,10 +62,7 @@ class ChatTemplate:
         return text, spans
 
     def _run(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool, a: str, z: str) -> str:
-        given = [
-            {"thinking": message["reasoning_content"], **message} if "reasoning_content" in message else dict(message)
-            for message in messages
-        ]
+        given = [_with_thought(message) for message in messages]
         self._environment.begin(given, tools)
         values = {"messages": given, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         try:
@@ -81,6 +79,12 @@ def compile_template(text: str, known: Mapping[str, Any]) -> ChatTemplate:
         return ChatTemplate(text, known)
     except (jinja2.TemplateError, SecurityError) as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from error
+
+
+def _with_thought(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its thought under the names that transformers gives it for templates."""
+    thought = next((message[name] for name in THOUGHTS if message.get(name) is not None), None)
+    return dict(message) if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -148,7 +152,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.step()
         for value in (*args, *kwargs.values()):
             _small(value)
-        pattern = getattr(obj, "__self__", None)
+        pattern = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # the sandbox wraps a text's format
         formats = getattr(obj, "__name__", "") in ("format", "format_map")
         if formats and isinstance(pattern, str) and re.search(r"\d{5}", pattern):
             raise SecurityError(f"the format {pattern[:40]!r}")

@@ -39,20 +39,27 @@ class Outline:
     prompt: str
     lead: str
 
-    def header(self, turn: int) -> int:
-        """Characters of literals[turn] that a model finds before it answers, though it thinks first: up to as much of
-        the prompt as is there, which may go on with a thought of its own."""
-        literal = self.literals[turn]
+    def before_thought(self, turn: int, literal: str) -> int:
+        """Characters of `literal`, which stands before the thought of this turn, that a model is given: up to as much
+        of the prompt as is there, which may begin the thought, or, for an answer without one, end it too."""
+        plain = self.literals[turn]
         for size in range(len(self.prompt), 0, -1):
-            start = self.prompt[:size]
-            if not start.isspace() and (at := literal.find(start)) >= 0:
-                return at + size
+            begun = self.prompt[:size]
+            at = plain.find(begun)
+            if at >= 0 and not begun.isspace():
+                shared = _num_shared(plain[: at + size], literal)
+                return shared if shared > at else at + size
         return self.given(turn)
 
     def given(self, turn: int) -> int:
-        """The same where it answers at once: all but the lead."""
+        """Characters of literals[turn] that a model is given before it answers at once: all but the lead."""
         literal = self.literals[turn]
         return len(literal) - (len(self.lead) if literal.endswith(self.lead) else 0)
+
+
+def _num_shared(one: str, other: str) -> int:
+    """Characters with which both begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def outline(template: ChatTemplate, mocked: Messages, tools: list[Any] | None, stand_in: str) -> Outline:
@@ -172,6 +179,19 @@ def _variants(piece: str) -> Iterator[str]:
     yield from (piece.strip(), piece.lstrip(), piece.rstrip())
     yield from (piece.strip("\n"), piece.lstrip("\n"), piece.rstrip("\n"))
     yield from (json.dumps(piece, ensure_ascii=False)[1:-1], json.dumps(piece)[1:-1])
+
+
+def said_in_calls(calls: Any, text: str, body: Span, tokens: Sequence[str]) -> Iterator[Span]:
+    """Where a row's own words in its tool calls look like tokens, in the part of the text that holds them."""
+    if isinstance(calls, dict):
+        for key, value in calls.items():
+            yield from said_in_calls([key, value], text, body, tokens)
+    elif isinstance(calls, list):
+        for value in calls:
+            yield from said_in_calls(value, text, body, tokens)
+    elif isinstance(calls, str) and any(token in calls for token in tokens):
+        for form in {calls, json.dumps(calls, ensure_ascii=False)[1:-1], json.dumps(calls)[1:-1]}:
+            yield from (found.span() for found in re.compile(re.escape(form)).finditer(text, *body))
 
 
 def rewritten(turn: int) -> str:
