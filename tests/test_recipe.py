@@ -606,6 +606,8 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("fsdp_version", {"fsdp_version": 2}, {"fsdp_version": 2, "fsdp": ["full_shard"]}),
     ("dp_shard_size", {"dp_shard_size": 2}, {"dp_shard_size": 2, "fsdp": ["hybrid_shard"]}),
     ("optimizer", {"optimizer": "adamw_bnb_8bit", "fsdp": ["full_shard"]}, {"fsdp": ["full_shard"]}),
+    ("momentun", {"optimizer": "sgd", "optim_args": {"momentun": 0.9}}, {"optimizer": "sgd"}),
+    ("adam_beta1", {"optimizer": "sgd", "adam_beta1": 0.8}, {"optimizer": "sgd"}),
     ("saves_per_epoch", {"save_steps": 5, "saves_per_epoch": 2}, {"saves_per_epoch": 2}),
     ("load_in_4bit", {"adapter": "qlora", "load_in_4bit": False}, {"adapter": "qlora"}),
     ("load_in_8bit", {"load_in_8bit": True}, {"load_in_8bit": True, "adapter": "lora"}),
