@@ -11,7 +11,7 @@ from typing import Literal
 from finetuner.errors import PlanError
 from finetuner.recipe import Recipe
 from finetuner.recipe.sections import EvaluationSection, OutputSection, PrecisionSection, ScheduleSection
-from finetuner.sharding import EnginePlan, Precision, ZeroPlan, plan_engine
+from finetuner.sharding import EnginePlan, Precision, plan_engine
 from finetuner.world import World
 
 
@@ -53,11 +53,6 @@ class Plan:
             grad_accum=batch.gradient_accumulation_steps,
             max_grad_norm=recipe.optimizer.max_grad_norm,
         )
-        if isinstance(engine, ZeroPlan) and recipe.optimizer.optimizer.endswith("8bit"):
-            raise PlanError(
-                f"optimizer {recipe.optimizer.optimizer} with deepspeed is not supported yet: ZeRO cuts its "
-                "blocks of 8 bits apart.\nWrite `optimizer: adamw_torch`; under ZeRO each rank holds a part of it."
-            )
         return cls(
             data_parallel=world.size,
             rank=world.rank,

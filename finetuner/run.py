@@ -35,6 +35,7 @@ from finetuner.models.build import (
     count_parameters,
     length_notes,
     trainable_parameters,
+    vocabulary_parameters,
 )
 from finetuner.models.packing import wants_flat_packs
 from finetuner.models.quantized import (
@@ -131,15 +132,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     checkpoint = choose_checkpoint(recipe, accelerator, screen)
     state = TrainState()
     if checkpoint is not None:
-        saved = read_saved(checkpoint)
-        state = saved.state
-        for note in check_resume(saved.facts, facts):
-            screen.line(f"note: {note}")
-        if saved.facts.get("model_only"):
-            raise CheckpointError(
-                f"{checkpoint} was saved with save_only_model: it has no optimizer's state to go on with.\n"
-                "Its weights can be the base_model (or lora_model_dir) of a new run."
-            )
+        state = state_of(checkpoint, facts, screen)
         if (state.stopped_early or state.step >= schedule.total_steps) and result_mark(output_dir, is_lora).exists():
             screen.line(
                 f"{output_dir} is trained already: {state.step} of {schedule.total_steps} steps. Nothing to do."
@@ -197,7 +190,12 @@ def assemble(
             bare,
             plan,
             full=not is_lora,
-            make_optimizer=lambda: build_optimizer(trainable_parameters(bare), recipe.optimizer),
+            make_optimizer=lambda device: build_optimizer(
+                trainable_parameters(bare),
+                recipe.optimizer,
+                device=device,
+                vocabulary=vocabulary_parameters(bare, bare.bare),
+            ),
             promises=built.promises,
         )
     packs = recipe.packing.sample_packing or packs_held_out(recipe.packing)
@@ -279,6 +277,19 @@ def _whole_checkpoint(wish: str | bool, output_dir: Path, screen: Screen) -> Pat
     if chosen is None:
         screen.line(f"no checkpoint in {output_dir} yet: starting from the base model")
     return chosen
+
+
+def state_of(checkpoint: Path, facts: dict[str, Any], screen: Screen) -> TrainState:
+    """Raises CheckpointError unless a run of these facts can go on from there."""
+    saved = read_saved(checkpoint)
+    for note in check_resume(saved.facts, facts):
+        screen.line(f"note: {note}")
+    if saved.facts.get("model_only"):
+        raise CheckpointError(
+            f"{checkpoint} was saved with save_only_model: it has no optimizer's state to go on with.\n"
+            "Its weights can be the base_model (or lora_model_dir) of a new run."
+        )
+    return saved.state
 
 
 def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:

@@ -555,6 +555,8 @@ def _recipe_of(given_keys: dict[str, dict[str, Any]]) -> Recipe:
                     del entry[key]
         for name, keys in given_keys.items():
             given_keys[name] = {k: v for k, v in keys.items() if k not in wrong - {"datasets", "test_datasets"}}
+        if "adapter" in wrong:  # without it, no lora_* key is written down
+            given_keys["adapter"] = {}
 
 
 @settings(deadline=None, max_examples=80, derandomize=True)
@@ -606,6 +608,8 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("fsdp_version", {"fsdp_version": 2}, {"fsdp_version": 2, "fsdp": ["full_shard"]}),
     ("dp_shard_size", {"dp_shard_size": 2}, {"dp_shard_size": 2, "fsdp": ["full_shard"]}),
     ("optimizer", {"optimizer": "adamw_bnb_8bit", "fsdp": ["full_shard"]}, {"fsdp": ["full_shard"]}),
+    ("momentun", {"optimizer": "sgd", "optim_args": {"momentun": 0.9}}, {"optimizer": "sgd"}),
+    ("adam_beta1", {"optimizer": "sgd", "adam_beta1": 0.8}, {"optimizer": "sgd"}),
     ("saves_per_epoch", {"save_steps": 5, "saves_per_epoch": 2}, {"saves_per_epoch": 2}),
     ("load_in_4bit", {"adapter": "qlora", "load_in_4bit": False}, {"adapter": "qlora"}),
     ("load_in_8bit", {"load_in_8bit": True}, {"load_in_8bit": True, "adapter": "lora"}),

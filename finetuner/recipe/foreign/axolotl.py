@@ -235,7 +235,6 @@ AXOLOTL: dict[str, Foreign] = {
         "gradio_title gradio_share gradio_server_name gradio_server_port gradio_max_new_tokens gradio_temperature",
         ignored("there is no demo page"),
     ),
-    "optim_args": blocked("free-form optimizer arguments", "Use adam_beta1, adam_beta2, adam_epsilon."),
     "optim_target_modules": blocked("GaLore and its kin", "Choose another optimizer."),
     **spread("adam_beta3 adam_epsilon2", blocked("optimizers with a third moment")),
     "lr_groups": blocked("a learning rate per module name", "Remove it."),
@@ -349,7 +348,6 @@ ROW_TYPES: dict[str, str] = {
 # Values of our keys that other tools know and that cannot be done here yet.
 UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
     "optimizer": {
-        "paged_adamw_32bit": "moments in 32 bits that are paged. Write paged_adamw_8bit or adamw_torch",
         **dict.fromkeys(
             (
                 "adamw_torch_4bit",

@@ -1,9 +1,10 @@
 """Batches, length, rate, update rule and number formats."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from finetuner.recipe.optimizers import OptimizerName
 from finetuner.recipe.sections.base import Count, NonNegative, Positive, Rate, Rows, Section, Share, Steps, StepsOrZero
 
 
@@ -30,14 +31,21 @@ class ScheduleSection(Section):
 class OptimizerSection(Section):
     """The update rule."""
 
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"] = Field(
+    optimizer: OptimizerName = Field(
         "adamw_torch",
-        description="AdamW (arXiv:1711.05101), by PyTorch's fused kernel where there is one; or with moments in 8 bits "
-        "(arXiv:2110.02861), which paged_ moves to the CPU's memory when a GPU's is short.",
+        description="adamw_: AdamW (arXiv:1711.05101), by PyTorch's fused kernel where there is one. lion_: Lion "
+        "(arXiv:2302.06675). 8bit: with a state in 8 bits (arXiv:2110.02861); paged_: moved to the CPU's memory when a "
+        "GPU's is short. adafactor: arXiv:1804.04235, as transformers has it. muon: Muon for hidden matrices, AdamW "
+        "for the rest.",
+    )
+    optim_args: str | dict[str, Any] = Field(
+        {}, description="What the optimizer takes beside the keys here, as a block or as one text, momentum=0.9."
     )
     weight_decay: NonNegative = Field(0.0, description="On matrices only.")
-    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="Decay of the mean.")
-    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.999, description="Decay of the variance.")
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="AdamW, Lion: decay of the mean.")
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.999, description="AdamW: decay of the variance; Lion: of what it remembers."
+    )
     adam_epsilon: Positive = Field(1e-8, description="Added to the denominator.")
     max_grad_norm: NonNegative = Field(1.0, description="Longer gradients are scaled; 0: never.")
 
