@@ -55,7 +55,7 @@ from finetuner.training.guards import Guards
 from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
-from finetuner.training.optimizer import build_optimizer
+from finetuner.training.optimizer import build_optimizer, own_rates
 from finetuner.training.progress import Screen, TrainingProgress, duration
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
@@ -135,6 +135,8 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     for note in length_notes(bare.bare, prepared.train.longest):
         screen.line(f"note: {note}")
     counted = count_parameters(bare)
+    tables = vocabulary_parameters(bare, bare.bare)
+    rates = own_rates(trainable_parameters(bare), recipe.rates, schedule.peak_lr, tables)
     run = Run(
         accelerator=accelerator,
         engine=build_engine(
@@ -143,10 +145,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
             plan,
             full=not is_lora,
             make_optimizer=lambda device: build_optimizer(
-                trainable_parameters(bare),
-                recipe.optimizer,
-                device=device,
-                vocabulary=vocabulary_parameters(bare, bare.bare),
+                trainable_parameters(bare), recipe.optimizer, device=device, rates=rates, vocabulary=tables
             ),
         ),
         plan=plan,
