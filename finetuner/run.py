@@ -61,7 +61,7 @@ from finetuner.training.guards import Guards
 from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
-from finetuner.training.optimizer import build_optimizer
+from finetuner.training.optimizer import build_optimizer, own_rates
 from finetuner.training.progress import Screen, TrainingProgress, duration
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
@@ -185,16 +185,15 @@ def assemble(
         for note in length_notes(bare.bare, prepared.train.longest):
             screen.line(f"note: {note}")
         counted = count_parameters(bare)
+        tables = vocabulary_parameters(bare, bare.bare)
+        rates = own_rates(trainable_parameters(bare), recipe.rates, schedule.peak_lr, tables)
         engine = build_engine(
             accelerator,
             bare,
             plan,
             full=not is_lora,
             make_optimizer=lambda device: build_optimizer(
-                trainable_parameters(bare),
-                recipe.optimizer,
-                device=device,
-                vocabulary=vocabulary_parameters(bare, bare.bare),
+                trainable_parameters(bare), recipe.optimizer, device=device, rates=rates, vocabulary=tables
             ),
             promises=built.promises,
         )

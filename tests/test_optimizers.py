@@ -12,8 +12,8 @@ from torch import nn
 from finetuner.errors import CheckpointError, PlanError, RecipeError
 from finetuner.recipe import load
 from finetuner.recipe.optimizers import OPTIMIZERS, read_arguments
-from finetuner.recipe.sections import OptimizerSection
-from finetuner.training.optimizer import build_optimizer
+from finetuner.recipe.sections import AdapterSection, OptimizerSection, RatesSection
+from finetuner.training.optimizer import build_optimizer, own_rates
 from finetuner.training.optimizer_state import SideBySide, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 
 CPU = torch.device("cpu")
@@ -154,6 +154,73 @@ def test_the_rows_of_tokens_are_found_in_a_whole_and_in_an_adapted_model(tiny_mo
         "embed_tokens.token_adapter.trainable_tokens_delta.default",
         "lm_head.token_adapter.trainable_tokens_delta.default",
     }
+
+
+def trained(adapter: dict, rates: dict, base: Path, peak_lr: float = 0.01) -> dict[str, tuple[float, float]]:
+    """name -> (learning rate, decay) of what is trained of a model with this adapter."""
+    from transformers import AutoModelForCausalLM
+
+    from finetuner.models.adapter import add_lora
+    from finetuner.models.build import trainable_parameters, vocabulary_parameters
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapted = add_lora(model, AdapterSection(adapter="lora", **adapter), base_model="x", seed=0)
+    parameters, tables = trainable_parameters(adapted), vocabulary_parameters(adapted, model)
+    own = own_rates(parameters, RatesSection(**rates), peak_lr, tables)
+    optimizer = build_optimizer(parameters, OptimizerSection(weight_decay=DECAY), device=CPU, rates=own)
+    set_learning_rate(optimizer, peak_lr)
+    names = {id(p): name for name, p in parameters.items()}
+    return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+
+
+def test_lora_plus_has_pefts_rates(tiny_model):
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import AutoModelForCausalLM
+
+    targets, ratio = ["q_proj", "lm_head"], 8.0
+    ours = trained(
+        {"lora_target_modules": targets, "lora_target_linear": False}, {"loraplus_lr_ratio": ratio}, tiny_model
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules=targets))
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=ratio)
+    names = {id(p): name for name, p in model.named_parameters()}
+    theirs = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert {name: rate for name, (rate, _) in ours.items()} == pytest.approx(theirs)
+    assert set(theirs.values()) == {0.01, 0.08}
+
+
+def test_embeddings_and_named_weights_have_rates_of_their_own_and_keep_their_decay(tiny_model):
+    from finetuner.errors import ModelError
+
+    whole = {"lora_modules_to_save": ["embed_tokens", "lm_head"]}
+    for rates in ({"embedding_lr": 1e-3}, {"embedding_lr_scale": 0.1}):
+        rated = trained(whole, rates, tiny_model)
+        tables = {name: of for name, of in rated.items() if "embed_tokens" in name or "lm_head" in name}
+        assert len(tables) == 2 and list(tables.values()) == [(pytest.approx(1e-3), DECAY)] * 2
+        assert {of for name, of in rated.items() if name not in tables} == {(0.01, DECAY)}
+    groups = [{"name": "values", "modules": ["v_proj", "o_proj"], "lr": 0.5}]
+    rated = trained({}, {"lr_groups": groups}, tiny_model)
+    named = {name for name, (rate, _) in rated.items() if rate == 0.5}
+    assert named == {name for name in rated if "v_proj" in name or "o_proj" in name} and len(named) == 8
+    with pytest.raises(ModelError, match="no embedding is trained"):
+        trained({}, {"embedding_lr": 1e-3}, tiny_model)
+    with pytest.raises(ModelError, match="lr_groups 'mine': no weight that is trained has 'w_proj'"):
+        trained({}, {"lr_groups": [{"name": "mine", "modules": ["w_proj"], "lr": 0.5}]}, tiny_model)
+
+
+def test_a_run_with_rates_of_its_own_logs_the_schedules_and_resumes_bitwise(write_recipe, train, tmp_path):
+    recipe = write_recipe(
+        adapter="lora", lora_modules_to_save=["lm_head"], loraplus_lr_ratio=4.0, embedding_lr=1e-4, max_steps=4,
+        save_steps=2, micro_batch_size=4, lr_scheduler="constant", optimizer="muon",
+    )  # fmt: skip
+    rows = train(recipe, f"output_dir={tmp_path / 'a'}")
+    assert [row["learning_rate"] for row in rows] == [1e-3] * 4
+    again = train(recipe, f"output_dir={unfinished(tmp_path / 'a', tmp_path / 'b', 2)}", "resume_from_checkpoint=true")
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    assert largest_difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0.0
+    other = train(recipe, f"output_dir={tmp_path / 'c'}", "loraplus_lr_ratio=1.0")
+    assert other[-1]["loss"] != rows[-1]["loss"]
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,10 @@ def _value(text: str) -> bool | int | float | str:
     return text
 
 
+# What a type is called in an error.
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list of numbers", str: "text"}
+
+
 def fits(value: Any, kind: type) -> bool:
     """A whole number is a number; true is none."""
     if kind is float:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetuner.errors import PlanError
+from finetuner.errors import ModelError, PlanError
 from finetuner.recipe.optimizers import read_arguments
-from finetuner.recipe.sections import OptimizerSection
+from finetuner.recipe.sections import OptimizerSection, RatesSection
 from finetuner.training.optimizer_state import SideBySide
 
 Groups = list[dict[str, Any]]
@@ -19,18 +19,19 @@ def build_optimizer(
     section: OptimizerSection,
     *,
     device: torch.device,
+    rates: Mapping[str, float] | None = None,
     vocabulary: frozenset[str] = frozenset(),
 ) -> torch.optim.Optimizer:
     """The optimizer of the recipe's name over groups of parameters: matrices, which decay, and vectors (norms, biases),
     which do not.
 
-    The learning rate is set by the loop before each step. `device`: where the update is computed. `vocabulary`: names
-    of the parameters with a row for each token.
+    The learning rate is set by the loop before each step. `device`: where the update is computed. `rates`: see
+    own_rates. `vocabulary`: names of the parameters with a row for each token.
     """
     name, arguments = section.optimizer, read_arguments(section.optim_args)
     if name == "muon":
-        return _muon(parameters, section, arguments, vocabulary)
-    groups = parameter_groups(parameters, section)
+        return _muon(parameters, section, arguments, rates or {}, vocabulary)
+    groups = parameter_groups(parameters, section.weight_decay, rates or {})
     betas = {"betas": (section.adam_beta1, section.adam_beta2)}
     if name in ("adamw_torch", "adamw_torch_fused"):
         return _adamw(groups, section, arguments)
@@ -52,11 +53,49 @@ def build_optimizer(
     return torch.optim.SGD(groups, lr=0.0, **arguments)
 
 
-def parameter_groups(parameters: Mapping[str, nn.Parameter], section: OptimizerSection) -> Groups:
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float, rates: Mapping[str, float]) -> Groups:
+    """Matrices first. `rates`: name -> learning rate of its own, as a multiple of the schedule's."""
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for is_vector in (False, True):
+        for name, parameter in parameters.items():
+            if (parameter.ndim < 2) != is_vector:
+                continue
+            scale = rates.get(name, 1.0)
+            of = {"params": [], "weight_decay": 0.0 if is_vector else weight_decay, "lr_scale": scale}
+            groups.setdefault((is_vector, scale), of)["params"].append(parameter)
+    return list(groups.values())
+
+
+def own_rates(
+    parameters: Mapping[str, nn.Parameter], section: RatesSection, peak_lr: float, vocabulary: frozenset[str]
+) -> dict[str, float]:
+    """name -> learning rate as a multiple of `peak_lr`, for those that have their own.
+
+    Raises ModelError for a key that is about weights that are not trained.
+    """
+    tables = [name for name in parameters if name in vocabulary and "lora_" not in name]
+    rates: dict[str, float] = {}
+    ratio = section.loraplus_lr_ratio
+    if ratio is not None:  # as PEFT's create_loraplus_optimizer groups them
+        rates |= {name: ratio for name, p in parameters.items() if "lora_B" in name or p.ndim == 1}
+    scale = section.embedding_lr / peak_lr if section.embedding_lr is not None else section.embedding_lr_scale
+    if scale is not None and not tables:
+        key = "embedding_lr" if section.embedding_lr is not None else "embedding_lr_scale"
+        raise ModelError(
+            f"{key} is given, but no embedding is trained. Remove it, or train them beside the adapter:\n"
+            "lora_modules_to_save: [embed_tokens, lm_head]"
+        )
+    rates |= dict.fromkeys(tables, scale) if scale is not None else {}
+    for group in section.lr_groups:
+        for text in group.modules:
+            named = [name for name in parameters if text in name]
+            if not named:
+                raise ModelError(
+                    f"lr_groups '{group.name}': no weight that is trained has '{text}' in its name.\n"
+                    f"They look like: {', '.join(list(parameters)[:3])}, ..."
+                )
+            rates |= dict.fromkeys(named, group.lr / peak_lr)
+    return rates
 
 
 def _adamw(groups: Groups, section: OptimizerSection, arguments: dict[str, Any]) -> torch.optim.Optimizer:
@@ -75,6 +114,7 @@ def _muon(
     parameters: Mapping[str, nn.Parameter],
     section: OptimizerSection,
     arguments: dict[str, Any],
+    rates: Mapping[str, float],
     vocabulary: frozenset[str],
 ) -> torch.optim.Optimizer:
     """Muon for the hidden matrices, AdamW for vectors and for what has a row for each token, as Muon's author has it
@@ -83,8 +123,10 @@ def _muon(
     rest = {name: p for name, p in parameters.items() if name not in hidden}
     if not hidden:
         raise PlanError("optimizer muon is for hidden matrices, and none is trained. Write `optimizer: adamw_torch`.")
-    muon = torch.optim.Muon(parameter_groups(hidden, section), lr=0.0, **arguments)
-    return SideBySide(muon, _adamw(parameter_groups(rest, section), section, {})) if rest else muon
+    muon = torch.optim.Muon(parameter_groups(hidden, section.weight_decay, rates), lr=0.0, **arguments)
+    if not rest:
+        return muon
+    return SideBySide(muon, _adamw(parameter_groups(rest, section.weight_decay, rates), section, {}))
 
 
 def _of_bitsandbytes(

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator
 
-from finetuner.recipe.optimizers import OPTIMIZERS, fits, read_arguments
+from finetuner.recipe.optimizers import OPTIMIZERS, WORDS, fits, read_arguments
 from finetuner.recipe.problems import did_you_mean
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.sections import OptimizerSection
-
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list of numbers", str: "text"}
 
 
 def _arguments_are_known(values: Values) -> Iterator[Finding]:
@@ -25,7 +23,7 @@ def _arguments_are_known(values: Values) -> Iterator[Finding]:
             takes = f"It takes: {', '.join(known)}." if known else "It takes none."
             yield Finding(where, f"{name} has no argument '{key}' here. {takes}{did_you_mean(key, known)}")
         elif not fits(value, known[key]):
-            yield Finding(where, f"optim_args.{key} is {value!r}, but must be {_WORDS[known[key]]}.")
+            yield Finding(where, f"optim_args.{key} is {value!r}, but must be {WORDS[known[key]]}.")
 
 
 def _betas_are_used(values: Values) -> Iterator[Finding]:
