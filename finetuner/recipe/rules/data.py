@@ -58,6 +58,21 @@ def _shards_that_are(values: Values) -> Iterator[Finding]:
             )
 
 
+def _weights_of_all_or_none(values: Values) -> Iterator[Finding]:
+    weighted = [i for i, entry in enumerate(values["datasets"]) if entry.weight is not None]
+    for i in range(len(values["datasets"]) if weighted else 0):
+        if i not in weighted:
+            message = "this dataset has no weight, and another has one. Give each a weight, or none."
+            yield Finding(("datasets", i), message, (("datasets", weighted[0], "weight"),))
+    for i, entry in enumerate(values["test_datasets"]):
+        if entry.weight is not None:
+            yield Finding(
+                ("test_datasets", i, "weight"), "weights mix training rows; held-out ones all count. Remove it."
+            )
+    if values["mix_by"] != "rows" and not weighted:
+        yield Finding(("mix_by",), "mix_by has no effect: no dataset has a weight. Remove it, or give each a weight.")
+
+
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _FORMATS = {
     "format": ("instruction", "input", "system"),
@@ -137,6 +152,7 @@ RULES: tuple[Rule, ...] = (
     (_SOURCES, _names_are_the_hubs),
     (_SOURCES, _one_spelling_of_a_property),
     (_SOURCES, _shards_that_are),
+    ((*_SOURCES, "mix_by"), _weights_of_all_or_none),
     (_SOURCES, _placeholders_of_a_format),
     ((*_SOURCES, "chat_template", "chat_template_jinja"), _one_chat_template),
     ((*_SOURCES, "chat_template"), _a_template_of_that_name),

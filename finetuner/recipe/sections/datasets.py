@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Strict, Tag
 from pydantic_core import PydanticCustomError
 
-from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Names, Rows, Section
+from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Names, Positive, Rows, Section
 
 TypeName = Literal["alpaca", "completion", "chat_template", "input_output", "prompt_completion"]
 # Chat templates that come with finetuner, by name; data/templates.py holds them.
@@ -78,6 +78,11 @@ class DatasetEntry(Section):
     shards: Count | None = Field(None, description="Cut the rows into so many parts and take one of them.")
     shards_idx: CountOrZero = Field(0, description="Which part, from 0, of the shards.")
     max_samples: Rows | None = Field(None, description="Take the first rows only, so many.")
+    weight: Positive | None = Field(
+        None,
+        description="How much of the mixture comes from here, beside the weights of the other datasets; the largest "
+        "mixture is made that repeats no row.",
+    )
     field: str = Field("text", min_length=1, description="Column that holds the text of a completion row.")
     field_messages: str = Field(
         "messages", min_length=1, description="Column that holds the messages of a chat_template row."
