@@ -207,6 +207,7 @@ def assemble(
         schedule=schedule,
         train_rows=prepared.train_rows,
         held_out_rows=prepared.held_out_rows,
+        held_out_parts=prepared.held_out_parts,
         max_grad_norm=recipe.optimizer.max_grad_norm,
         layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
         eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),

@@ -73,7 +73,6 @@ AXOLOTL: dict[str, Foreign] = {
         ignored("every trained weight is used in each step, and ranks wait an hour for each other"),
     ),
     "shuffle_merged_datasets": ignored("the order of all rows is drawn anew in each epoch"),
-    "dataset_exact_deduplication": blocked("leaving out equal rows"),
     "data_seed": blocked("a seed of the data's own", "Set seed."),
     "loraplus_lr_embedding": ignored("LoRA adapts linear layers alone; embeddings are trained whole, at embedding_lr"),
     **spread("lr_decay_steps lr_decay_ratio", blocked("this detail of the schedule")),
