@@ -11,7 +11,7 @@ from typing import Literal
 from finetuner.errors import PlanError
 from finetuner.recipe import Recipe
 from finetuner.recipe.sections import EvaluationSection, OutputSection, PrecisionSection, ScheduleSection
-from finetuner.sharding import EnginePlan, Precision, ZeroPlan, plan_engine
+from finetuner.sharding import EnginePlan, FsdpPlan, Precision, ZeroPlan, plan_engine
 from finetuner.world import World
 
 
@@ -57,6 +57,13 @@ class Plan:
             raise PlanError(
                 f"optimizer {recipe.optimizer.optimizer} with deepspeed is not supported yet: ZeRO cuts its "
                 "blocks of 8 bits apart.\nWrite `optimizer: adamw_torch`; under ZeRO each rank holds a part of it."
+            )
+        in_shards = isinstance(engine, FsdpPlan) or (isinstance(engine, ZeroPlan) and engine.stage == 3)
+        if in_shards and recipe.quantization.load_in_8bit:
+            raise PlanError(
+                "load_in_8bit is for one GPU, DDP and ZeRO-1 or 2: the scales of an 8-bit layer are lost where its "
+                "weights are cut into parts.\nWrite `adapter: qlora`, which is smaller and can be sharded, or remove "
+                "fsdp or deepspeed."
             )
         return cls(
             data_parallel=world.size,
