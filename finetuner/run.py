@@ -36,6 +36,7 @@ from finetuner.models.build import (
     count_parameters,
     length_notes,
     trainable_parameters,
+    vocabulary_parameters,
 )
 from finetuner.models.packing import wants_flat_packs
 from finetuner.models.quantized import (
@@ -61,7 +62,7 @@ from finetuner.training.guards import Guards
 from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
-from finetuner.training.optimizer import build_optimizer
+from finetuner.training.optimizer import build_optimizer, own_rates
 from finetuner.training.progress import Screen, TrainingProgress, duration
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
@@ -133,15 +134,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     checkpoint = choose_checkpoint(recipe, accelerator, screen)
     state = TrainState()
     if checkpoint is not None:
-        saved = read_saved(checkpoint)
-        state = saved.state
-        for note in check_resume(saved.facts, facts):
-            screen.line(f"note: {note}")
-        if saved.facts.get("model_only"):
-            raise CheckpointError(
-                f"{checkpoint} was saved with save_only_model: it has no optimizer's state to go on with.\n"
-                "Its weights can be the base_model (or lora_model_dir) of a new run."
-            )
+        state = state_of(checkpoint, facts, screen)
         if (state.stopped_early or state.step >= schedule.total_steps) and result_mark(output_dir, is_lora).exists():
             screen.line(
                 f"{output_dir} is trained already: {state.step} of {schedule.total_steps} steps. Nothing to do."
@@ -194,12 +187,16 @@ def assemble(
         for note in length_notes(bare.bare, prepared.train.longest):
             screen.line(f"note: {note}")
         counted = count_parameters(bare)
+        tables = vocabulary_parameters(bare, bare.bare)
+        rates = own_rates(trainable_parameters(bare), recipe.rates, schedule.peak_lr, tables)
         engine = build_engine(
             accelerator,
             bare,
             plan,
             full=not is_lora,
-            make_optimizer=lambda: build_optimizer(trainable_parameters(bare), recipe.optimizer),
+            make_optimizer=lambda device: build_optimizer(
+                trainable_parameters(bare), recipe.optimizer, device=device, rates=rates, vocabulary=tables
+            ),
             promises=built.promises,
         )
     packs = recipe.packing.sample_packing or packs_held_out(recipe.packing)
@@ -296,6 +293,19 @@ def _whole_checkpoint(wish: str | bool, output_dir: Path, screen: Screen) -> Pat
     if chosen is None:
         screen.line(f"no checkpoint in {output_dir} yet: starting from the base model")
     return chosen
+
+
+def state_of(checkpoint: Path, facts: dict[str, Any], screen: Screen) -> TrainState:
+    """Raises CheckpointError unless a run of these facts can go on from there."""
+    saved = read_saved(checkpoint)
+    for note in check_resume(saved.facts, facts):
+        screen.line(f"note: {note}")
+    if saved.facts.get("model_only"):
+        raise CheckpointError(
+            f"{checkpoint} was saved with save_only_model: it has no optimizer's state to go on with.\n"
+            "Its weights can be the base_model (or lora_model_dir) of a new run."
+        )
+    return saved.state
 
 
 def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:

@@ -25,7 +25,7 @@ from finetuner.models.loss import TokenLoss
 from finetuner.models.quantized import record_of, write_record
 from finetuner.output import move_into
 from finetuner.training.loop import Run
-from finetuner.training.optimizer import optimizer_tensors
+from finetuner.training.optimizer_state import optimizer_tensors
 from finetuner.training.parts import MODEL_PART, OPTIMIZER_PART, Parts, has_parts, write_part
 
 if TYPE_CHECKING:

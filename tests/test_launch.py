@@ -82,7 +82,7 @@ def zero(stage: int, offload: bool = False) -> ZeroPlan:
     ],
 )
 def test_what_a_rank_of_eight_keeps_of_ten_weights_that_are_trained(engine, kept):
-    parts = trained_parts(10, engine=engine, bf16=True, moments_in_8_bits=False)
+    parts = trained_parts(10, engine=engine, bf16=True, optimizer="adamw_torch")
     expected = Parts(20, 40, 120) if isinstance(engine, ZeroPlan) else Parts(40, 40, 80)
     assert parts == expected
     assert kept_by_a_rank(parts, engine) == (Kept(22, 0) if engine == zero(3) else kept)

@@ -157,6 +157,16 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def vocabulary_parameters(module: nn.Module, model: "PreTrainedModel") -> frozenset[str]:
+    """Names, within `module`, of the parameters with a row for each token or position: the embeddings and the head of
+    the `model` in it, wrapped by PEFT or not."""
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    inside = [
+        name for name, m in module.named_modules() if isinstance(m, nn.Embedding) or any(m is table for table in tables)
+    ]
+    return frozenset(n for n, _ in module.named_parameters() if any(n.startswith(f"{name}.") for name in inside))
+
+
 def train_only(model: nn.Module, patterns: tuple[str, ...] | None) -> None:
     """Freeze all parameters but those whose name begins as one of the regular expressions says; None freezes none.
 

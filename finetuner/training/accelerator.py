@@ -82,25 +82,27 @@ def build_engine(
     plan: Plan,
     *,
     full: bool,
-    make_optimizer: Callable[[], torch.optim.Optimizer],
+    make_optimizer: Callable[[torch.device], torch.optim.Optimizer],
     promises: Promises | None = None,
 ) -> Engine:
     """Spread `loss` as the plan says, in place, and read what is promised of it. `make_optimizer` is called when its
-    parameters are what they will be.
+    parameters are what they will be, with the device on which they will be updated.
 
     Each engine asserts that it is the one that was asked for.
     """
+    offloads = plan.engine is not None and plan.engine.offload
+    updated_on = torch.device("cpu") if offloads else accelerator.device
     if isinstance(plan.engine, FsdpPlan):
         from finetuner.training.fsdp import FsdpEngine, shard_module
 
         shard_module(loss, plan.engine, accelerator.device, full=full, promises=promises)
-        return FsdpEngine(accelerator, loss, make_optimizer(), plan.engine)
+        return FsdpEngine(accelerator, loss, make_optimizer(updated_on), plan.engine)
     if isinstance(plan.engine, ZeroPlan):
         from finetuner.training.zero import ZeroEngine
 
-        return ZeroEngine(accelerator, loss, make_optimizer(), plan.engine, promises)
+        return ZeroEngine(accelerator, loss, make_optimizer(updated_on), plan.engine, promises)
     assert promises is None
-    return CopiesEngine(accelerator, loss.to(accelerator.device), make_optimizer)
+    return CopiesEngine(accelerator, loss.to(accelerator.device), lambda: make_optimizer(updated_on))
 
 
 def by_main_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -24,7 +24,7 @@ from finetuner.models.loss import TokenLoss
 from finetuner.models.stream import Promises
 from finetuner.sharding import FsdpPlan
 from finetuner.training.engine import Held, Tensors, held_by
-from finetuner.training.optimizer import load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from finetuner.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate
 
 
 def shard_module(

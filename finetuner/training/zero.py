@@ -14,7 +14,13 @@ from finetuner.models.loss import TokenLoss
 from finetuner.models.stream import Promised, Promises
 from finetuner.sharding import ZeroPlan, zero_config_for
 from finetuner.training.engine import Held, Tensors
-from finetuner.training.optimizer import set_learning_rate
+from finetuner.training.optimizer_state import (
+    OF_RANKS,
+    as_tensor,
+    as_value,
+    blocks_are_of,
+    set_learning_rate,
+)
 from finetuner.world import name_local_rank
 
 
@@ -128,26 +134,57 @@ class ZeroEngine:
             out[name] = tensor.to("cpu", copy=True).contiguous()
 
     def optimizer_state(self, parameters: Mapping[str, nn.Parameter]) -> Tensors:
+        if any("qmap1" in state for state in self.optimizer.state.values()):
+            return self._state_in_blocks()
         out: Tensors = {}
         for name, parameter in parameters.items():
             state = self.optimizer.state[self._flat(parameter)]
             for key, value in state.items():
-                spread = value.numel() > 1
-                self._keep(out, f"{name}::{key}", self._whole_state(parameter, key) if spread else value)
+                tensor = as_tensor(value)
+                spread = tensor.numel() > 1
+                self._keep(out, f"{name}::{key}", self._whole_state(parameter, key) if spread else tensor)
         return out
 
+    def _state_in_blocks(self) -> Tensors:
+        """The state of every rank as it is: a block of 8 bits has one scale, and lies across parameters."""
+        out: Tensors = {}
+        for i, flat in enumerate(self._flats()):
+            for key, value in self.optimizer.state[flat].items():
+                mine = as_tensor(value).to(self.accelerator.device)
+                for rank in range(self.plan.num_shards):  # one after another: all at once would be the whole state
+                    its = mine.clone()
+                    distributed.broadcast(its, src=rank)
+                    self._keep(out, f"{self._part(rank, i)}::{key}", its)
+        return out
+
+    def _part(self, rank: int, index: int) -> str:
+        return f"{OF_RANKS}{rank} of {self.plan.num_shards}, stage {self.plan.stage}, part {index}"
+
     def load_optimizer_state(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+        if any(key.startswith(OF_RANKS) or key.endswith("::qmap1") for key in tensors):
+            self._load_blocks(tensors)
+            return
         for key, tensor in tensors.items():
             name, _, state_name = key.rpartition("::")
             parameter = parameters[name]
             flat = self._flat(parameter)
             state = self.optimizer.state[flat]
             if tensor.numel() == 1:
-                state[state_name] = tensor.clone()
+                state[state_name] = as_value(tensor.clone())
                 continue
             if state_name not in state:
                 state[state_name] = torch.zeros_like(flat)
             self._write_part(parameter, tensor, state_name)
+
+    def _load_blocks(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises CheckpointError if the ranks that wrote them held other parts than these."""
+        for i, flat in enumerate(self._flats()):
+            part = self._part(distributed.get_rank(), i)
+            its = {key.rpartition("::")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{part}::")}
+            if not its or its["state1"].numel() != flat.numel():
+                raise blocks_are_of(next(iter(tensors)), self.name)
+            for key, tensor in its.items():
+                self.optimizer.state[flat][key] = as_value(tensor.to(flat.device))
 
     def _flats(self) -> list[torch.Tensor]:
         """What this rank updates: flat fp32 tensors. Stage 3 shows the optimizer one of them at a time."""

@@ -20,7 +20,14 @@ ALIASES: dict[str, str] = {key: meaning.becomes for key, meaning in MEANINGS.ite
 
 # Axolotl's older or longer names of values that are ours.
 VALUES: Mapping[str, Mapping[Any, Any]] = {
-    "optimizer": {"adamw_hf": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"},
+    "optimizer": {
+        "adamw_hf": "adamw_torch",
+        "adamw_8bit": "adamw_bnb_8bit",
+        "paged_adamw": "paged_adamw_32bit",
+        "lion_pytorch": "lion_32bit",
+        "lion": "lion_32bit",
+        "paged_lion": "paged_lion_32bit",
+    },
     "lr_scheduler": {"constant_with_warmup": "constant"},
     "bf16": {"full": True},
     "attn_implementation": {"xformers": "sdpa", "flash_attention": "flash_attention_2"},

@@ -8,9 +8,6 @@ from finetuner.recipe.deepspeed import deepspeed_mistakes, read_deepspeed
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.sections.sharding import STRATEGIES
 
-# They keep a state of blocks that does not follow a sharded parameter.
-NOT_SHARDED_OPTIMIZERS = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
-
 
 def _one_engine(values: Values) -> Iterator[Finding]:
     if values["deepspeed"] is None:
@@ -67,14 +64,6 @@ def _sizes_are_of_shards(values: Values) -> Iterator[Finding]:
             yield Finding((key,), message)
 
 
-def _optimizer_can_be_sharded(values: Values) -> Iterator[Finding]:
-    name = values["optimizer"]
-    if name in NOT_SHARDED_OPTIMIZERS and (values["fsdp"] or values["fsdp_config"] is not None):
-        where = ("fsdp",) if values["fsdp"] else ("fsdp_config",)
-        message = f"optimizer {name} is not supported with FSDP, which cannot shard its state. Write adamw_torch."
-        yield Finding(("optimizer",), message, (where,))
-
-
 def deepspeed_findings(raw: Mapping[str, Any], *, check_files: bool) -> Iterator[Finding]:
     """Mistakes in DeepSpeed's configuration: a block in the recipe, or the file that it names if files are checked."""
     given = raw.get("deepspeed")
@@ -99,5 +88,4 @@ RULES: tuple[Rule, ...] = (
     (("fsdp", "fsdp_config"), _one_strategy),
     (("fsdp", "fsdp_config", "fsdp_version"), _one_version),
     (("fsdp", "fsdp_config", "dp_replicate_size", "dp_shard_size"), _sizes_are_of_shards),
-    (("fsdp", "fsdp_config", "optimizer"), _optimizer_can_be_sharded),
 )
