@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 
-from finetuner.recipe.sections.base import Count, DiskName, Section
+from finetuner.recipe.sections.base import Count, DiskName, Seconds, Section
 
 FsdpWord = Literal[
     "full_shard", "shard_grad_op", "hybrid_shard", "hybrid_shard_zero2", "no_shard", "auto_wrap", "offload"
@@ -98,6 +98,10 @@ class ShardingSection(Section):
     )
     dp_shard_size: Count | None = Field(
         None, description="Ranks that share one copy; default: all, and with hybrid_shard those of a node."
+    )
+    # the others wait while the main rank writes and hashes a checkpoint: 84 GB for 7B parameters
+    ddp_timeout: Seconds = Field(
+        3600.0, description="How long a rank waits for the others before the run is given up; a checkpoint takes less."
     )
     deepspeed: DiskName | dict[str, Any] | None = Field(
         None, description='A DeepSpeed JSON file, or its contents as a block; "auto" in it is filled in from here.'
