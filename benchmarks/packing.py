@@ -2,8 +2,9 @@
 
     python benchmarks/packing.py [--trl-python PYTHON] [--counts 100000 1000000]
 
-The lengths are lognormal (median 300 tokens) and bimodal (short answers and longer documents), cut to packs of 4096. TRL
-packs rows that hold tokens, so its time is with a column of token ids of those lengths; ours needs the lengths alone.
+The lengths are lognormal (median 300 tokens) and bimodal (short answers and longer documents), cut to packs of 4096.
+TRL packs rows that hold tokens, so its time is with a column of token ids of those lengths; ours needs the lengths
+alone.
 """
 
 import argparse
