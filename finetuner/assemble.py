@@ -20,12 +20,13 @@ from finetuner.models.build import (
     train_in_fp32,
     train_only,
 )
-from finetuner.models.loss import TokenLoss, head_is_composable
+from finetuner.models.loss import Regularisers, TokenLoss, head_is_composable
 from finetuner.models.packing import require_isolation
 from finetuner.models.quantized import choose_format, record_of, require_same_record
 from finetuner.models.tokenizer import Vocabulary
 from finetuner.plan import Plan, Precision
 from finetuner.recipe import Recipe
+from finetuner.recipe.sections import RegularisationSection
 from finetuner.sharding import FsdpPlan
 from finetuner.training.parts import has_parts, read_parts
 
@@ -80,7 +81,7 @@ def build_model(
         train_only(model, recipe.adapter.unfrozen_parameters)
         if checkpoint is not None and in_parts and not handed:
             read_parts(model, checkpoint, trained_only=False)
-        return TokenLoss(model, composed=composed)
+        return TokenLoss(model, composed=composed, regularisers=regularisers_of(recipe.regularisation))
     adapted = add_lora(
         model,
         recipe.adapter,
@@ -98,7 +99,15 @@ def build_model(
     elif recipe.adapter.lora_model_dir is not None:
         require_same_base(Path(recipe.adapter.lora_model_dir), recipe.model.base_model)
         start_from_adapter(adapted, Path(recipe.adapter.lora_model_dir))
-    return TokenLoss(adapted, composed=composed)
+    return TokenLoss(adapted, composed=composed, regularisers=regularisers_of(recipe.regularisation))
+
+
+def regularisers_of(section: RegularisationSection) -> Regularisers:
+    return Regularisers(
+        label_smoothing=section.label_smoothing_factor,
+        z_loss=section.z_loss_coefficient,
+        noise_alpha=section.neftune_noise_alpha or 0.0,
+    )
 
 
 def probe(model: "PreTrainedModel", *, packs: bool) -> bool:

@@ -15,6 +15,7 @@ from finetuner.recipe.sections import (
     PrecisionSection,
     QuantizationSection,
     RatesSection,
+    RegularisationSection,
     ScheduleSection,
     Section,
     ShardingSection,
@@ -35,6 +36,7 @@ class Recipe(Section):
     schedule: ScheduleSection
     optimizer: OptimizerSection
     rates: RatesSection
+    regularisation: RegularisationSection
     precision: PrecisionSection
     sharding: ShardingSection
     evaluation: EvaluationSection
@@ -53,6 +55,7 @@ SECTIONS: dict[str, type[Section]] = {
     "schedule": ScheduleSection,
     "optimizer": OptimizerSection,
     "rates": RatesSection,
+    "regularisation": RegularisationSection,
     "precision": PrecisionSection,
     "sharding": ShardingSection,
     "evaluation": EvaluationSection,

@@ -65,7 +65,7 @@ AXOLOTL: dict[str, Foreign] = {
     ),
     **spread("revision_of_model model_revision", blocked("a revision of the model", "Give its downloaded folder.")),
     **spread("overrides_of_model_config model_config", blocked("changing the model's config", "Change config.json.")),
-    **spread("neftune_noise_alpha noisy_embedding_alpha", blocked("noise on embeddings")),
+    "noisy_embedding_alpha": renamed("neftune_noise_alpha"),
     **spread("resize_token_embeddings_to_32x", blocked("a vocabulary of a multiple of 32", "Remove it.")),
     "gradient_checkpointing_kwargs": ignored("recomputing is never reentrant: the gradient is the same either way"),
     **spread(

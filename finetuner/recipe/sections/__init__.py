@@ -19,6 +19,7 @@ from finetuner.recipe.sections.training import (
     PrecisionSection,
     RateGroup,
     RatesSection,
+    RegularisationSection,
     ScheduleSection,
 )
 
@@ -27,6 +28,6 @@ __all__ = [
     "FsdpConfig", "GuardSection", "InstructionFormat", "MessageProperties",
     "ModelSection", "OptimizerSection", "OutputSection",
     "PackingSection", "PrecisionSection", "QuantizationSection",
-    "RateGroup", "RatesSection",
+    "RateGroup", "RatesSection", "RegularisationSection",
     "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection",
 ]  # fmt: skip
