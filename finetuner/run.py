@@ -46,7 +46,8 @@ from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
-from finetuner.recipe.sections import GuardSection
+from finetuner.recipe.secrets import without_secrets
+from finetuner.recipe.sections import GuardSection, TrackingSection
 from finetuner.resume import check_resume, resume_facts
 from finetuner.sharding import FsdpPlan
 from finetuner.summary import print_plan, rows_line
@@ -59,6 +60,7 @@ from finetuner.training.optimizer import build_optimizer, own_rates
 from finetuner.training.progress import Screen, TrainingProgress, duration
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
+from finetuner.training.trackers import Trackers, require_trackers
 from finetuner.weights import (
     Weights,
     checkpoint_bytes,
@@ -85,6 +87,7 @@ def train(loaded: Loaded, recipe_name: str) -> None:
     for note in loaded.notes:
         screen.line(f"note: {note}")
     plan = Plan.from_recipe(recipe, world)
+    require_trackers(recipe.tracking)
     for engine_note in plan.engine_notes:
         screen.line(f"note: {engine_note}")
     quiet_libraries(screen)
@@ -270,10 +273,14 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
     run, output_dir = weights.run, Path(recipe.output.output_dir)
     main = run.accelerator.is_main_process
     metrics = MetricsFile(output_dir / "metrics.jsonl", resume_after=state.step or None) if main else None
+    tracking = recipe.tracking if main else TrackingSection()
+    shown = without_secrets(flat_values(recipe))
+    trackers = Trackers.open(tracking, output_dir, shown, done=state.step, say=screen.line)
 
     def record(show: Any, row: dict) -> None:
         if metrics is not None:
             metrics.write(row)
+            trackers.log(row)
         show(row)
 
     def stepped(state: TrainState, stats: StepStats, seconds: float) -> None:
@@ -310,7 +317,13 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
             eval_progress=progress.evaluating,
             stop_wished=lambda: bool(wish),
         )
-        return train_loop(run, state, events)
+        well = False
+        try:
+            state = train_loop(run, state, events)
+            well = True
+        finally:
+            trackers.close(well=well)
+        return state
 
 
 def say_how_it_ended(section: GuardSection, state: TrainState, total_steps: int, screen: Screen) -> None:

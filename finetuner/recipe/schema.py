@@ -20,6 +20,7 @@ from finetuner.recipe.sections import (
     Section,
     ShardingSection,
     TokenizerSection,
+    TrackingSection,
 )
 
 
@@ -42,6 +43,7 @@ class Recipe(Section):
     evaluation: EvaluationSection
     guards: GuardSection
     output: OutputSection
+    tracking: TrackingSection
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -61,6 +63,7 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": EvaluationSection,
     "guards": GuardSection,
     "output": OutputSection,
+    "tracking": TrackingSection,
 }
 
 # key -> (section, field); a key that stood in two sections would be a mistake of ours
@@ -74,5 +77,4 @@ NOT_YET = {
     "pretraining_dataset": "streaming corpora",
     "rl": "preference and reinforcement learning",
     "torch_compile": "compilation",
-    "wandb_project": "experiment trackers",
 }

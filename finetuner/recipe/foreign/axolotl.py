@@ -54,11 +54,7 @@ AXOLOTL: dict[str, Foreign] = {
         "tokenizer_type tokenizer_use_fast tokenizer_legacy", ignored("the tokenizer's own files say which class it is")
     ),
     # trackers and uploads
-    **spread(
-        "use_wandb wandb_project wandb_name wandb_entity wandb_run_id wandb_mode use_mlflow mlflow_tracking_uri "
-        "mlflow_experiment_name mlflow_run_name use_tensorboard logging_dir use_trackio",
-        blocked("experiment trackers", "Remove it; metrics.jsonl has every figure."),
-    ),
+    "use_trackio": blocked("this tracker", "Write use_wandb, use_tensorboard or use_mlflow."),
     **spread(
         "hub_model_id hub_strategy push_to_hub hub_private_repo",
         blocked("uploading to the hub", "Remove it, and type `hf upload NAME OUTPUT_DIR` after the run."),

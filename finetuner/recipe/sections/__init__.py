@@ -13,6 +13,7 @@ from finetuner.recipe.sections.model import ModelSection, SpecialTokens, Tokeniz
 from finetuner.recipe.sections.quantization import FourBitSection, QuantizationSection
 from finetuner.recipe.sections.running import EvaluationSection, OutputSection
 from finetuner.recipe.sections.sharding import FsdpConfig, ShardingSection
+from finetuner.recipe.sections.tracking import TrackingSection
 from finetuner.recipe.sections.training import (
     BatchSection,
     OptimizerSection,
@@ -29,5 +30,5 @@ __all__ = [
     "ModelSection", "OptimizerSection", "OutputSection",
     "PackingSection", "PrecisionSection", "QuantizationSection",
     "RateGroup", "RatesSection", "RegularisationSection",
-    "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection",
+    "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection", "TrackingSection",
 ]  # fmt: skip
