@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from finetuner import __version__
-from finetuner.assemble import DTYPES, build_model
+from finetuner.assemble import DTYPES, build_model, probe
 from finetuner.checkpoint import (
     aside_of,
     checkpoint_folder,
@@ -25,11 +24,12 @@ from finetuner.checkpoint import (
     set_aside_after,
 )
 from finetuner.data.batches import Layout
-from finetuner.data.cache import prepare_once
+from finetuner.data.cache import packs_held_out, prepare_once
 from finetuner.data.prepare import Prepared
 from finetuner.data.templates import chosen_template
 from finetuner.errors import CheckpointError, FinetunerError, ModelError, PreemptedError
 from finetuner.export.merge import merge_adapter, require_same_base
+from finetuner.footprint import require_fit
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
     count_parameters,
@@ -44,14 +44,20 @@ from finetuner.models.quantized import (
 )
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
-from finetuner.plan import Plan
+from finetuner.plan import Plan, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.recipe.secrets import without_secrets
 from finetuner.recipe.sections import GuardSection, TrackingSection
 from finetuner.resume import check_resume, resume_facts
 from finetuner.sharding import FsdpPlan
 from finetuner.summary import print_plan, rows_line
-from finetuner.training.accelerator import build_accelerator, build_engine, leave_ranks, use_threads_and_matmuls
+from finetuner.training.accelerator import (
+    build_accelerator,
+    build_engine,
+    by_main_rank,
+    leave_ranks,
+    use_threads_and_matmuls,
+)
 from finetuner.training.guards import Guards
 from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
@@ -110,11 +116,13 @@ def train(loaded: Loaded, recipe_name: str) -> None:
 
 
 def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: Screen) -> None:
-    vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
-    schedule = plan.schedule(recipe, len(prepared.train_rows))
+    # What is missing on this machine is said before anything is fetched or prepared.
+    attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
     if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
         require_bitsandbytes()
-    attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
+    require_fit(recipe, plan, world, attention)
+    vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
+    schedule = plan.schedule(recipe, len(prepared.train_rows))
     accelerator = build_accelerator(plan, world)
     output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter is not None
 
@@ -134,44 +142,19 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
             )
             return
 
-    bare = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator)
-    for note in length_notes(bare.bare, prepared.train.longest):
-        screen.line(f"note: {note}")
-    counted = count_parameters(bare)
-    tables = vocabulary_parameters(bare, bare.bare)
-    rates = own_rates(trainable_parameters(bare), recipe.rates, schedule.peak_lr, tables)
-    run = Run(
-        accelerator=accelerator,
-        engine=build_engine(
-            accelerator,
-            bare,
-            plan,
-            full=not is_lora,
-            make_optimizer=lambda device: build_optimizer(
-                trainable_parameters(bare), recipe.optimizer, device=device, rates=rates, vocabulary=tables
-            ),
-        ),
-        plan=plan,
-        schedule=schedule,
-        train_rows=prepared.train_rows,
-        held_out_rows=prepared.held_out_rows,
-        max_grad_norm=recipe.optimizer.max_grad_norm,
-        layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
-        eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
-        guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
+    weights, counted = assemble(
+        recipe, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen
     )
-    parameters, token_ids = trainable_parameters(bare), special_ids(recipe, vocabulary.tokenizer)
-    weights = Weights(run, bare, parameters, vocabulary.tokenizer, is_lora, token_ids)
     if checkpoint is not None:
         read_optimizer(weights, checkpoint)
         screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
     print_plan(recipe, weights, counted, prepared, recipe_name, screen)
-    if accelerator.is_main_process:
-        make_room(recipe, recipe_name, counted[0], state, screen)
+    by_main_rank(accelerator, lambda: make_room(recipe, recipe_name, counted[0], state, screen))
     state = fit(recipe, weights, facts, state, screen)
     say_how_it_ended(recipe.guards, state, schedule.total_steps, screen)
     if recipe.guards.load_best_model_at_end and state.best_step not in (None, state.step):
-        write_best(weights, output_dir, DTYPES[plan.precision], state.best_step or 0)
+        best = state.best_step or 0
+        by_main_rank(accelerator, lambda: write_best(weights, output_dir, DTYPES[plan.precision], best))
     else:
         write_result(weights, output_dir, DTYPES[plan.precision])
     accelerator.wait_for_everyone()
@@ -184,6 +167,56 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     else:
         screen.line(f"done: the model is in {output_dir}")
     leave_ranks(accelerator)
+
+
+def assemble(
+    recipe: Recipe,
+    plan: Plan,
+    schedule: Schedule,
+    vocabulary: Vocabulary,
+    prepared: Prepared,
+    attention: tuple[str, ...],
+    checkpoint: Path | None,
+    accelerator: Accelerator,
+    screen: Screen,
+) -> tuple[Weights, tuple[int, int]]:
+    """The model in its engine, ready to train; and its parameters, counted before they were spread."""
+    is_lora = recipe.adapter.adapter is not None
+    with screen.work("loading the model", "MB") as work:
+        built = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator, work.at_bytes)
+        bare = built.loss
+        for note in length_notes(bare.bare, prepared.train.longest):
+            screen.line(f"note: {note}")
+        counted = count_parameters(bare)
+        tables = vocabulary_parameters(bare, bare.bare)
+        rates = own_rates(trainable_parameters(bare), recipe.rates, schedule.peak_lr, tables)
+        engine = build_engine(
+            accelerator,
+            bare,
+            plan,
+            full=not is_lora,
+            make_optimizer=lambda device: build_optimizer(
+                trainable_parameters(bare), recipe.optimizer, device=device, rates=rates, vocabulary=tables
+            ),
+            promises=built.promises,
+        )
+    packs = recipe.packing.sample_packing or packs_held_out(recipe.packing)
+    with torch.no_grad():
+        bare.composed = bool(engine.module(partial(probe, packs=packs)))
+    run = Run(
+        accelerator=accelerator,
+        engine=engine,
+        plan=plan,
+        schedule=schedule,
+        train_rows=prepared.train_rows,
+        held_out_rows=prepared.held_out_rows,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
+        eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
+        guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
+    )
+    token_ids = special_ids(recipe, vocabulary.tokenizer)
+    return Weights(run, bare, trainable_parameters(bare), vocabulary.tokenizer, is_lora, token_ids), counted
 
 
 def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tuple[Vocabulary, Prepared]:
@@ -222,30 +255,30 @@ def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainSt
 
 def choose_checkpoint(recipe: Recipe, accelerator: Accelerator, screen: Screen) -> Path | None:
     """The checkpoint to go on from, chosen and verified by the main rank for all; None means from the start."""
-    wish = recipe.output.resume_from_checkpoint
+    wish, output_dir = recipe.output.resume_from_checkpoint, Path(recipe.output.output_dir)
     if wish is False:
         return None
-    chosen: list[Path | None] = [None]
-    if accelerator.is_main_process:
-        output_dir = Path(recipe.output.output_dir)
-        if isinstance(wish, str):
-            require_whole(Path(wish))
-            if (output_dir / "metrics.jsonl").exists() and Path(wish).resolve().parent.parent != output_dir.resolve():
-                raise CheckpointError(
-                    f"'{output_dir}' holds another run than the checkpoint '{wish}'.\n"
-                    "Name an empty folder (output_dir=...), or write resume_from_checkpoint=true for the run in it."
-                )
-            chosen = [Path(wish)]
-        else:
-            chosen = [newest_whole(output_dir, lambda text: screen.line(f"note: {text}"))]
-            if chosen == [None] and list_checkpoints(output_dir):
-                raise CheckpointError(
-                    f"every checkpoint in {output_dir / 'checkpoints'} is damaged.\n"
-                    "Start anew: overwrite_output_dir=true resume_from_checkpoint=false"
-                )
-            if chosen == [None]:
-                screen.line(f"no checkpoint in {output_dir} yet: starting from the base model")
-    return broadcast_object_list(chosen)[0]
+    return by_main_rank(accelerator, lambda: _whole_checkpoint(wish, output_dir, screen))
+
+
+def _whole_checkpoint(wish: str | bool, output_dir: Path, screen: Screen) -> Path | None:
+    if isinstance(wish, str):
+        require_whole(Path(wish))
+        if (output_dir / "metrics.jsonl").exists() and Path(wish).resolve().parent.parent != output_dir.resolve():
+            raise CheckpointError(
+                f"'{output_dir}' holds another run than the checkpoint '{wish}'.\n"
+                "Name an empty folder (output_dir=...), or write resume_from_checkpoint=true for the run in it."
+            )
+        return Path(wish)
+    chosen = newest_whole(output_dir, lambda text: screen.line(f"note: {text}"))
+    if chosen is None and list_checkpoints(output_dir):
+        raise CheckpointError(
+            f"every checkpoint in {output_dir / 'checkpoints'} is damaged.\n"
+            "Start anew: overwrite_output_dir=true resume_from_checkpoint=false"
+        )
+    if chosen is None:
+        screen.line(f"no checkpoint in {output_dir} yet: starting from the base model")
+    return chosen
 
 
 def state_of(checkpoint: Path, facts: dict[str, Any], screen: Screen) -> TrainState:
@@ -301,10 +334,12 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
             write = partial(write_checkpoint, weights, gathered)
             if model_only:
                 write = partial(write_model, weights, gathered.model)
-        if main:
+
+        def seal_and_prune() -> None:
             save_checkpoint(folder, state, facts | {"model_only": model_only}, write)
             prune(output_dir, recipe.output.save_total_limit, state.best_step if run.guards.saves_best else None)
-        run.accelerator.wait_for_everyone()
+
+        by_main_rank(run.accelerator, seal_and_prune)
 
     mine = -(-len(run.held_out_rows) // run.plan.data_parallel)
     bar = TrainingProgress(screen, run.schedule.total_steps, state.step, eval_rows=mine)

@@ -231,7 +231,7 @@ def test_a_run_with_rates_of_its_own_logs_the_schedules_and_resumes_bitwise(writ
         ({"optimizer": "paged_adamw_32bit", "optim_args": {"x": 1}}, "It takes none"),
         ({"optimizer": "sgd", "adam_beta1": 0.8}, "adam_beta1 has no effect with `optimizer: sgd`"),
         ({"optimizer": "lion_8bit", "adam_epsilon": 0.1}, "adam_epsilon has no effect"),
-        ({"optimizer": "muon", "fsdp": ["full_shard"]}, "muon does not work under FSDP: it needs whole matrices"),
+        ({"optimizer": "muon", "fsdp": ["full_shard"]}, "muon is not supported under FSDP: it needs whole matrices"),
         ({"optimizer": "adafactor", "deepspeed": {"zero_optimization": {"stage": 1}}}, "under DeepSpeed"),
         ({"optimizer": "lion_32bit", "fsdp_config": {}}, "kernels cannot work on FSDP's parts"),
     ],

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import distributed, nn
 
 from finetuner.models.loss import TokenLoss
+from finetuner.models.stream import Promised, Promises
 from finetuner.sharding import ZeroPlan, zero_config_for
 from finetuner.training.engine import Held, Tensors
 from finetuner.training.optimizer_state import (
@@ -30,20 +31,51 @@ class ZeroEngine:
     """
 
     def __init__(
-        self, accelerator: Accelerator, loss: TokenLoss, optimizer: torch.optim.Optimizer, plan: ZeroPlan
+        self,
+        accelerator: Accelerator,
+        loss: TokenLoss,
+        optimizer: torch.optim.Optimizer,
+        plan: ZeroPlan,
+        promises: Promises | None = None,
     ) -> None:
         self.accelerator, self.plan, self.name = accelerator, plan, plan.name
         self.optimizer = optimizer
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        exact = [p.detach().clone() for p in self.trained] if plan.config["bf16"]["enabled"] else []
+        promised = {} if promises is None else promises.hand_over(loss)
+        late = {id(p) for name, p in loss.named_parameters() if name in promised}
+        in_bf16 = plan.config["bf16"]["enabled"]
+        exact = {i: p.detach().clone() for i, p in enumerate(self.trained) if in_bf16 and id(p) not in late}
         config = zero_config_for(plan, loss.bare.config.get_text_config().hidden_size)
         engine = _initialize(loss, optimizer, config, accelerator.device)
         self.module: Any = engine
         assert engine.zero_optimization_stage() == plan.stage, "DeepSpeed made another engine"
         assert distributed.get_world_size() == plan.num_shards
-        for parameter, value in zip(self.trained, exact, strict=bool(exact)):
+        for i, value in exact.items():
             # DeepSpeed took its fp32 copy from the weights that it had cast to bf16
-            self._write_part(parameter, value, None)
+            self._write_part(self.trained[i], value, None)
+        if promises is not None:
+            self._share_parameters(loss, promises, promised)
+
+    @torch.no_grad()
+    def _share_parameters(self, loss: TokenLoss, promises: Promises, promised: Mapping[str, Promised]) -> None:
+        """Rank 0 reads what is promised and hands it out, one parameter at a time."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        device = self.accelerator.device
+        for name, parameter in loss.named_parameters():
+            if name not in promised:
+                continue
+            if self.accelerator.is_main_process:
+                value = promises.value(promised[name]).to(device)
+            else:
+                value = torch.empty(promised[name].shape, dtype=promised[name].dtype, device=device)
+            with GatheredParameters([parameter], modifier_rank=0):
+                if self.accelerator.is_main_process:
+                    parameter.copy_(value)
+            if parameter.requires_grad:  # and the fp32 copy, from which the next step would overwrite it
+                distributed.broadcast(value, src=0)
+                self._write_part(parameter, value, None)
+        promises.close()
 
     def set_learning_rate(self, lr: float) -> None:
         set_learning_rate(self.optimizer, lr)

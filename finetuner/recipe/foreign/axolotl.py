@@ -311,6 +311,8 @@ DATASET: dict[str, Foreign] = {
     "input_transform": blocked("code in a recipe"),
     "input_format": blocked("FastChat prompts"),
     "preprocess_shards": ignored("rows are read in batches"),
+    **spread("step_separator max_completion_length train_on_last_step_only", blocked(_RL)),
+    "drop_system_message": blocked("leaving out system messages", "Take them out of the rows."),
     "logprobs_field": blocked("distillation"),
     "temperature": blocked("distillation"),
     "trust_remote_code": blocked("dataset scripts", "Convert the dataset to parquet or jsonl."),
@@ -326,7 +328,10 @@ ROW_TYPES: dict[str, str] = {
          "chat_template.argilla", "passthrough"), _RL),
     **dict.fromkeys(("alpaca:", "alpaca_"), "a style of Alpaca rows"),
     "oasst": "rows of conversation trees", "pretrain": "streaming corpora",
-    "context_qa": "rows of questions about a context", "gpteacher": "GPTeacher rows",
+    **dict.fromkeys(
+        ("concisechoice", "context_qa", "creative_acr", "explainchoice", "gpteacher",
+         "jeopardy", "metharme", "orcamini", "pygmalion", "reflection", "summarizetldr"),
+        "rows of this shape. Say how they read, with a block of field_instruction, field_output and format"),
 }  # fmt: skip
 
 # Values of our keys that other tools know and that cannot be done here yet.

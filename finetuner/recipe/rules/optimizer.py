@@ -41,7 +41,7 @@ def _state_can_be_spread(values: Values) -> Iterator[Finding]:
     for key, engine in engines.items():
         why = OPTIMIZERS[name].not_sharded.get(key.partition("_")[0])
         if values[key] and why is not None:
-            message = f"optimizer {name} does not work under {engine}: {why}. Write `optimizer: adamw_torch`."
+            message = f"optimizer {name} is not supported under {engine}: {why}. Write `optimizer: adamw_torch`."
             yield Finding(("optimizer",), message, ((key,),))
             return
 

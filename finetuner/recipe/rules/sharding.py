@@ -55,14 +55,13 @@ def _one_version(values: Values) -> Iterator[Finding]:
         yield Finding(("fsdp_version",), message, (("fsdp_config",),))
 
 
-def _sizes_are_hybrid(values: Values) -> Iterator[Finding]:
-    config = values["fsdp_config"]
-    strategy = (config.sharding_strategy if config is not None else None) or ""
-    if "hybrid_shard" in strategy or any("hybrid_shard" in word for word in values["fsdp"]):
+def _sizes_are_of_shards(values: Values) -> Iterator[Finding]:
+    if values["fsdp"] or values["fsdp_config"] is not None:
         return
     for key in ("dp_replicate_size", "dp_shard_size"):
-        if values[key] is not None:
-            yield Finding((key,), f"{key} is for `fsdp: [hybrid_shard, auto_wrap]`. Write that, or remove this line.")
+        if (values[key] or 1) > 1:
+            message = f"{key} is for FSDP: add `fsdp: [full_shard, auto_wrap]`, or remove this line."
+            yield Finding((key,), message)
 
 
 def deepspeed_findings(raw: Mapping[str, Any], *, check_files: bool) -> Iterator[Finding]:
@@ -88,5 +87,5 @@ RULES: tuple[Rule, ...] = (
     (("fsdp", "fsdp_config", "deepspeed"), _one_engine),
     (("fsdp", "fsdp_config"), _one_strategy),
     (("fsdp", "fsdp_config", "fsdp_version"), _one_version),
-    (("fsdp", "fsdp_config", "dp_replicate_size", "dp_shard_size"), _sizes_are_hybrid),
+    (("fsdp", "fsdp_config", "dp_replicate_size", "dp_shard_size"), _sizes_are_of_shards),
 )
