@@ -29,6 +29,7 @@ from finetuner.data.prepare import Prepared
 from finetuner.data.templates import chosen_template
 from finetuner.errors import CheckpointError, FinetunerError, ModelError, PreemptedError
 from finetuner.export.merge import merge_adapter, require_same_base
+from finetuner.export.upload import require_hub, upload_result
 from finetuner.footprint import require_fit
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
@@ -94,6 +95,7 @@ def train(loaded: Loaded, recipe_name: str) -> None:
         screen.line(f"note: {note}")
     plan = Plan.from_recipe(recipe, world)
     require_trackers(recipe.tracking)
+    require_hub(recipe.output.hub_model_id)
     for engine_note in plan.engine_notes:
         screen.line(f"note: {engine_note}")
     quiet_libraries(screen)
@@ -106,6 +108,10 @@ def train(loaded: Loaded, recipe_name: str) -> None:
     with claimed(Path(output.output_dir), replaces=replaces):
         try:
             _train(recipe, recipe_name, world, plan, screen)
+            if output.hub_model_id is not None and output.hub_strategy == "end":
+                screen.line(f"uploading {output.output_dir} to {output.hub_model_id}")
+                place = upload_result(Path(output.output_dir), output.hub_model_id, private=output.hub_private_repo)
+                screen.line(f"done: the result is at {place}")
         except BaseException as error:
             ours = isinstance(error, FinetunerError) and not isinstance(error, PreemptedError)
             if not ours and list_checkpoints(Path(output.output_dir)):

@@ -55,10 +55,7 @@ AXOLOTL: dict[str, Foreign] = {
     ),
     # trackers and uploads
     "use_trackio": blocked("this tracker", "Write use_wandb, use_tensorboard or use_mlflow."),
-    **spread(
-        "hub_model_id hub_strategy push_to_hub hub_private_repo",
-        blocked("uploading to the hub", "Remove it, and type `hf upload NAME OUTPUT_DIR` after the run."),
-    ),
+    "push_to_hub": ignored("the result is uploaded if hub_model_id is given", loud=True),
     **spread("revision_of_model model_revision", blocked("a revision of the model", "Give its downloaded folder.")),
     **spread("overrides_of_model_config model_config", blocked("changing the model's config", "Change config.json.")),
     "noisy_embedding_alpha": renamed("neftune_noise_alpha"),
@@ -372,6 +369,9 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
     },
     "lr_scheduler": dict.fromkeys(
         ("one_cycle", "rex", "reduce_lr_on_plateau", "greedy"), "this schedule. Write cosine"
+    ),
+    "hub_strategy": dict.fromkeys(
+        ("every_save", "checkpoint", "all_checkpoints"), "uploading while training. Write end"
     ),
     "attn_implementation": {
         "kernels-community/vllm-flash-attn3": _KERNEL_HUB,
