@@ -1,4 +1,4 @@
-"""The composition root: one function per command, each builds the parts in order and hands them on."""
+"""The composition root of training: builds the parts in order and hands them on. commands.py has the other commands."""
 
 import logging
 import warnings
@@ -28,8 +28,7 @@ from finetuner.data.batches import Layout
 from finetuner.data.cache import packs_held_out, prepare_once
 from finetuner.data.prepare import Prepared
 from finetuner.data.templates import chosen_template
-from finetuner.errors import CheckpointError, DataError, FinetunerError, ModelError, PreemptedError
-from finetuner.export.merge import merge_adapter, require_same_base
+from finetuner.errors import CheckpointError, DataError, FinetunerError, PreemptedError
 from finetuner.export.upload import require_hub, upload_result
 from finetuner.footprint import require_fit
 from finetuner.models.attention import choose_attention
@@ -52,7 +51,7 @@ from finetuner.recipe.secrets import without_secrets
 from finetuner.recipe.sections import GuardSection, TrackingSection
 from finetuner.resume import check_resume, resume_facts
 from finetuner.sharding import FsdpPlan
-from finetuner.summary import print_plan, rows_line
+from finetuner.summary import print_plan
 from finetuner.training.accelerator import (
     build_accelerator,
     build_engine,
@@ -65,7 +64,7 @@ from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
 from finetuner.training.optimizer import build_optimizer, own_rates
-from finetuner.training.progress import Screen, TrainingProgress, duration
+from finetuner.training.progress import Screen, TrainingProgress
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
 from finetuner.training.trackers import Trackers, require_trackers
@@ -396,58 +395,6 @@ def say_how_it_ended(section: GuardSection, state: TrainState, total_steps: int,
     if section.load_best_model_at_end:
         loss = "no evaluation was finite" if state.best_eval_loss is None else f"loss {state.best_eval_loss:.4f}"
         screen.line(f"the result is of step {state.best_step or state.step}, the best on held-out rows ({loss})")
-
-
-def prepare_data(loaded: Loaded, recipe_name: str) -> None:
-    """Prepare the recipe's rows, so that training finds them ready. Raises FinetunerError."""
-    recipe, screen = loaded.recipe, Screen(speaks=True)
-    for note in loaded.notes:
-        screen.line(f"note: {note}")
-    quiet_libraries(screen)
-    _, prepared = prepare_rows(recipe, World(), recipe.output.seed, screen)
-    rows = [("recipe", recipe_name), ("rows", rows_line(prepared)), ("longest", f"{prepared.train.longest:,} tokens")]
-    screen.table(rows)
-    for line in prepared.notes:
-        screen.line(f"note: {line}")
-    if prepared.listed is not None:
-        if prepared.counts:
-            screen.line(f"note: these rows are listed in {prepared.listed}")
-        screen.line(f"done: {prepared.listed.parent}")
-
-
-def merge(loaded: Loaded, recipe_name: str) -> None:
-    """Merge the adapter in output_dir into its base, to output_dir/merged. Raises FinetunerError."""
-    recipe = loaded.recipe
-    screen = Screen(speaks=True)
-    for note in loaded.notes:
-        screen.line(f"note: {note}")
-    output_dir = Path(recipe.output.output_dir)
-    if recipe.adapter.adapter is None:
-        raise ModelError(
-            "this recipe trains the whole model: there is no adapter to merge. "
-            f"The trained weights are in {output_dir} as they are."
-        )
-    if not (output_dir / "adapter_config.json").exists():
-        raise ModelError(
-            f"there is no trained adapter in {output_dir}. Train it first:\n"
-            f"  accelerate launch -m finetuner.train {recipe_name}"
-        )
-    quiet_libraries(screen)
-    require_same_base(output_dir, recipe.model.base_model)
-    from transformers import AutoTokenizer
-
-    token_ids = special_ids(recipe, AutoTokenizer.from_pretrained(output_dir))
-    with screen.work("merging", "MB") as work:
-        merged = merge_adapter(output_dir, recipe.model.base_model, output_dir / "merged", work.at, token_ids)
-    screen.line(
-        f"merged {merged.num_merged} of {merged.num_tensors} tensors ({merged.num_bytes / 1e6:,.0f} MB) in "
-        f"{duration(merged.seconds)}"
-    )
-    if merged.num_dequantised:
-        screen.line(
-            f"{merged.num_dequantised} tensors rounded as the quantised base was that the adapter was trained on"
-        )
-    screen.line(f"done: {merged.folder}")
 
 
 def quiet_libraries(screen: Screen) -> None:
