@@ -38,7 +38,9 @@ StateDictType = Annotated[Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"], Befo
 class FsdpConfig(Section):
     """Details of FSDP. In a recipe every key may carry the prefix fsdp_, as accelerate writes them."""
 
-    version: Literal[1, 2] = Field(2, description="FSDP2 is used either way; 1 says that the keys are FSDP1's.")
+    version: Literal[1, 2] | None = Field(
+        None, description="FSDP2 is used either way; 1 says that the keys are FSDP1's."
+    )
     offload_params: bool = Field(False, description="Keep parameters, gradients and optimizer in the CPU's memory.")
     cpu_offload_pin_memory: bool = Field(True, description="Pin what is offloaded: faster copies, more locked memory.")
     cpu_ram_efficient_loading: bool = Field(
