@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from finetuner import __version__
 from finetuner.assemble import DTYPES, build_model, probe
@@ -27,8 +28,9 @@ from finetuner.data.batches import Layout
 from finetuner.data.cache import packs_held_out, prepare_once
 from finetuner.data.prepare import Prepared
 from finetuner.data.templates import chosen_template
-from finetuner.errors import CheckpointError, FinetunerError, ModelError, PreemptedError
+from finetuner.errors import CheckpointError, DataError, FinetunerError, ModelError, PreemptedError
 from finetuner.export.merge import merge_adapter, require_same_base
+from finetuner.export.upload import require_hub, upload_result
 from finetuner.footprint import require_fit
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
@@ -46,7 +48,8 @@ from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
-from finetuner.recipe.sections import GuardSection
+from finetuner.recipe.secrets import without_secrets
+from finetuner.recipe.sections import GuardSection, TrackingSection
 from finetuner.resume import check_resume, resume_facts
 from finetuner.sharding import FsdpPlan
 from finetuner.summary import print_plan, rows_line
@@ -65,6 +68,7 @@ from finetuner.training.optimizer import build_optimizer, own_rates
 from finetuner.training.progress import Screen, TrainingProgress, duration
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
+from finetuner.training.trackers import Trackers, require_trackers
 from finetuner.weights import (
     Weights,
     checkpoint_bytes,
@@ -91,6 +95,8 @@ def train(loaded: Loaded, recipe_name: str) -> None:
     for note in loaded.notes:
         screen.line(f"note: {note}")
     plan = Plan.from_recipe(recipe, world)
+    require_trackers(recipe.tracking)
+    require_hub(recipe.output.hub_model_id)
     for engine_note in plan.engine_notes:
         screen.line(f"note: {engine_note}")
     quiet_libraries(screen)
@@ -103,6 +109,10 @@ def train(loaded: Loaded, recipe_name: str) -> None:
     with claimed(Path(output.output_dir), replaces=replaces):
         try:
             _train(recipe, recipe_name, world, plan, screen)
+            if output.hub_model_id is not None and output.hub_strategy == "end":
+                screen.line(f"uploading {output.output_dir} to {output.hub_model_id}")
+                place = upload_result(Path(output.output_dir), output.hub_model_id, private=output.hub_private_repo)
+                screen.line(f"done: the result is at {place}")
         except BaseException as error:
             ours = isinstance(error, FinetunerError) and not isinstance(error, PreemptedError)
             if not ours and list_checkpoints(Path(output.output_dir)):
@@ -120,9 +130,10 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     require_fit(recipe, plan, world, attention)
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
     schedule = plan.schedule(recipe, len(prepared.train_rows))
-    accelerator = build_accelerator(plan, world)
+    accelerator = build_accelerator(plan, world, recipe.sharding.ddp_timeout)
     output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter is not None
 
+    require_same_rows(accelerator, prepared.train_rows.sha256)
     facts = resume_facts(
         flat_values(recipe),
         num_rows=len(prepared.train_rows),
@@ -207,6 +218,7 @@ def assemble(
         schedule=schedule,
         train_rows=prepared.train_rows,
         held_out_rows=prepared.held_out_rows,
+        held_out_parts=prepared.held_out_parts,
         max_grad_norm=recipe.optimizer.max_grad_norm,
         layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
         eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
@@ -250,12 +262,27 @@ def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainSt
         copy.write_text(dump_recipe(recipe, heading), encoding="utf-8")
 
 
+def require_same_rows(accelerator: Accelerator, sha256: str) -> None:
+    """Raises DataError unless all ranks have the same rows: each node may have prepared its own."""
+    if len(set(gather_object([sha256]))) > 1:
+        raise DataError(
+            "the nodes have different training rows: a data file, the tokenizer or a version of a library differs.\n"
+            "Make them the same, or name a dataset_prepared_path on a disk that all nodes share."
+        )
+
+
 def choose_checkpoint(recipe: Recipe, accelerator: Accelerator, screen: Screen) -> Path | None:
     """The checkpoint to go on from, chosen and verified by the main rank for all; None means from the start."""
     wish, output_dir = recipe.output.resume_from_checkpoint, Path(recipe.output.output_dir)
     if wish is False:
         return None
-    return by_main_rank(accelerator, lambda: _whole_checkpoint(wish, output_dir, screen))
+    chosen = by_main_rank(accelerator, lambda: _whole_checkpoint(wish, output_dir, screen))
+    if chosen is not None and not (chosen / "state.json").exists():
+        raise CheckpointError(
+            f"the main rank goes on from {chosen}, which this node does not have.\n"
+            "Name an output_dir on a disk that all nodes share."
+        )
+    return chosen
 
 
 def _whole_checkpoint(wish: str | bool, output_dir: Path, screen: Screen) -> Path | None:
@@ -303,10 +330,14 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
     run, output_dir = weights.run, Path(recipe.output.output_dir)
     main = run.accelerator.is_main_process
     metrics = MetricsFile(output_dir / "metrics.jsonl", resume_after=state.step or None) if main else None
+    tracking = recipe.tracking if main else TrackingSection()
+    shown = without_secrets(flat_values(recipe))
+    trackers = Trackers.open(tracking, output_dir, shown, done=state.step, say=screen.line)
 
     def record(show: Any, row: dict) -> None:
         if metrics is not None:
             metrics.write(row)
+            trackers.log(row)
         show(row)
 
     def stepped(state: TrainState, stats: StepStats, seconds: float) -> None:
@@ -345,7 +376,13 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
             eval_progress=progress.evaluating,
             stop_wished=lambda: bool(wish),
         )
-        return train_loop(run, state, events)
+        well = False
+        try:
+            state = train_loop(run, state, events)
+            well = True
+        finally:
+            trackers.close(well=well)
+        return state
 
 
 def say_how_it_ended(section: GuardSection, state: TrainState, total_steps: int, screen: Screen) -> None:

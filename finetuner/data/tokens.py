@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.formats import Rendered, Span
+from finetuner.data.formats import Rendered, Span, cell_of
 from finetuner.errors import DataError
 
 if TYPE_CHECKING:
@@ -119,10 +119,11 @@ def read_tokens(row: Mapping[str, Any], vocab_size: int) -> tuple[Ids, Ids]:
     padding, which is left out. Raises DataError if they are not token ids of this vocabulary, or differ in length."""
     columns = []
     for name in ("input_ids", "labels"):
+        cell = cell_of(row, name)
         try:
-            columns.append(np.array(row[name], dtype=np.int64).reshape(-1))
+            columns.append(np.array(cell, dtype=np.int64).reshape(-1))
         except (TypeError, ValueError, OverflowError):
-            raise DataError(f"column '{name}' must be a list of token ids; it is {row[name]!r:.60}") from None
+            raise DataError(f"column '{name}' must be a list of token ids; it is {cell!r:.60}") from None
     ids, labels = columns
     mask = row.get("attention_mask")
     kept = np.ones(len(ids), dtype=bool) if mask is None else np.array(mask, dtype=bool)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from finetuner.recipe.rules import adapter, data, guards, optimizer, quantization, sharding, training
+from finetuner.recipe.rules import adapter, data, guards, optimizer, quantization, sharding, tracking, training
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.rules.files import DATA_SUFFIXES, file_findings, looks_local
 from finetuner.recipe.rules.given import given_findings, given_notes
@@ -28,6 +28,7 @@ RULES: tuple[Rule, ...] = (
     *data.RULES,
     *guards.RULES,
     *sharding.RULES,
+    *tracking.RULES,
 )
 
 
