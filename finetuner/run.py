@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,10 @@ from finetuner.checkpoint import (
     set_aside_after,
 )
 from finetuner.data.batches import Layout
-from finetuner.data.cache import prepare_once
-from finetuner.data.prepare import Prepared
+from finetuner.data.cache import prepare_once, tokenizer_digest
+from finetuner.data.feed import Feed, StoreFeed, StreamFeed, prefetched, read_position
+from finetuner.data.prepare import Prepared, held_out_only
+from finetuner.data.stream import RowStream
 from finetuner.data.templates import chosen_template
 from finetuner.errors import CheckpointError, FinetunerError, ModelError, PreemptedError
 from finetuner.export.merge import merge_adapter, require_same_base
@@ -43,7 +46,7 @@ from finetuner.models.quantized import (
 )
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
-from finetuner.plan import Plan
+from finetuner.plan import Plan, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.recipe.sections import GuardSection
 from finetuner.resume import check_resume, resume_facts
@@ -107,6 +110,7 @@ def train(loaded: Loaded, recipe_name: str) -> None:
 
 def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: Screen) -> None:
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
+    streams = recipe.data.streaming
     schedule = plan.schedule(recipe, len(prepared.train_rows))
     if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
         require_bitsandbytes()
@@ -117,7 +121,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     facts = resume_facts(
         flat_values(recipe),
         num_rows=len(prepared.train_rows),
-        rows_sha256=prepared.train_rows.sha256,
+        rows_sha256=tokenizer_digest(vocabulary.tokenizer) if streams else prepared.train_rows.sha256,
         global_batch=plan.global_batch,
     )
     checkpoint = choose_checkpoint(recipe, accelerator, screen)
@@ -139,9 +143,11 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
             return
 
     bare = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator)
-    for note in length_notes(bare.bare, prepared.train.longest):
+    for note in length_notes(bare.bare, recipe.data.sequence_len if streams else prepared.train.longest):
         screen.line(f"note: {note}")
     counted = count_parameters(bare)
+    layout = layout_of(recipe, bare.bare, packed=recipe.packing.sample_packing)
+    feed = build_feed(recipe, vocabulary, prepared, plan, schedule, layout, checkpoint)
     run = Run(
         accelerator=accelerator,
         engine=build_engine(
@@ -153,11 +159,11 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         ),
         plan=plan,
         schedule=schedule,
-        train_rows=prepared.train_rows,
+        batches=feed.batches,
         held_out_rows=prepared.held_out_rows,
         held_out_parts=prepared.held_out_parts,
         max_grad_norm=recipe.optimizer.max_grad_norm,
-        layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
+        layout=layout,
         eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
         guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
     )
@@ -169,14 +175,25 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     print_plan(recipe, weights, counted, prepared, recipe_name, screen)
     if accelerator.is_main_process:
         make_room(recipe, recipe_name, counted[0], state, screen)
-    state = fit(recipe, weights, facts, state, screen)
-    say_how_it_ended(recipe.guards, state, schedule.total_steps, screen)
+    with prefetched(feed, schedule.total_steps, pin=accelerator.device.type == "cuda") as batches:
+        ahead = replace(weights, run=replace(run, batches=batches))
+        state = fit(recipe, ahead, feed, facts, state, screen)
+    finish(recipe, recipe_name, weights, state, vocabulary, screen)
+    leave_ranks(accelerator)
+
+
+def finish(
+    recipe: Recipe, recipe_name: str, weights: Weights, state: TrainState, vocabulary: Vocabulary, screen: Screen
+) -> None:
+    """Write the result, and say what may be done with it."""
+    run, output_dir = weights.run, Path(recipe.output.output_dir)
+    say_how_it_ended(recipe.guards, state, run.schedule.total_steps, screen)
     if recipe.guards.load_best_model_at_end and state.best_step not in (None, state.step):
-        write_best(weights, output_dir, DTYPES[plan.precision], state.best_step or 0)
+        write_best(weights, output_dir, DTYPES[run.plan.precision], state.best_step or 0)
     else:
-        write_result(weights, output_dir, DTYPES[plan.precision])
-    accelerator.wait_for_everyone()
-    if is_lora:
+        write_result(weights, output_dir, DTYPES[run.plan.precision])
+    run.accelerator.wait_for_everyone()
+    if weights.is_lora:
         screen.line(f"done: the adapter is in {output_dir}")
         if vocabulary.new_ids:
             rows = len(vocabulary.tokenizer)
@@ -184,7 +201,6 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         screen.line(f"merge it into the base: python -m finetuner.merge {recipe_name}")
     else:
         screen.line(f"done: the model is in {output_dir}")
-    leave_ranks(accelerator)
 
 
 def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tuple[Vocabulary, Prepared]:
@@ -193,7 +209,8 @@ def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tup
     tokenizer = vocabulary.tokenizer
     tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)  # saved with the result
     with screen.work("tokenising", "rows") as work:
-        return vocabulary, prepare_once(recipe.data, recipe.packing, tokenizer, seed, world, work.at)
+        section = held_out_only(recipe.data) if recipe.data.streaming else recipe.data
+        return vocabulary, prepare_once(section, recipe.packing, tokenizer, seed, world, work.at)
 
 
 def layout_of(recipe: Recipe, model: "PreTrainedModel", *, packed: bool) -> Layout:
@@ -256,7 +273,27 @@ def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[st
     return {f"{role}_id": token_id for role, token_id in zip(named, ids, strict=True)}
 
 
-def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainState, screen: Screen) -> TrainState:
+def build_feed(
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    prepared: Prepared,
+    plan: Plan,
+    schedule: Schedule,
+    layout: Layout,
+    checkpoint: Path | None,
+) -> Feed:
+    """The training rows: prepared, or streamed from where the checkpoint was."""
+    if not recipe.data.streaming:
+        return StoreFeed(prepared.train_rows, plan, schedule, layout)
+    position = read_position(checkpoint) if checkpoint is not None else None
+    packing = recipe.packing.sample_packing
+    stream = RowStream(recipe.data, vocabulary.tokenizer, plan.seed, packing=packing, state=position)
+    return StreamFeed(stream, plan, layout)
+
+
+def fit(
+    recipe: Recipe, weights: Weights, feed: Feed, facts: dict[str, Any], state: TrainState, screen: Screen
+) -> TrainState:
     """Run the loop with its events wired to files and screen."""
     run, output_dir = weights.run, Path(recipe.output.output_dir)
     main = run.accelerator.is_main_process
@@ -286,7 +323,12 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
             if model_only:
                 write = partial(write_model, weights, gathered.model)
         if main:
-            save_checkpoint(folder, state, facts | {"model_only": model_only}, write)
+
+            def write_all(aside: Path) -> None:
+                write(aside)
+                feed.write_position(state.step, aside)
+
+            save_checkpoint(folder, state, facts | {"model_only": model_only}, write_all)
             prune(output_dir, recipe.output.save_total_limit, state.best_step if run.guards.saves_best else None)
         run.accelerator.wait_for_everyone()
 
@@ -324,7 +366,11 @@ def prepare_data(loaded: Loaded, recipe_name: str) -> None:
         screen.line(f"note: {note}")
     quiet_libraries(screen)
     _, prepared = prepare_rows(recipe, World(), recipe.output.seed, screen)
-    rows = [("recipe", recipe_name), ("rows", rows_line(prepared)), ("longest", f"{prepared.train.longest:,} tokens")]
+    rows = [
+        ("recipe", recipe_name),
+        ("rows", rows_line(prepared, recipe)),
+        ("longest", f"{prepared.train.longest:,} tokens"),
+    ]
     screen.table(rows)
     for line in prepared.notes:
         screen.line(f"note: {line}")

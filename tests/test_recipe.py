@@ -551,7 +551,7 @@ def _recipe_of(given_keys: dict[str, dict[str, Any]]) -> Recipe:
             return Recipe.model_validate(sections)
         if wrong & {"datasets", "test_datasets"}:  # the rule speaks of some key of one entry
             for entry in [*given_keys["data"].get("datasets", []), *given_keys["data"].get("test_datasets", [])]:
-                for key in entry.keys() - {"path", "split", "max_samples"}:
+                for key in entry.keys() - {"path"}:
                     del entry[key]
         for name, keys in given_keys.items():
             given_keys[name] = {k: v for k, v in keys.items() if k not in wrong - {"datasets", "test_datasets"}}

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetuner.data.batches import Batch, Layout, evaluation_batches, step_batches
+from finetuner.data.batches import Batch, Layout, evaluation_batches
 from finetuner.data.order import mix
 from finetuner.data.prepare import Part
 from finetuner.data.tokens import Rows
@@ -30,7 +30,7 @@ class Run:
     engine: Engine
     plan: Plan
     schedule: Schedule
-    train_rows: Rows
+    batches: Callable[[int], list[Batch]]  # of a step, for this rank
     held_out_rows: Rows
     max_grad_norm: float
     layout: Layout
@@ -119,7 +119,7 @@ def train_step(run: Run, step: int) -> StepStats:
     engine.set_learning_rate(lr)
     # Dropout is a function of (seed, step, rank), so that a resumed run needs no generator's state.
     torch.manual_seed(mix(plan.seed, step, plan.rank) >> 1)
-    group = [b.to(accelerator.device) for b in step_batches(run.train_rows, plan, run.schedule, step, run.layout)]
+    group = [b.to(accelerator.device) for b in run.batches(step)]
     counts = torch.tensor(
         [sum(b.num_trained for b in group), sum(b.num_tokens for b in group)], device=accelerator.device
     )
