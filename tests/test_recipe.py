@@ -648,6 +648,43 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"datasets": [CHAT | {"message_field_role": "from", "message_property_mappings": {"role": "from"}}]},
         {"datasets": [CHAT | {"message_field_role": "from"}]},
     ),
+    (
+        "weight",
+        {"test_datasets": [COMPLETION | {"weight": 2.0}]},
+        {"datasets": [COMPLETION | {"weight": 2.0}]},
+    ),
+    (
+        "datasets",
+        {"datasets": [COMPLETION | {"weight": 2.0}, COMPLETION]},
+        {"datasets": [COMPLETION | {"weight": 2.0}, COMPLETION | {"weight": 1.0}]},
+    ),
+    ("mix_by", {"mix_by": "tokens"}, {"mix_by": "tokens", "datasets": [COMPLETION | {"weight": 2.0}]}),
+    ("streaming", {"streaming": True}, {"streaming": True, "max_steps": 5}),
+    (
+        "val_set_size",
+        {"streaming": True, "max_steps": 5, "val_set_size": 0.1},
+        {"streaming": True, "max_steps": 5, "test_datasets": [COMPLETION]},
+    ),
+    (
+        "saves_per_epoch",
+        {"streaming": True, "max_steps": 5, "saves_per_epoch": 2},
+        {"streaming": True, "max_steps": 5, "save_steps": 2},
+    ),
+    (
+        "split",
+        {"streaming": True, "max_steps": 5, "datasets": [COMPLETION | {"split": "train[:5]"}]},
+        {"streaming": True, "max_steps": 5, "datasets": [COMPLETION | {"split": "train_sft"}]},
+    ),
+    (
+        "max_samples",
+        {"streaming": True, "max_steps": 5, "datasets": [COMPLETION | {"max_samples": 5}]},
+        {"max_steps": 5, "datasets": [COMPLETION | {"max_samples": 5}]},
+    ),
+    (
+        "streaming_multipack_buffer_size",
+        {"streaming_multipack_buffer_size": 5},
+        {"streaming_multipack_buffer_size": 5, "streaming": True, "max_steps": 5},
+    ),
     ("shards_idx", {"datasets": [CHAT | {"shards_idx": 1}]}, {"datasets": [CHAT | {"shards_idx": 1, "shards": 2}]}),
     (
         "format",
