@@ -1,13 +1,13 @@
 """Base, adapter and loss -> the module that is trained."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from torch import nn
 
-from finetuner.data.cache import packs_held_out
 from finetuner.errors import ModelError
 from finetuner.export.merge import require_same_base
 from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
@@ -16,6 +16,7 @@ from finetuner.models.build import (
     empty_model,
     grow_embeddings,
     load_model,
+    promised_model,
     recompute_activations,
     train_in_fp32,
     train_only,
@@ -23,16 +24,26 @@ from finetuner.models.build import (
 from finetuner.models.loss import TokenLoss, head_is_composable
 from finetuner.models.packing import require_isolation
 from finetuner.models.quantized import choose_format, record_of, require_same_record
+from finetuner.models.stream import Promises, Report
 from finetuner.models.tokenizer import Vocabulary
 from finetuner.plan import Plan, Precision
 from finetuner.recipe import Recipe
-from finetuner.sharding import FsdpPlan
+from finetuner.recipe.sections import AdapterSection
+from finetuner.sharding import FsdpPlan, ZeroPlan
 from finetuner.training.parts import has_parts, read_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The module that is trained, and what its parameters are still to be given when they have their places."""
+
+    loss: TokenLoss
+    promises: Promises | None = None
 
 
 def build_model(
@@ -42,45 +53,26 @@ def build_model(
     attention: tuple[str, ...],
     checkpoint: Path | None,
     accelerator: Accelerator,
-) -> TokenLoss:
+    report: Report = lambda done, total: None,
+) -> Assembled:
     """Base (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around both; on the CPU if an
     engine takes them to the device in parts."""
     full, config = recipe.adapter.adapter is None, recipe.sharding.fsdp_config
-    in_parts = checkpoint is not None and has_parts(checkpoint)
-    source = str(checkpoint) if full and checkpoint is not None and not in_parts else recipe.model.base_model
-    dtype = torch.float32 if full else DTYPES[plan.precision]
-    form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
-    # Ranks that are handed their part by the main one need no weights of their own; a quantised base each reads itself.
-    main_reads = isinstance(plan.engine, FsdpPlan) and plan.engine.main_rank_reads and form is None
-    handed = main_reads and not accelerator.is_main_process
-    trust = recipe.model.trust_remote_code
-    if handed:
-        model = empty_model(source, dtype=dtype, attention=attention, trust_remote_code=trust)
-    else:
-        model = load_model(
-            source,
-            dtype=dtype,
-            attention=attention,
-            trust_remote_code=trust,
-            form=form,
-            device=accelerator.device,
-        )
+    model, promises = _load_base(recipe, plan, attention, checkpoint, accelerator, report)
     new_ids = ids_to_train(model, vocabulary)
+    if promises is not None:
+        promises.keep(read_at_once(model, recipe.adapter, len(vocabulary.tokenizer)), torch.device("cpu"))
     grow_embeddings(model, len(vocabulary.tokenizer))
-    packs = recipe.packing.sample_packing or packs_held_out(recipe.packing)
     if plan.engine is None:
-        model.to(accelerator.device)  # before the probe: flash attention has no CPU kernels
-        with accelerator.autocast():
-            composed = probe(model, packs=packs)
-    else:  # it may be larger than the device
-        composed = probe_for_all(None if handed else model, packs=packs)
+        model.to(accelerator.device)
     if recipe.precision.gradient_checkpointing or (config is not None and config.activation_checkpointing):
         recompute_activations(model)
+    in_parts = checkpoint is not None and has_parts(checkpoint)
     if full:
         train_only(model, recipe.adapter.unfrozen_parameters)
-        if checkpoint is not None and in_parts and not handed:
+        if checkpoint is not None and in_parts:
             read_parts(model, checkpoint, trained_only=False)
-        return TokenLoss(model, composed=composed)
+        return Assembled(TokenLoss(model), promises)
     adapted = add_lora(
         model,
         recipe.adapter,
@@ -98,33 +90,80 @@ def build_model(
     elif recipe.adapter.lora_model_dir is not None:
         require_same_base(Path(recipe.adapter.lora_model_dir), recipe.model.base_model)
         start_from_adapter(adapted, Path(recipe.adapter.lora_model_dir))
-    return TokenLoss(adapted, composed=composed)
+    return Assembled(TokenLoss(adapted), promises)
 
 
+def _load_base(
+    recipe: Recipe,
+    plan: Plan,
+    attention: tuple[str, ...],
+    checkpoint: Path | None,
+    accelerator: Accelerator,
+    report: Report,
+) -> "tuple[PreTrainedModel, Promises | None]":
+    """Promised, if the engine keeps parts of it on each rank; else read by every rank, or by the main one as FSDP's
+    cpu_ram_efficient_loading asks."""
+    full = recipe.adapter.adapter is None
+    in_parts = checkpoint is not None and has_parts(checkpoint)
+    source = str(checkpoint) if full and checkpoint is not None and not in_parts else recipe.model.base_model
+    dtype, trust = torch.float32 if full else DTYPES[plan.precision], recipe.model.trust_remote_code
+    form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
+    in_shards = isinstance(plan.engine, FsdpPlan) or (isinstance(plan.engine, ZeroPlan) and plan.engine.stage == 3)
+    caches = recipe.quantization.quantized_cache
+    # What takes weights from the disk tensor by tensor: not a checkpoint in parts, nor code that comes with a model
+    if not (in_parts and full) and not trust and (form is None or form.kind != "int8"):
+        folder = Path(recipe.data.dataset_prepared_path) / "quantized"
+        promised = promised_model(
+            source,
+            dtype=dtype,
+            attention=attention,
+            form=form,
+            device=accelerator.device,
+            cache_folder=folder if caches and (accelerator.is_main_process or not in_shards) else None,
+            report=report,
+            # DeepSpeed casts a whole model before it spreads it, and so would occupy memory for all of it
+            cast_to=DTYPES[plan.precision] if isinstance(plan.engine, ZeroPlan) and in_shards else None,
+        )
+        if promised is not None:
+            model, promises = promised
+            if in_shards:
+                return model, promises
+            promises.keep_all(accelerator.device if plan.engine is None else torch.device("cpu"))
+            return model, None
+    if caches:
+        raise ModelError(
+            f"quantized_cache: the tensors of '{source}' are renamed or joined as they load, which the cache does not "
+            "know. Write `quantized_cache: false`."
+        )
+    main_reads = isinstance(plan.engine, FsdpPlan) and plan.engine.main_rank_reads and form is None and not in_parts
+    if main_reads and not accelerator.is_main_process:
+        return empty_model(source, dtype=dtype, attention=attention, trust_remote_code=trust), None
+    model = load_model(
+        source, dtype=dtype, attention=attention, trust_remote_code=trust, form=form, device=accelerator.device
+    )
+    return model, None
+
+
+def read_at_once(model: "PreTrainedModel", section: AdapterSection, vocab_size: int) -> list[nn.Parameter]:
+    """Parameters whose values are needed before the model is spread: those that the adapter copies or measures, and
+    tables that grow by the mean of their rows."""
+    if section.peft_use_dora:  # the sizes of the columns of every weight that it adapts
+        return list(model.parameters())
+    wanted = list(section.lora_modules_to_save or ())
+    found = [p for name, p in model.named_parameters() if any(part in wanted for part in name.split("."))]
+    if vocab_size > embedding_rows(model) or wanted:
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+        found += [p for table in tables if table is not None for p in table.parameters()]
+    return found
+
+
+@torch.no_grad()
 def probe(model: "PreTrainedModel", *, packs: bool) -> bool:
     """Whether the loss head can be composed. Raises ModelError for a model that cannot be trained like this."""
     composed = head_is_composable(model)
     if packs:
         require_isolation(model)
     return composed
-
-
-def probe_for_all(model: "PreTrainedModel | None", *, packs: bool) -> bool:
-    """As probe, on the main rank, which has a model; all ranks get its word, so that a refusal ends all of them."""
-    word: list[bool | str] = [False]
-    if model is not None:
-        attention = model.config._attn_implementation
-        if next(model.parameters()).device.type == "cpu" and attention.startswith("flash"):
-            model.set_attn_implementation("sdpa")  # flash attention has no CPU kernels
-        try:
-            word = [probe(model, packs=packs)]
-        except ModelError as error:
-            word = [str(error)]
-        model.set_attn_implementation(attention)
-    answer = broadcast_object_list(word)[0]
-    if isinstance(answer, str):
-        raise ModelError(answer)
-    return bool(answer)
 
 
 def ids_to_train(model: "PreTrainedModel", vocabulary: Vocabulary) -> tuple[int, ...]:

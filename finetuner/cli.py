@@ -131,6 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except FinetunerError as error:
+        if error.said:
+            sys.exit(error.exit_code)
         rank = _rank()
         if rank:  # if rank 0 found the same, its launcher ends this process meanwhile, and it is said once
             time.sleep(5)

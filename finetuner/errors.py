@@ -15,9 +15,13 @@ traceback. A failure that is not one of these is a bug of ours and keeps its tra
 
 
 class FinetunerError(Exception):
-    """A mistake that the user can mend; the message says how."""
+    """A mistake that the user can mend; the message says how.
+
+    `said`: another rank prints it; this one only ends with it.
+    """
 
     exit_code = 2
+    said = False
 
 
 class RecipeError(FinetunerError):

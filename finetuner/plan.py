@@ -4,14 +4,16 @@ Nothing here touches a model or a dataset; facts that are known late (rows) are 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal
+from typing import Any
 
 from finetuner.errors import PlanError
 from finetuner.recipe import Recipe
+from finetuner.recipe.schedules import Shape, multiplier
 from finetuner.recipe.sections import EvaluationSection, OutputSection, PrecisionSection, ScheduleSection
-from finetuner.sharding import EnginePlan, Precision, ZeroPlan, plan_engine
+from finetuner.sharding import EnginePlan, Precision, plan_engine
 from finetuner.world import World
 
 
@@ -53,11 +55,6 @@ class Plan:
             grad_accum=batch.gradient_accumulation_steps,
             max_grad_norm=recipe.optimizer.max_grad_norm,
         )
-        if isinstance(engine, ZeroPlan) and recipe.optimizer.optimizer.endswith("8bit"):
-            raise PlanError(
-                f"optimizer {recipe.optimizer.optimizer} with deepspeed is not supported yet: ZeRO cuts its "
-                "blocks of 8 bits apart.\nWrite `optimizer: adamw_torch`; under ZeRO each rank holds a part of it."
-            )
         return cls(
             data_parallel=world.size,
             rank=world.rank,
@@ -112,7 +109,7 @@ class Schedule:
     total_steps: int
     warmup_steps: int
     peak_lr: float
-    shape: Literal["constant", "linear", "cosine"]
+    shape: Shape
     min_lr_ratio: float
     logging_steps: int
     eval_steps: int | None
@@ -123,6 +120,8 @@ class Schedule:
     eval_strategy: str | None = None
     save_strategy: str | None = None
     save_first_step: bool = False
+    settles_at: float = 1.0
+    shape_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_sections(
@@ -144,6 +143,12 @@ class Schedule:
                 f"the warmup of {warmup} steps is longer than the run of {total} steps.\n"
                 f"Write `warmup_steps: {total // 10}`, or train longer (num_epochs, max_steps)."
             )
+        decay = int(section.lr_scheduler_kwargs.get("num_decay_steps", 0))
+        if warmup + decay > total:
+            raise PlanError(
+                f"{warmup} steps of warmup and {decay} of decay are more than the {total} steps of the run.\n"
+                f"Set num_decay_steps in lr_scheduler_kwargs to {total - warmup} at most."
+            )
         return cls(
             num_rows=num_rows,
             global_batch=global_batch,
@@ -161,6 +166,8 @@ class Schedule:
             eval_strategy=evaluation.eval_strategy,
             save_strategy=output.save_strategy,
             save_first_step=output.save_first_step,
+            settles_at=1.0 if section.cosine_constant_lr_ratio is None else section.cosine_constant_lr_ratio,
+            shape_options=section.lr_scheduler_kwargs,
         )
 
     @property
@@ -168,22 +175,17 @@ class Schedule:
         return math.ceil(self.num_rows / self.global_batch)
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of the update that follows `step` updates.
-
-        Linear from 0 over the warmup (so the first warmup step does not move the weights), then with
-        t = (step - warmup) / (total - warmup): constant 1, linear 1 - t, or cosine
-        m + (1 - m) (1 + cos(pi t)) / 2 with m = cosine_min_lr_ratio; times the peak. The same as transformers'
-        get_*_schedule_with_warmup, so that curves of other tools can be laid over ours.
-        """
-        if step < self.warmup_steps:
-            return self.peak_lr * step / self.warmup_steps
-        t = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        if self.shape == "constant":
-            return self.peak_lr
-        if self.shape == "linear":
-            return self.peak_lr * max(0.0, 1.0 - t)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, t)))
-        return self.peak_lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine)
+        """Learning rate of the update that follows `step` updates. See recipe/schedules.py for the shapes."""
+        return self.peak_lr * multiplier(
+            self.shape,
+            step,
+            total=self.total_steps,
+            warmup=self.warmup_steps,
+            peak=self.peak_lr,
+            floor=self.min_lr_ratio,
+            settles=self.settles_at,
+            options=self.shape_options,
+        )
 
     def rows_at(self, step: int) -> tuple[int, int, int]:
         """(epoch, start, stop): the step learns positions start..stop-1 of that epoch's order."""

@@ -23,7 +23,7 @@ NO_MATTER = (
     "logging_steps", "eval_steps", "evals_per_epoch", "eval_on_start", "eval_batch_size", "micro_batch_size",
     "gradient_accumulation_steps", "trust_remote_code", "fsdp", "fsdp_config", "fsdp_version", "deepspeed",
     "dp_replicate_size", "dp_shard_size", "dataset_prepared_path", "max_dropped_fraction", "pad_to_sequence_len",
-    "eval_sample_packing",
+    "eval_sample_packing", "quantized_cache",
     "eval_strategy", "save_strategy", "save_first_step", "save_only_model", "max_skipped_steps",
     "loss_watchdog_threshold", "loss_watchdog_patience", "early_stopping_patience", "early_stopping_threshold",
     "load_best_model_at_end",
@@ -42,12 +42,21 @@ def resume_facts(
     }
 
 
+def _kind_of_state(recipe: Mapping[str, Any]) -> str:
+    """Optimizers of one kind differ in where the same state lies."""
+    name = str(recipe.get("optimizer", "")).removeprefix("paged_").removesuffix("_fused")
+    return {"adamw_8bit": "adamw_bnb_8bit"}.get(name, name)
+
+
 def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Notes on keys that changed and may. Raises CheckpointError for those that may not."""
     before, after = saved["recipe"], now["recipe"]
     refused = [
         f"{key}: {before.get(key)} -> {after.get(key)}" for key in MUST_MATCH if before.get(key) != after.get(key)
     ]
+    optimizers = [_kind_of_state(recipe) for recipe in (before, after)]
+    if optimizers[0] != optimizers[1]:
+        refused.append(f"optimizer: {optimizers[0]} -> {optimizers[1]} (its state would not fit)")
     if saved["num_rows"] != now["num_rows"]:
         refused.append(f"training rows: {saved['num_rows']} -> {now['num_rows']} (a data file has changed)")
     elif saved["rows_sha256"] != now["rows_sha256"]:

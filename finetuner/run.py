@@ -3,17 +3,15 @@
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from finetuner import __version__
-from finetuner.assemble import DTYPES, build_model
+from finetuner.assemble import DTYPES, build_model, probe
 from finetuner.checkpoint import (
     aside_of,
     checkpoint_folder,
@@ -26,18 +24,19 @@ from finetuner.checkpoint import (
     set_aside_after,
 )
 from finetuner.data.batches import Layout
-from finetuner.data.cache import prepare_once, tokenizer_digest
-from finetuner.data.feed import Feed, StoreFeed, StreamFeed, prefetched, read_position
+from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
+from finetuner.data.feed import Feed, build_feed, prefetched
 from finetuner.data.prepare import Prepared, held_out_only
-from finetuner.data.stream import RowStream
 from finetuner.data.templates import chosen_template
 from finetuner.errors import CheckpointError, FinetunerError, ModelError, PreemptedError
 from finetuner.export.merge import merge_adapter, require_same_base
+from finetuner.footprint import require_fit
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
     count_parameters,
     length_notes,
     trainable_parameters,
+    vocabulary_parameters,
 )
 from finetuner.models.packing import wants_flat_packs
 from finetuner.models.quantized import (
@@ -52,12 +51,18 @@ from finetuner.recipe.sections import GuardSection
 from finetuner.resume import check_resume, resume_facts
 from finetuner.sharding import FsdpPlan
 from finetuner.summary import print_plan, rows_line
-from finetuner.training.accelerator import build_accelerator, build_engine, leave_ranks, use_threads_and_matmuls
+from finetuner.training.accelerator import (
+    build_accelerator,
+    build_engine,
+    by_main_rank,
+    leave_ranks,
+    use_threads_and_matmuls,
+)
 from finetuner.training.guards import Guards
 from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
-from finetuner.training.optimizer import build_optimizer
+from finetuner.training.optimizer import build_optimizer, own_rates
 from finetuner.training.progress import Screen, TrainingProgress, duration
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
@@ -109,12 +114,14 @@ def train(loaded: Loaded, recipe_name: str) -> None:
 
 
 def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: Screen) -> None:
+    # What is missing on this machine is said before anything is fetched or prepared.
+    attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
+    if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
+        require_bitsandbytes()
+    require_fit(recipe, plan, world, attention)
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
     streams = recipe.data.streaming
     schedule = plan.schedule(recipe, len(prepared.train_rows))
-    if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
-        require_bitsandbytes()
-    attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
     accelerator = build_accelerator(plan, world)
     output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter is not None
 
@@ -127,73 +134,32 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     checkpoint = choose_checkpoint(recipe, accelerator, screen)
     state = TrainState()
     if checkpoint is not None:
-        saved = read_saved(checkpoint)
-        state = saved.state
-        for note in check_resume(saved.facts, facts):
-            screen.line(f"note: {note}")
-        if saved.facts.get("model_only"):
-            raise CheckpointError(
-                f"{checkpoint} was saved with save_only_model: it has no optimizer's state to go on with.\n"
-                "Its weights can be the base_model (or lora_model_dir) of a new run."
-            )
+        state = state_of(checkpoint, facts, screen)
         if (state.stopped_early or state.step >= schedule.total_steps) and result_mark(output_dir, is_lora).exists():
             screen.line(
                 f"{output_dir} is trained already: {state.step} of {schedule.total_steps} steps. Nothing to do."
             )
             return
 
-    bare = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator)
-    for note in length_notes(bare.bare, recipe.data.sequence_len if streams else prepared.train.longest):
-        screen.line(f"note: {note}")
-    counted = count_parameters(bare)
-    layout = layout_of(recipe, bare.bare, packed=recipe.packing.sample_packing)
-    feed = build_feed(recipe, vocabulary, prepared, plan, schedule, layout, checkpoint)
-    run = Run(
-        accelerator=accelerator,
-        engine=build_engine(
-            accelerator,
-            bare,
-            plan,
-            full=not is_lora,
-            make_optimizer=lambda: build_optimizer(trainable_parameters(bare), recipe.optimizer),
-        ),
-        plan=plan,
-        schedule=schedule,
-        batches=feed.batches,
-        held_out_rows=prepared.held_out_rows,
-        held_out_parts=prepared.held_out_parts,
-        max_grad_norm=recipe.optimizer.max_grad_norm,
-        layout=layout,
-        eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
-        guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
+    weights, counted = assemble(
+        recipe, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen
     )
-    parameters, token_ids = trainable_parameters(bare), special_ids(recipe, vocabulary.tokenizer)
-    weights = Weights(run, bare, parameters, vocabulary.tokenizer, is_lora, token_ids)
     if checkpoint is not None:
         read_optimizer(weights, checkpoint)
         screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
     print_plan(recipe, weights, counted, prepared, recipe_name, screen)
-    if accelerator.is_main_process:
-        make_room(recipe, recipe_name, counted[0], state, screen)
-    with prefetched(feed, schedule.total_steps, pin=accelerator.device.type == "cuda") as batches:
-        ahead = replace(weights, run=replace(run, batches=batches))
-        state = fit(recipe, ahead, feed, facts, state, screen)
-    finish(recipe, recipe_name, weights, state, vocabulary, screen)
-    leave_ranks(accelerator)
-
-
-def finish(
-    recipe: Recipe, recipe_name: str, weights: Weights, state: TrainState, vocabulary: Vocabulary, screen: Screen
-) -> None:
-    """Write the result, and say what may be done with it."""
-    run, output_dir = weights.run, Path(recipe.output.output_dir)
-    say_how_it_ended(recipe.guards, state, run.schedule.total_steps, screen)
+    by_main_rank(accelerator, lambda: make_room(recipe, recipe_name, counted[0], state, screen))
+    layout = weights.run.layout
+    feed = build_feed(recipe.data, vocabulary.tokenizer, prepared.train_rows, plan, schedule, layout, checkpoint)
+    state = fit(recipe, weights, feed, facts, state, screen)
+    say_how_it_ended(recipe.guards, state, schedule.total_steps, screen)
     if recipe.guards.load_best_model_at_end and state.best_step not in (None, state.step):
-        write_best(weights, output_dir, DTYPES[run.plan.precision], state.best_step or 0)
+        best = state.best_step or 0
+        by_main_rank(accelerator, lambda: write_best(weights, output_dir, DTYPES[plan.precision], best))
     else:
-        write_result(weights, output_dir, DTYPES[run.plan.precision])
-    run.accelerator.wait_for_everyone()
-    if weights.is_lora:
+        write_result(weights, output_dir, DTYPES[plan.precision])
+    accelerator.wait_for_everyone()
+    if is_lora:
         screen.line(f"done: the adapter is in {output_dir}")
         if vocabulary.new_ids:
             rows = len(vocabulary.tokenizer)
@@ -201,6 +167,57 @@ def finish(
         screen.line(f"merge it into the base: python -m finetuner.merge {recipe_name}")
     else:
         screen.line(f"done: the model is in {output_dir}")
+    leave_ranks(accelerator)
+
+
+def assemble(
+    recipe: Recipe,
+    plan: Plan,
+    schedule: Schedule,
+    vocabulary: Vocabulary,
+    prepared: Prepared,
+    attention: tuple[str, ...],
+    checkpoint: Path | None,
+    accelerator: Accelerator,
+    screen: Screen,
+) -> tuple[Weights, tuple[int, int]]:
+    """The model in its engine, ready to train; and its parameters, counted before they were spread."""
+    is_lora = recipe.adapter.adapter is not None
+    with screen.work("loading the model", "MB") as work:
+        built = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator, work.at_bytes)
+        bare = built.loss
+        for note in length_notes(bare.bare, prepared.train.longest or recipe.data.sequence_len):
+            screen.line(f"note: {note}")
+        counted = count_parameters(bare)
+        tables = vocabulary_parameters(bare, bare.bare)
+        rates = own_rates(trainable_parameters(bare), recipe.rates, schedule.peak_lr, tables)
+        engine = build_engine(
+            accelerator,
+            bare,
+            plan,
+            full=not is_lora,
+            make_optimizer=lambda device: build_optimizer(
+                trainable_parameters(bare), recipe.optimizer, device=device, rates=rates, vocabulary=tables
+            ),
+            promises=built.promises,
+        )
+    packs = recipe.packing.sample_packing or packs_held_out(recipe.packing)
+    with torch.no_grad():
+        bare.composed = bool(engine.module(partial(probe, packs=packs)))
+    run = Run(
+        accelerator=accelerator,
+        engine=engine,
+        plan=plan,
+        schedule=schedule,
+        held_out_rows=prepared.held_out_rows,
+        held_out_parts=prepared.held_out_parts,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        layout=layout_of(recipe, bare.bare, packed=recipe.packing.sample_packing),
+        eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
+        guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
+    )
+    token_ids = special_ids(recipe, vocabulary.tokenizer)
+    return Weights(run, bare, trainable_parameters(bare), vocabulary.tokenizer, is_lora, token_ids), counted
 
 
 def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tuple[Vocabulary, Prepared]:
@@ -240,30 +257,43 @@ def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainSt
 
 def choose_checkpoint(recipe: Recipe, accelerator: Accelerator, screen: Screen) -> Path | None:
     """The checkpoint to go on from, chosen and verified by the main rank for all; None means from the start."""
-    wish = recipe.output.resume_from_checkpoint
+    wish, output_dir = recipe.output.resume_from_checkpoint, Path(recipe.output.output_dir)
     if wish is False:
         return None
-    chosen: list[Path | None] = [None]
-    if accelerator.is_main_process:
-        output_dir = Path(recipe.output.output_dir)
-        if isinstance(wish, str):
-            require_whole(Path(wish))
-            if (output_dir / "metrics.jsonl").exists() and Path(wish).resolve().parent.parent != output_dir.resolve():
-                raise CheckpointError(
-                    f"'{output_dir}' holds another run than the checkpoint '{wish}'.\n"
-                    "Name an empty folder (output_dir=...), or write resume_from_checkpoint=true for the run in it."
-                )
-            chosen = [Path(wish)]
-        else:
-            chosen = [newest_whole(output_dir, lambda text: screen.line(f"note: {text}"))]
-            if chosen == [None] and list_checkpoints(output_dir):
-                raise CheckpointError(
-                    f"every checkpoint in {output_dir / 'checkpoints'} is damaged.\n"
-                    "Start anew: overwrite_output_dir=true resume_from_checkpoint=false"
-                )
-            if chosen == [None]:
-                screen.line(f"no checkpoint in {output_dir} yet: starting from the base model")
-    return broadcast_object_list(chosen)[0]
+    return by_main_rank(accelerator, lambda: _whole_checkpoint(wish, output_dir, screen))
+
+
+def _whole_checkpoint(wish: str | bool, output_dir: Path, screen: Screen) -> Path | None:
+    if isinstance(wish, str):
+        require_whole(Path(wish))
+        if (output_dir / "metrics.jsonl").exists() and Path(wish).resolve().parent.parent != output_dir.resolve():
+            raise CheckpointError(
+                f"'{output_dir}' holds another run than the checkpoint '{wish}'.\n"
+                "Name an empty folder (output_dir=...), or write resume_from_checkpoint=true for the run in it."
+            )
+        return Path(wish)
+    chosen = newest_whole(output_dir, lambda text: screen.line(f"note: {text}"))
+    if chosen is None and list_checkpoints(output_dir):
+        raise CheckpointError(
+            f"every checkpoint in {output_dir / 'checkpoints'} is damaged.\n"
+            "Start anew: overwrite_output_dir=true resume_from_checkpoint=false"
+        )
+    if chosen is None:
+        screen.line(f"no checkpoint in {output_dir} yet: starting from the base model")
+    return chosen
+
+
+def state_of(checkpoint: Path, facts: dict[str, Any], screen: Screen) -> TrainState:
+    """Raises CheckpointError unless a run of these facts can go on from there."""
+    saved = read_saved(checkpoint)
+    for note in check_resume(saved.facts, facts):
+        screen.line(f"note: {note}")
+    if saved.facts.get("model_only"):
+        raise CheckpointError(
+            f"{checkpoint} was saved with save_only_model: it has no optimizer's state to go on with.\n"
+            "Its weights can be the base_model (or lora_model_dir) of a new run."
+        )
+    return saved.state
 
 
 def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
@@ -271,24 +301,6 @@ def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[st
     named = recipe.tokenizer.special_tokens.model_dump(exclude_none=True)
     ids: Any = tokenizer.convert_tokens_to_ids(list(named.values()))
     return {f"{role}_id": token_id for role, token_id in zip(named, ids, strict=True)}
-
-
-def build_feed(
-    recipe: Recipe,
-    vocabulary: Vocabulary,
-    prepared: Prepared,
-    plan: Plan,
-    schedule: Schedule,
-    layout: Layout,
-    checkpoint: Path | None,
-) -> Feed:
-    """The training rows: prepared, or streamed from where the checkpoint was."""
-    if not recipe.data.streaming:
-        return StoreFeed(prepared.train_rows, plan, schedule, layout)
-    position = read_position(checkpoint) if checkpoint is not None else None
-    packing = recipe.packing.sample_packing
-    stream = RowStream(recipe.data, vocabulary.tokenizer, plan.seed, packing=packing, state=position)
-    return StreamFeed(stream, plan, layout)
 
 
 def fit(
@@ -322,19 +334,21 @@ def fit(
             write = partial(write_checkpoint, weights, gathered)
             if model_only:
                 write = partial(write_model, weights, gathered.model)
-        if main:
 
-            def write_all(aside: Path) -> None:
-                write(aside)
-                feed.write_position(state.step, aside)
+        def write_all(aside: Path) -> None:
+            write(aside)
+            feed.write_position(state.step, aside)
 
+        def seal_and_prune() -> None:
             save_checkpoint(folder, state, facts | {"model_only": model_only}, write_all)
             prune(output_dir, recipe.output.save_total_limit, state.best_step if run.guards.saves_best else None)
-        run.accelerator.wait_for_everyone()
+
+        by_main_rank(run.accelerator, seal_and_prune)
 
     mine = -(-len(run.held_out_rows) // run.plan.data_parallel)
     bar = TrainingProgress(screen, run.schedule.total_steps, state.step, eval_rows=mine)
-    with bar as progress, stop_wishes(screen.line) as wish:
+    ahead = prefetched(feed, run.schedule.total_steps, pin=run.accelerator.device.type == "cuda")
+    with bar as progress, stop_wishes(screen.line) as wish, ahead as batches:
         events = Events(
             stepped=stepped,
             logged=partial(record, progress.logged),
@@ -343,7 +357,7 @@ def fit(
             eval_progress=progress.evaluating,
             stop_wished=lambda: bool(wish),
         )
-        return train_loop(run, state, events)
+        return train_loop(run, batches, state, events)
 
 
 def say_how_it_ended(section: GuardSection, state: TrainState, total_steps: int, screen: Screen) -> None:

@@ -112,9 +112,10 @@ def _plan_fsdp(section: ShardingSection, world: World, precision: Precision) -> 
     if strategy == "no_shard":
         return None, (*notes, "fsdp no_shard is DDP: each rank holds a whole copy.")
     shards, replicas = world.size, 1
-    if strategy.startswith("hybrid_shard"):
-        shards, replicas = _hybrid_sizes(section, world)
-        if replicas == 1:
+    hybrid = strategy.startswith("hybrid_shard")
+    if hybrid or section.dp_shard_size or section.dp_replicate_size:
+        shards, replicas = _mesh_sizes(section, world, hybrid=hybrid)
+        if hybrid and replicas == 1:
             notes.append(
                 f"{strategy}: the ranks hold one copy of the model, so there are no copies to keep equal "
                 "(dp_replicate_size and dp_shard_size change that)."
@@ -142,14 +143,15 @@ def _plan_fsdp(section: ShardingSection, world: World, precision: Precision) -> 
     ), tuple(notes)
 
 
-def _hybrid_sizes(section: ShardingSection, world: World) -> tuple[int, int]:
+def _mesh_sizes(section: ShardingSection, world: World, *, hybrid: bool) -> tuple[int, int]:
+    """Ranks that share one copy, and copies. Where no size is given, hybrid_shard keeps one copy on each node."""
     shards = section.dp_shard_size
     if shards is None:
         shards = world.size // section.dp_replicate_size if section.dp_replicate_size else world.local_size
-    replicas = section.dp_replicate_size or max(1, world.size // shards)
+    replicas = section.dp_replicate_size or (max(1, world.size // shards) if hybrid else 1)
     if shards * replicas != world.size:
         raise PlanError(
-            f"hybrid_shard: {replicas} copies x {shards} ranks are {replicas * shards} ranks, but {world.size} were "
+            f"{replicas} copies x {shards} ranks are {replicas * shards} ranks, but {world.size} were "
             "started. Set dp_shard_size and dp_replicate_size so that their product is the number of ranks."
         )
     return shards, replicas

@@ -25,7 +25,7 @@ from finetuner.models.loss import TokenLoss
 from finetuner.models.quantized import record_of, write_record
 from finetuner.output import move_into
 from finetuner.training.loop import Run
-from finetuner.training.optimizer import optimizer_tensors
+from finetuner.training.optimizer_state import optimizer_tensors
 from finetuner.training.parts import MODEL_PART, OPTIMIZER_PART, Parts, has_parts, write_part
 
 if TYPE_CHECKING:
@@ -139,9 +139,9 @@ def _as_result(weights: Weights, values: Mapping[str, torch.Tensor], dtype: torc
 
 
 def write_best(weights: Weights, output_dir: Path, dtype: torch.dtype, step: int) -> None:
-    """As write_result, with what the checkpoint of `step` holds. Raises CheckpointError if it is damaged or gone."""
-    if not weights.run.accelerator.is_main_process:
-        return
+    """As write_result, with what the checkpoint of `step` holds, by the main rank alone.
+
+    Raises CheckpointError if it is damaged or gone."""
     folder = checkpoint_folder(output_dir, step)
     wrong = damage(folder)
     if wrong:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TextIO
 
 from finetuner.errors import PlanError
@@ -45,6 +46,8 @@ class World:
 
     `size` ranks in all, `local_size` of them on this node. `bf16` says that the device multiplies bfloat16 natively;
     where it does not, bf16 is emulated and slower than fp32. `num_threads` is this rank's share of the CPU cores.
+    `device_memory`: free bytes of this rank's GPU, or its share of the node's RAM; `host_memory`: the node's available
+    RAM. None where they cannot be known.
     """
 
     size: int = 1
@@ -54,6 +57,8 @@ class World:
     device: DeviceType = "cpu"
     bf16: bool = False
     num_threads: int = 1
+    device_memory: int | None = None
+    host_memory: int | None = None
     launch: Launch = Launch()
 
     @property
@@ -86,14 +91,20 @@ class World:
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             bf16 = device == "mps" or _cpu_multiplies_bf16()
+        local_rank, host = int(env.get("LOCAL_RANK", "0")), available_ram()
+        device_memory = None if host is None or device == "mps" else host // local_size
+        if device == "cuda":
+            device_memory, _ = torch.cuda.mem_get_info(local_rank)
         return cls(
             size=int(env.get("WORLD_SIZE", "1")),
             rank=int(env.get("RANK", "0")),
-            local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_rank=local_rank,
             local_size=local_size,
             device=device,
             bf16=bf16,
             num_threads=threads_for_a_rank(env, local_size, _num_usable_cores()),
+            device_memory=device_memory,
+            host_memory=host,
             launch=read_launch(env),
         )
 
@@ -151,6 +162,22 @@ def threads_for_a_rank(env: Mapping[str, str], local_size: int, num_cores: int) 
     if chosen.isdecimal() and int(chosen) > 0 and not (launched and chosen == "1"):
         return int(chosen)
     return max(1, num_cores // local_size)
+
+
+def available_ram(root: Path = Path("/")) -> int | None:
+    """Bytes that processes of this machine, or of this container, may still take; None where Linux does not say."""
+    try:
+        text = (root / "proc/meminfo").read_text()
+        there = int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return None
+    try:
+        limit = int((root / "sys/fs/cgroup/memory.max").read_text())
+        used = int((root / "sys/fs/cgroup/memory.current").read_text())
+        files = int((root / "sys/fs/cgroup/memory.stat").read_text().split("\nfile ")[1].split()[0])
+        return min(there, limit - used + files)  # pages of files are given back when memory is short
+    except (OSError, IndexError, ValueError):  # no container, or one without a limit ("max")
+        return there
 
 
 def launched_rank() -> int:

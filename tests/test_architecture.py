@@ -5,12 +5,15 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 from conftest import ROOT
 
 import finetuner
-from finetuner.recipe import KEYS, load_recipe
+from finetuner.recipe import KEYS, SECTIONS, load_recipe
+from finetuner.recipe.sections import Section
+from finetuner.recipe.sections.model import SpecialTokens
 
 PACKAGE = ROOT / "finetuner"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -30,6 +33,7 @@ MAY_IMPORT = {
     "checkpoint": {"training"},
     "export": {"models", "checkpoint"},
     "weights": {"training", "models", "checkpoint", "output"},
+    "footprint": {"recipe", "plan", "sharding", "models"},
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
     "summary": {"recipe", "plan", "data", "models", "training", "weights"},
 }
@@ -116,14 +120,41 @@ def test_every_example_loads(path):
 
 def test_every_key_of_the_schema_is_read_somewhere():
     """A key that nothing reads would be accepted and without effect."""
-    read = {
+    assert sorted(set(KEYS) - attributes_read(*(path for path in MODULES if part_of(path) != "recipe"))) == []
+
+
+def test_every_key_of_a_block_is_read_somewhere():
+    def blocks(section: type) -> set[type]:
+        found = {section} if issubclass(section, Section) else set()
+        for info in section.model_fields.values():
+            for kind in kinds(info.annotation):
+                found |= blocks(kind) if kind not in found else set()
+        return found
+
+    def kinds(annotation: object) -> list[type]:
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            return [annotation]
+        return [kind for argument in get_args(annotation) for kind in kinds(argument)]
+
+    inner = {block for section in SECTIONS.values() for block in blocks(section)} - set(SECTIONS.values())
+    assert {"DatasetEntry", "FsdpConfig", "FourBitSection"} <= {block.__name__ for block in inner}
+    read = attributes_read(*MODULES) | set(SpecialTokens.model_fields)  # those are handed on as a whole
+    unread = [
+        f"{block.__name__}.{key}"
+        for block in inner
+        for key, info in block.model_fields.items()
+        if key not in read and not (get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1)
+    ]
+    assert sorted(unread) == []  # a key of one value says what holds anyway
+
+
+def attributes_read(*paths: Path) -> set[str]:
+    return {
         node.attr
-        for path in MODULES
-        if part_of(path) not in ("recipe",)
+        for path in paths
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    assert sorted(set(KEYS) - read) == []
 
 
 def test_every_key_says_what_it_means():

@@ -149,6 +149,10 @@ def test_resume_refuses_another_model_order_or_batch_and_notes_the_rest():
     for change in ({"base_model": "b"}, {"seed": 2}, {"num_rows": 11}, {"global_batch": 8}, {"rows_sha256": "y"}):
         with pytest.raises(CheckpointError, match="another run"):
             check_resume(facts(), facts(**change))
+    fused, sgd = facts(optimizer="adamw_torch_fused"), facts(optimizer="sgd")
+    assert len(check_resume(facts(optimizer="adamw_torch"), fused)) == 1
+    with pytest.raises(CheckpointError, match=r"optimizer: adamw_torch -> sgd \(its state would not fit\)"):
+        check_resume(fused, sgd)
 
 
 def test_resume_true_without_a_checkpoint_starts_and_with_a_finished_one_ends(write_recipe, train, capsys):

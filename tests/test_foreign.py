@@ -13,7 +13,7 @@ from finetuner.errors import RecipeError
 from finetuner.recipe import KEYS, load
 from finetuner.recipe.convert import convert
 from finetuner.recipe.foreign.axolotl import DIFFERENT, PLUGINS, UNSUPPORTED_VALUES
-from finetuner.recipe.foreign.tools import LLAMA_FACTORY_TOOL, TRL_TOOL
+from finetuner.recipe.foreign.tools import ELSEWHERE, LLAMA_FACTORY_TOOL, TRL_TOOL
 from finetuner.recipe.foreign.translate import MEANINGS, VALUES
 
 BASE = "base_model: org/model\nlearning_rate: 2e-4\ndatasets:\n  - path: org/data\n    type: alpaca\n"
@@ -171,7 +171,8 @@ def test_lora_keys_beside_an_empty_adapter_are_boilerplate_and_without_one_a_mis
 def test_evaluation_keys_beside_no_held_out_rows_are_boilerplate_and_otherwise_a_mistake(recipe) -> None:
     loaded = load(recipe(BASE + "val_set_size: 0\nevals_per_epoch: 4\n"))
     assert [str(note) for note in loaded.notes] == ["line 7: evals_per_epoch without effect: no row is held out"]
-    assert "evals_per_epoch needs held-out rows" in refusal(recipe(BASE + "evals_per_epoch: 4\n"))
+    (note,) = load(recipe(BASE + "evals_per_epoch: 4\n")).notes
+    assert not note.quiet and "`val_set_size: 0.05` holds some out" in note.message
 
 
 def test_a_llama_factory_recipe_becomes_ours_with_its_own_defaults(recipe, tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_a_trl_recipe_becomes_ours(recipe, tmp_path: Path) -> None:
     [
         ("org/corpus", [{"path": "org/corpus"}]),
         ("{path: org/corpus, name: en, type: pretrain}", [{"path": "org/corpus", "name": "en"}]),
-        ("[{path: a/b, text_column: body}, {path: c/d, split: dev}]", [{"path": "a/b", "field": "body"}, {"path": "c/d", "split": "dev"}]),
+        ("[{path: a/b, text_column: body}, c/d]", [{"path": "a/b", "field": "body"}, {"path": "c/d"}]),
     ],
 )  # fmt: skip
 def test_a_corpus_to_pretrain_on_is_streamed_as_plain_text(
@@ -292,3 +293,42 @@ def test_no_value_of_a_foreign_key_leads_to_a_traceback(data, tmp_path_factory) 
             read(path)
         except RecipeError as error:
             assert str(error)
+
+
+def test_keys_that_stood_elsewhere_in_older_recipes_are_moved_with_their_places(recipe) -> None:
+    old = "tokens:\n  pad_token: <pad>\n  bos_token: <s>\nbnb_4bit_quant_type: fp4\nadapter: qlora\n"
+    loaded = load(recipe(BASE + old))
+    assert loaded.recipe.tokenizer.special_tokens.pad_token == "<pad>"
+    assert loaded.recipe.quantization.bnb_config_kwargs.bnb_4bit_quant_type == "fp4"
+    assert "line 7: pad_token is read as special_tokens.pad_token" in map(str, loaded.notes)
+    message = refusal(recipe(BASE + "bnb_4bit_quant_type: nf5\nadapter: qlora\n"))
+    assert ":6:" in message and "bnb_config_kwargs.bnb_4bit_quant_type" in message
+    assert "'bnb_4bit_quant_type' are the same key" in refusal(
+        recipe(BASE + "adapter: qlora\nbnb_4bit_quant_type: nf4\nbnb_config_kwargs:\n  bnb_4bit_quant_type: fp4\n")
+    )
+
+
+def test_sharegpt_rows_are_read_as_chats_with_its_column_and_keys(recipe) -> None:
+    loaded = load(recipe(BASE.replace("alpaca", "sharegpt")))
+    (entry,) = loaded.recipe.data.datasets
+    assert (entry.type, entry.field_messages) == ("chat_template", "conversations")
+    mappings = entry.message_property_mappings
+    assert (mappings.role, mappings.content) == ("from", "value")
+    assert [note.origin.line for note in loaded.notes if note.origin] == [5]
+
+
+@pytest.mark.parametrize("kind", ["alpaca_chat.load_qa", "jeopardy", "my_rows.transform", "context_qa.load_v2"])
+def test_row_types_of_axolotls_that_are_not_ours_are_refused_by_name(recipe, kind: str) -> None:
+    assert f"type: '{kind}' is not supported yet: " in refusal(recipe(BASE.replace("alpaca", kind)))
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"), [("lora_rank", "lora_r"), ("lr", "learning_rate"), ("cutoff_len", "sequence_len"), ("r", "lora_r")]
+)
+def test_a_word_of_another_tool_in_a_recipe_of_ours_is_told_ours(recipe, key: str, ours: str) -> None:
+    assert f"unknown key '{key}'. It is called {ours} here." in refusal(recipe(f"{BASE}{key}: 8\n"))
+
+
+def test_names_from_elsewhere_are_of_keys_that_there_are() -> None:
+    assert set(ELSEWHERE.values()) <= set(KEYS)
+    assert not set(ELSEWHERE) & set(KEYS)

@@ -16,9 +16,9 @@ from finetuner import run
 from finetuner.errors import ModelError
 from finetuner.export import merge as merge_module
 from finetuner.export.merge import merge_adapter
-from finetuner.export.safetensors_stream import read_header
 from finetuner.models.build import load_model
 from finetuner.models.quantized import choose_format
+from finetuner.models.safetensors_stream import read_header
 from finetuner.recipe import load
 
 FP4 = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
@@ -153,7 +153,7 @@ def test_a_damaged_base_is_refused(harm, write_recipe, train, tmp_path, tokenize
 
 
 def test_streamed_files_are_what_the_library_reads(tmp_path):
-    from finetuner.export.safetensors_stream import NAMES, TensorInfo, write_stream
+    from finetuner.models.safetensors_stream import NAMES, TensorInfo, write_stream
 
     tensors = {
         "a": torch.randn(3, 5).to(torch.bfloat16),

@@ -171,6 +171,57 @@ def reference_curve(shape: str, total: int, warmup: int) -> list[float]:
     return curve
 
 
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("cosine", {"num_cycles": 1.5}),
+    ("cosine_with_restarts", {}),
+    ("cosine_with_restarts", {"num_cycles": 3}),
+    ("cosine_with_min_lr", {"min_lr": 0.2}),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.1, "num_cycles": 1.5}),
+    ("polynomial", {}),
+    ("polynomial", {"lr_end": 0.25, "power": 2.0}),
+    ("inverse_sqrt", {}),
+    ("inverse_sqrt", {"timescale": 7}),
+    ("warmup_stable_decay", {"num_decay_steps": 9}),
+    ("warmup_stable_decay", {"num_decay_steps": 9, "decay_type": "linear", "warmup_type": "cosine"}),
+    ("warmup_stable_decay", {"num_decay_steps": 5, "decay_type": "1-sqrt", "warmup_type": "1-sqrt",
+                             "min_lr_ratio": 0.1, "num_stable_steps": 8}),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Both num_training_steps and num_stable_steps")
+@pytest.mark.parametrize(("shape", "options"), OPTIONS)
+@pytest.mark.parametrize(("total", "warmup"), [(37, 0), (37, 5)])
+def test_shapes_with_options_are_those_of_transformers(
+    shape: str, options: dict[str, Any], total: int, warmup: int
+) -> None:
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    theirs = get_scheduler(shape, optimizer, warmup, total, scheduler_specific_kwargs=options)
+    ours = schedule(
+        max_steps=total, warmup_steps=warmup, lr_scheduler=shape, lr_scheduler_kwargs=options, learning_rate=0.5
+    )
+    for step in range(total):
+        assert ours.lr_at(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12), step
+        optimizer.step()
+        theirs.step()
+
+
+def test_a_cosine_that_settles_reaches_its_floor_early_and_stays() -> None:
+    early = schedule(max_steps=50, warmup_steps=10, cosine_min_lr_ratio=0.1, cosine_constant_lr_ratio=0.8)
+    shorter = schedule(max_steps=40, warmup_steps=10, cosine_min_lr_ratio=0.1)
+    rates = [early.lr_at(step) for step in range(50)]
+    assert rates[:40] == pytest.approx([shorter.lr_at(step) for step in range(40)])
+    assert rates[40:] == pytest.approx([0.1] * 10)
+
+
+def test_a_decay_longer_than_the_run_is_refused() -> None:
+    options = {"num_decay_steps": 8}
+    with pytest.raises(PlanError, match="5 steps of warmup and 8 of decay are more than the 12 steps"):
+        schedule(max_steps=12, warmup_steps=5, lr_scheduler="warmup_stable_decay", lr_scheduler_kwargs=options)
+
+
 @pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize(("total", "warmup"), [(1, 0), (1, 1), (2, 1), (10, 0), (37, 5), (100, 100), (101, 33)])
 def test_learning_rates_are_those_of_transformers(shape: str, total: int, warmup: int) -> None:

@@ -83,7 +83,7 @@ def test_both_spellings_of_fsdp_config_are_one_recipe(write_recipe):
         (FSDP | {"fsdp_config": {"auto_wrap_policy": "NO_WRAP"}}, "gathers the whole model at once"),
         (FSDP | {"fsdp_config": {"version": 2}, "fsdp_version": 1}, "fsdp_version is 1, fsdp_config.version is 2"),
         ({"fsdp_version": 2}, "no effect without `fsdp`"),
-        (FSDP | {"dp_shard_size": 2}, r"is for `fsdp: \[hybrid_shard"),
+        ({"dp_shard_size": 2}, r"is for FSDP: add `fsdp: \[full_shard"),
         (FSDP | {"deepspeed": {"zero_optimization": {"stage": 1}}}, "two ways to shard the same model"),
         ({"deepspeed": {"ZeRO_optimization": {"stage": 1}}}, "Write 'zero_optimization'"),
         ({"deepspeed": {"zero_optimisation": {"stage": 1}}}, "Did you mean 'zero_optimization'"),
@@ -163,6 +163,10 @@ def test_sizes_of_hybrid_sharding_give_the_number_of_ranks():
     assert sizes(dp_shard_size=2) == (4, 2, 0)
     with pytest.raises(PlanError, match="3 copies x 2 ranks are 6 ranks, but 8 were started"):
         sizes(dp_replicate_size=3)
+    full, _ = engine_of(section(fsdp=("full_shard",), dp_shard_size=4, dp_replicate_size=2), world)
+    assert (full.num_replicas, full.num_shards) == (2, 4)
+    with pytest.raises(PlanError, match="1 copies x 4 ranks are 4 ranks, but 8 were started"):
+        engine_of(section(fsdp=("full_shard",), dp_shard_size=4), world)
 
 
 CONFIGS = sorted((ROOT / "deepspeed_configs").glob("*.json"))

@@ -1,20 +1,29 @@
 """Conversation -> text by a chat template, and which of its characters are trained on.
 
-A plain conversation is rendered once, and once more on stand-ins for its contents. What lies between the stand-ins is
-what the template itself writes, which fixes where each content begins and ends, whatever it says ("[[1, 2]]", a
-role's name, a copy of another turn). Conversations with the same roles share that second rendering. Where messages
-hold more than a text (tool calls, thoughts), a turn's place is where the renderings of the messages up to it end.
+A plain conversation is rendered once, and compared with what the template writes around stand-ins for its contents,
+which conversations with the same roles share. One with thoughts or tool calls is rendered on stand-ins of its own too.
 """
 
 import json
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from finetuner.data.formats import Rendered, Span
 from finetuner.data.messages import Conversation, Messages
+from finetuner.data.sandbox import ChatTemplate, compile_template
+from finetuner.data.skeleton import (
+    Outline,
+    Piece,
+    find_pieces,
+    literals_between,
+    mocked_plainly,
+    outline,
+    rewritten,
+    said_in_calls,
+    stand_in_for,
+    with_thoughts_apart,
+)
 from finetuner.errors import DataError
 from finetuner.recipe.sections.datasets import Ends
 
@@ -22,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_REMEMBERED = 2048
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -35,23 +43,31 @@ class EndsOfTurns:
     of_text: Ends = "turn"
     of_turn: Ends = "turn"
 
-    def after(self, text: str) -> str:
-        """The token with which `text` begins, with white space before it; "" if there is none."""
+    def after(self, text: str, closing: str) -> str:
+        """The tokens with which `text` begins, with white space before them; "" if there are none.
+
+        More than one only as far as `closing`, which follows the last answer of all, has them too: what else follows
+        at once begins the next turn ("</s>[INST]").
+        """
         blank = len(text) - len(text.lstrip())
-        return text[:blank] + max((t for t in self.tokens if text.startswith(t, blank)), key=len, default="") or ""
+        ending = text[:blank] + self._at(text, blank)
+        while (more := self._at(text, len(ending))) and closing.startswith(ending + more):
+            ending += more
+        return ending if ending.strip() else ""
+
+    def _at(self, text: str, place: int) -> str:
+        return max((token for token in self.tokens if text.startswith(token, place)), key=len, default="")
 
     def policy(self, ending: str) -> Ends:
-        return self.of_text if ending.strip() == self.eos else self.of_turn
+        return self.of_text if self.eos is not None and ending.endswith(self.eos) else self.of_turn
 
 
 @dataclass(frozen=True)
-class _Skeleton:
-    """What the template writes before, between and after the contents; the ending of each turn; and `lead`, white space
-    before an answer that a model is not given but writes itself ("[/INST] answer" answers "[/INST]")."""
+class _Turn:
+    """Where what a turn says stands in the text, and what the template writes behind it."""
 
-    literals: list[str]
-    endings: list[str]
-    lead: str
+    body: Span
+    following: str
 
 
 @dataclass(frozen=True)
@@ -62,150 +78,120 @@ class ChatRenderer:
     ends: EndsOfTurns
     kwargs: Mapping[str, Any]
     only_answers: bool  # by role, with the ends of turns, as {% generation %} markers have it
-    _remembered: dict[str, _Skeleton] = field(default_factory=dict)
+    _outlines: dict[str, Outline] = field(default_factory=dict)
+    _templates: dict[str, ChatTemplate] = field(default_factory=dict)
 
     def render(self, conversation: Conversation) -> Rendered:
         """Raises DataError if the template refuses the conversation, or it cannot be told which text is whose."""
-        template = str(self.tokenizer.chat_template)
-        self._require_understood(conversation, template)
+        template = self._template(conversation.tools)
+        _require_understood(conversation, template.text)
         by_role = all(
             wish == (message["role"] == "assistant")
             for wish, message in zip(conversation.trained, conversation.messages, strict=True)
         )
-        if _MARKS.search(template) and self.only_answers and by_role:
-            text, spans = self._marked(conversation)
-            return Rendered(
-                text, tuple((a, b) for a, b in spans), wraps=False, contents=self._known(conversation, text)
-            )
-        return self._by_contents(conversation) if conversation.plain else self._by_prefixes(conversation)
+        if template.marks_answers and self.only_answers and by_role:
+            return self._marked(template, conversation)
+        text = template.render(conversation.messages, conversation.tools)
+        messages = with_thoughts_apart(template, conversation.messages)
+        if conversation.plain and messages is conversation.messages:
+            return self._by_contents(template, conversation, text)
+        return self._by_pieces(template, conversation, messages, text)
 
-    def _text(self, messages: Messages, tools: list[Any] | None, *, prompt: bool = False) -> str:
-        with _the_templates_word():
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.kwargs
-                )
-            )
+    def _template(self, tools: list[Any] | None) -> ChatTemplate:
+        """The tokenizer's, or the one of its several that is for tools."""
+        text = str(self.tokenizer.get_chat_template(tools=tools))
+        if text not in self._templates:
+            self._templates[text] = compile_template(text, {**self.tokenizer.special_tokens_map, **self.kwargs})
+        return self._templates[text]
 
-    def _marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def _outline(self, template: ChatTemplate, messages: Messages, tools: list[Any] | None, stand_in: str) -> Outline:
+        mocked = mocked_plainly(messages, stand_in)
+        key = json.dumps([mocked, tools], default=repr)
+        if key not in self._outlines:
+            if len(self._outlines) >= MAX_REMEMBERED:
+                self._outlines.clear()
+            self._outlines[key] = outline(template, mocked, tools, stand_in)
+        return self._outlines[key]
 
-        known: Any = self.tokenizer.special_tokens_map
-        with _the_templates_word():
-            result: Any = render_jinja_template(
-                [conversation.messages],
-                tools=conversation.tools,
-                chat_template=self.tokenizer.get_chat_template(),
-                return_assistant_tokens_mask=True,
-                **{**known, **self.kwargs},
-            )
-        texts, spans = result
-        return texts[0], spans[0]
+    def _marked(self, template: ChatTemplate, conversation: Conversation) -> Rendered:
+        text, spans = template.render_marked(conversation.messages, conversation.tools)
+        spans = [(start, stop) for start, stop in spans if start < stop]
+        if any(conversation.trained) and not spans:
+            raise DataError("the chat template marks no answer of this conversation with {% generation %}")
+        return Rendered(text, tuple(spans), wraps=False, contents=self._known(template, conversation, text))
 
-    def _require_understood(self, conversation: Conversation, template: str) -> None:
-        """A template that does not know of tools or thoughts leaves them out without a word."""
-        has = {key for message in conversation.messages for key in message} | (
-            {"tools"} if conversation.tools else set()
-        )
-        for key in ("tools", "tool_calls", "reasoning_content"):
-            if key in has and key not in template:
-                raise DataError(
-                    f"the chat template does not write {key}, so the row's would be left out. Take a tokenizer whose "
-                    "template does, or name one with chat_template_jinja"
-                )
-
-    # --- plain conversations ---
-
-    def _by_contents(self, conversation: Conversation) -> Rendered:
-        text = self._text(conversation.messages, conversation.tools)
-        skeleton = self._skeleton(conversation)
-        contents = _find_contents(text, conversation.messages, skeleton.literals)
-        bodies = [
-            (start - len(skeleton.lead) if literal.endswith(skeleton.lead) else start, stop)
-            for (start, stop), literal in zip(contents, skeleton.literals[:-1], strict=True)
-        ]
-        spans = self._trained_spans(conversation.trained, bodies, skeleton.endings, skeleton.literals[1:])
-        return Rendered(text, spans, wraps=False, contents=contents)
-
-    def _known(self, conversation: Conversation, text: str) -> tuple[Span, ...]:
+    def _known(self, template: ChatTemplate, conversation: Conversation, text: str) -> tuple[Span, ...]:
         """Where the contents stand in the text of a template that marks the answers itself, if that can be told."""
-        if not conversation.plain:
-            return ()
+        messages = with_thoughts_apart(template, conversation.messages)
+        stand_in = stand_in_for(messages)
         try:
-            return _find_contents(text, conversation.messages, self._skeleton(conversation).literals)
+            pieces, literals = literals_between(template, conversation, messages, stand_in)
+            return find_pieces(text, pieces, literals)
         except DataError:
             return ()
 
-    def _skeleton(self, conversation: Conversation) -> _Skeleton:
-        messages = conversation.messages
-        joined = "\0".join(message["content"] for message in messages)
-        salt = 0
-        while f"q{salt}x" in joined:  # a stand-in must not occur in what it stands for
-            salt += 1
-        stand_ins = [f"q{salt}x{i}z" for i in range(len(messages))]
-        mocked = [{**m, "content": s} for m, s in zip(messages, stand_ins, strict=True)]
-        key = json.dumps([mocked, conversation.tools], default=repr)
-        if key not in self._remembered:
-            if len(self._remembered) >= MAX_REMEMBERED:
-                self._remembered.clear()
-            pieces = re.split(f"q{salt}x([0-9]+)z", self._text(mocked, conversation.tools))
-            if pieces[1::2] != [str(i) for i in range(len(messages))]:
-                raise DataError(
-                    "the chat template does not write every message once and in order, so it cannot be told what each "
-                    "turn became. Mark the answers in the template with {% generation %} ... {% endgeneration %}"
-                )
-            literals = pieces[::2]
-            lead = self._lead(mocked, literals, conversation.tools)
-            self._remembered[key] = _Skeleton(literals, [self.ends.after(text) for text in literals[1:]], lead)
-        return self._remembered[key]
+    def _by_contents(self, template: ChatTemplate, conversation: Conversation, text: str) -> Rendered:
+        """Of messages that are a role and a text: the text is learned, with the lead before and the end behind it."""
+        messages, stand_in = conversation.messages, stand_in_for(conversation.messages)
+        around = self._outline(template, messages, conversation.tools, stand_in)
+        pieces = [Piece(i, "c", message["content"]) for i, message in enumerate(messages)]
+        contents = find_pieces(text, pieces, around.literals)
+        turns = [
+            _Turn((start - len(literal) + around.given(i), stop), after)
+            for i, ((start, stop), literal, after) in enumerate(
+                zip(contents, around.literals[:-1], around.literals[1:], strict=True)
+            )
+        ]
+        return Rendered(text, self._trained_spans(conversation.trained, turns), wraps=False, contents=contents)
 
-    def _lead(self, mocked: Messages, literals: list[str], tools: list[Any] | None) -> str:
-        first = next((i for i, message in enumerate(mocked) if message["role"] == "assistant"), 0)
-        if first == 0:
-            return ""
-        try:
-            prompt = self._text(mocked[:first], tools, prompt=True)
-        except DataError:  # it asks for an answer to users only
-            return ""
-        contents = [message["content"] for message in mocked[:first]]
-        written = "".join(text for pair in zip(literals, contents, strict=False) for text in pair) + literals[first]
-        lead = written.removeprefix(prompt)
-        return lead if written.startswith(prompt) and lead.isspace() else ""
+    def _by_pieces(self, template: ChatTemplate, conversation: Conversation, messages: Messages, text: str) -> Rendered:
+        """Where messages hold thoughts and tool calls too: an answer is what stands between the prompt for it and
+        what the template writes behind a plain answer in its place."""
+        stand_in = stand_in_for(messages)
+        around = self._outline(template, messages, conversation.tools, stand_in)
+        pieces, literals = literals_between(template, conversation, messages, stand_in)
+        spans = find_pieces(text, pieces, literals)
+        turns = []
+        for i, message in enumerate(messages):
+            own = [at for at, piece in enumerate(pieces) if piece.turn == i]
+            first = own[0] if own else sum(piece.turn < i for piece in pieces)
+            last = own[-1] + 1 if own else first
+            opened = spans[first - 1][1] if first else 0
+            before, behind, after = literals[first], literals[last], around.literals[i + 1]
+            thinks = any(pieces[at].kind == "t" for at in own)
+            given = around.before_thought(i, before) if thinks else around.given(i)
+            if message["role"] != "assistant":
+                start = spans[own[0]][0]
+            elif before.startswith(around.literals[i][:given]):
+                start = opened + given
+            elif own and not thinks and before.endswith(around.literals[i]):  # behind another's tool calls
+                start = spans[own[0]][0] - len(around.literals[i]) + given
+            else:
+                raise DataError(rewritten(i))
+            stop = spans[last - 1][1] if last else 0
+            if "tool_calls" in message:
+                if not behind.endswith(after):
+                    raise DataError(rewritten(i))
+                stop += len(behind) - len(after)
+            turns.append(_Turn((start, stop), after))
+        said = {
+            place
+            for message, turn in zip(messages, turns, strict=True)
+            for place in said_in_calls(message.get("tool_calls"), text, turn.body, self.ends.tokens)
+        }
+        contents = tuple(sorted({*spans, *said}))
+        return Rendered(text, self._trained_spans(conversation.trained, turns), wraps=False, contents=contents)
 
-    # --- conversations with tool calls or thoughts ---
-
-    def _by_prefixes(self, conversation: Conversation) -> Rendered:
-        messages, tools = conversation.messages, conversation.tools
-        text = self._text(messages, tools)
-        bodies, endings = [], []
-        for i, trained in enumerate(conversation.trained):
-            if not trained:
-                bodies.append((0, 0))
-                endings.append("")
-                continue
-            asked = self._text(messages[:i], tools, prompt=True) if i else ""
-            said = self._text(messages[: i + 1], tools) if i + 1 < len(messages) else text
-            if not i or not said.startswith(asked) or not text.startswith(said.rstrip()):
-                raise DataError(_rewritten(i))
-            stop = len(said.rstrip())
-            ending = max((t for t in self.ends.tokens if said.endswith(t, len(asked), stop)), key=len, default="")
-            bodies.append((len(asked), stop - len(ending)))
-            endings.append(ending)
-        following = [text[stop : stop + 30] for _, stop in bodies]
-        return Rendered(text, self._trained_spans(conversation.trained, bodies, endings, following), wraps=False)
-
-    # --- both ---
-
-    def _trained_spans(
-        self, trained: tuple[bool, ...], bodies: list[Span], endings: list[str], following: list[str]
-    ) -> tuple[Span, ...]:
-        """What is learned of turns whose text stands at `bodies`, each followed by its ending."""
+    def _trained_spans(self, trained: tuple[bool, ...], turns: list[_Turn]) -> tuple[Span, ...]:
+        """What is learned of each turn, and of its end."""
+        closing = turns[-1].following
         last = max((i for i, wish in enumerate(trained) if wish), default=-1)
         spans = []
-        for i, ((start, stop), ending) in enumerate(zip(bodies, endings, strict=True)):
+        for i, turn in enumerate(turns):
+            (start, stop), ending = turn.body, self.ends.after(turn.following, closing)
             policy = self.ends.policy(ending)
             if trained[i] and not ending.strip() and (policy in ("turn", "all") or (policy == "last" and i == last)):
-                raise DataError(_endless(i, following[i]))
+                raise DataError(_endless(i, turn.following))
             with_end = ending.strip() and (
                 policy == "all" or (trained[i] and (policy == "turn" or (policy == "last" and i == last)))
             )
@@ -218,28 +204,15 @@ class ChatRenderer:
         return tuple(spans)
 
 
-def _find_contents(text: str, messages: Messages, literals: list[str]) -> tuple[Span, ...]:
-    """Where each message's content stands between the template's own texts; DataError if it changed them."""
-    contents = []
-    at = 0
-    for i, message in enumerate(messages):
-        start = at + len(literals[i])
-        stop = _content_end(text, start, message["content"], literals[i + 1])
-        if not text.startswith(literals[i], at) or stop is None:
-            raise DataError(_rewritten(i))
-        contents.append((start, stop))
-        at = stop
-    if text[at:] != literals[-1]:
-        raise DataError(_rewritten(len(messages) - 1))
-    return tuple(contents)
-
-
-def _content_end(text: str, start: int, content: str, following: str) -> int | None:
-    """Where the content ends: as it stands, or as a template that trims it writes it."""
-    for variant in dict.fromkeys((content, content.strip(), content.lstrip(), content.rstrip())):
-        if text.startswith(variant + following, start):
-            return start + len(variant)
-    return None
+def _require_understood(conversation: Conversation, template: str) -> None:
+    """A template that does not know of tools or thoughts leaves them out without a word."""
+    has = {key for message in conversation.messages for key in message} | ({"tools"} if conversation.tools else set())
+    for key in ("tools", "tool_calls", "reasoning_content"):
+        if key in has and key not in template:
+            raise DataError(
+                f"the chat template does not write {key}, so the row's would be left out. Take a tokenizer whose "
+                "template does, or name one with chat_template_jinja"
+            )
 
 
 def _endless(turn: int, following: str) -> str:
@@ -248,22 +221,6 @@ def _endless(turn: int, following: str) -> str:
         "ends a turn: a model trained on it would not learn where to stop. Use a template that ends turns with a "
         "special token, name the one it ends them with (`eot_tokens: [...]`), or add it (`tokens: [...]`)"
     )
-
-
-def _rewritten(turn: int) -> str:
-    return (
-        f"the chat template changes the text of message {turn} (more than trimming it), so it cannot be told which "
-        "tokens are its own. Mark the answers in the template with {% generation %} ... {% endgeneration %}"
-    )
-
-
-@contextmanager
-def _the_templates_word() -> Iterator[None]:
-    """A template is a program that came with the tokenizer; what it raises says which conversation it does not take."""
-    try:
-        yield
-    except Exception as error:
-        raise DataError(f"the chat template refuses this conversation: {error}") from error
 
 
 def build_chat_renderer(

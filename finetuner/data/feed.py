@@ -5,13 +5,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from finetuner.data.batches import Batch, Layout, dealt, step_batches
 from finetuner.data.stream import RowStream, StreamState
 from finetuner.data.tokens import Rows
 from finetuner.errors import CheckpointError
 from finetuner.plan import Plan, Schedule
+from finetuner.recipe.sections import DataSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STREAM_FILE = "stream.json"
 
@@ -58,6 +62,22 @@ class StreamFeed:
     def write_position(self, step: int, folder: Path) -> None:
         state = self.stream.state_at(step * self.plan.global_batch)
         (folder / STREAM_FILE).write_text(state.to_json() + "\n", encoding="utf-8")
+
+
+def build_feed(
+    section: DataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Rows,
+    plan: Plan,
+    schedule: Schedule,
+    layout: Layout,
+    checkpoint: Path | None,
+) -> Feed:
+    """The training rows: prepared, or streamed from where the checkpoint was."""
+    if not section.streaming:
+        return StoreFeed(rows, plan, schedule, layout)
+    position = read_position(checkpoint) if checkpoint is not None else None
+    return StreamFeed(RowStream(section, tokenizer, plan.seed, packing=layout.packed, state=position), plan, layout)
 
 
 def read_position(folder: Path) -> StreamState:

@@ -15,6 +15,7 @@ Messages = list[dict[str, Any]]
 # The names that data sets of the ShareGPT kind give to roles.
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
 TOOL_CALL_ROLE = "function_call"  # a turn of ShareGPT data whose text is the JSON of a call
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what messages call a thought; the first is the templates'
 TRAINING_KEYS = ("train", "weight")  # heeded where they stand; `weight` is the OpenAI format's word
 
 
@@ -82,6 +83,9 @@ class MessageReader:
                 f"it is {given!r:.150}"
             )
         wish = self._wish(i, message)
+        thought = next((message.pop(name) for name in THOUGHTS if name in message), None)
+        if thought is not None:
+            message[THOUGHTS[0]] = thought
         if role == TOOL_CALL_ROLE and role not in self.roles:
             message["tool_calls"] = _tool_calls(content, i)
             role, content = "assistant", ""

@@ -1,93 +1,253 @@
 """Chat templates by name, in the shapes that the model families publish; written for this project.
 
-Each begins with begin-of-text where its family does, ends every turn with a token, and says no word of its own.
+Each begins with begin-of-text where its family does, ends every answer with a token, and says no word of its own: the
+default system texts of some families are left to the rows, and what tells a model of its tools is in our words. For
+families that see, they are of text.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 from finetuner.recipe.sections.datasets import FALLBACK
 
-_CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-_LLAMA3 = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-_GEMMA = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('gemma has no system role') }}{% endif %}"
-    "{% for message in messages %}"
-    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
-    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-_PHI_3 = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-_PHI_4 = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
-)
-# A system text stands before the first question, inside its brackets.
-_MISTRAL = (
-    "{{ bos_token }}"
-    "{% set first = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}"
-    "{{ 'OPEN' + (first if loop.index0 == (1 if first else 0) else '') + message['content'] + 'CLOSE' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'LEAD' + message['content'] + eos_token }}"
-    "{% elif not loop.first %}{{ raise_exception('mistral takes system, user and assistant turns') }}"
-    "{% endif %}"
-    "{% endfor %}"
-)
-_ALPACA = (
-    "{{ bos_token or '' }}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-    "{% else %}{{ '### Response:\n' + message['content'] + eos_token }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-)
-_ZEPHYR = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
+Form = tuple[str, str]  # what stands before a turn's text and behind it; EOS stands for the tokenizer's own end
+EOS = "\0"
+
+
+def _written(text: str) -> str:
+    """The text as an expression of jinja2."""
+    parts = []
+    for i, part in enumerate(text.split(EOS)):
+        escaped = part.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+        parts += [*(["eos_token"] if i else []), *([f"'{escaped}'"] if part else [])]
+    return " + ".join(parts)
+
+
+def _turn(form: Form, content: str) -> str:
+    return "{{ " + " + ".join(part for part in (_written(form[0]), content, _written(form[1])) if part) + " }}"
+
+
+def _turns(forms: Mapping[str, Form], *, bos: bool = True, trims: bool = False, asks: str | None = None) -> str:
+    """A template of one form per role; another role is refused. `asks`: what stands before an answer that is asked
+    for, where that is not what stands before a given one."""
+    content = "(message['content'] | trim)" if trims else "message['content']"
+    text = "{{ bos_token or '' }}" if bos else ""
+    text += "{% for message in messages %}"
+    for i, (role, form) in enumerate(forms.items()):
+        text += f"{{% {'elif' if i else 'if'} message['role'] == '{role}' %}}" + _turn(form, content)
+    text += "{% else %}{{ raise_exception('this template has no role ' + message['role']) }}{% endif %}{% endfor %}"
+    opened = _written(forms["assistant"][0] if asks is None else asks)
+    return text + ("{% if add_generation_prompt %}{{ " + opened + " }}{% endif %}" if opened else "")
+
+
+def _any_role(opened: Form, end: str, *, bos: bool = False, trims: bool = False) -> str:
+    """A template that writes every role's name between the two texts of `opened`, and ends every turn alike."""
+    content = "message['content']" + (" | trim" if trims else "")
+    before, between = map(_written, opened)
+    return (
+        ("{{ bos_token or '' }}" if bos else "")
+        + "{% for message in messages %}"
+        + f"{{{{ {before} + message['role'] + {between} + ({content}) + {_written(end)} }}}}"
+        + "{% endfor %}{% if add_generation_prompt %}"
+        + f"{{{{ {_written(f'{opened[0]}assistant{opened[1]}')} }}}}"
+        + "{% endif %}"
+    )
+
+
+def _gemma(opened: str, end: str, *, system: bool) -> str:
+    """Gemma calls the assistant model. With `system`, a system text stands before the first question, in its turn."""
+    first = "{% set first = '' %}{% if messages[0]['role'] == 'system' %}"
+    if system:
+        first += "{% set first = messages[0]['content'] + '\\n\\n' %}{% endif %}"
+    else:
+        first += "{{ raise_exception('gemma has no system role') }}{% endif %}"
+    return (
+        "{{ bos_token or '' }}" + first + "{% for message in messages %}"
+        "{% if message['role'] != 'system' %}"
+        "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+        f"{{{{ {_written(opened)} + role + '\\n' }}}}"
+        "{% if first and loop.index0 == 1 %}{{ first }}{% endif %}"
+        f"{{{{ (message['content'] | trim) + {_written(end)} }}}}"
+        "{% elif not loop.first %}{{ raise_exception('a system text comes first') }}"
+        "{% endif %}{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ {_written(opened + 'model' + chr(10))} }}}}{{% endif %}}"
+    )
 
 
 def _mistral(opened: str, closed: str, lead: str) -> str:
-    return _MISTRAL.replace("OPEN", opened).replace("CLOSE", closed).replace("LEAD", lead)
+    """A system text stands before the first question, inside its brackets."""
+    answer = _turn((lead, EOS), "message['content']")
+    return (
+        "{{ bos_token or '' }}"
+        "{% set first = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}"
+        f"{{{{ {_written(opened)} }}}}"
+        "{% if first and loop.index0 == 1 %}{{ first }}{% endif %}"
+        f"{{{{ message['content'] + {_written(closed)} }}}}"
+        f"{{% elif message['role'] == 'assistant' %}}{answer}"
+        "{% elif not loop.first %}{{ raise_exception('mistral takes system, user and assistant turns') }}"
+        "{% endif %}"
+        "{% endfor %}"
+    )
 
+
+# Qwen's turns are ChatML's. Tools stand in the system turn, calls in the answer, and their results in the user's turn.
+_QWEN_SYSTEM = (
+    "{% if tools or messages[0]['role'] == 'system' %}{{ '<|im_start|>system\\n' }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}"
+    "{% if tools %}{% if messages[0]['role'] == 'system' %}{{ '\\n\\n' }}{% endif %}"
+    "{{ '# Tools\\n\\nThese functions may be called:\\n<tools>' }}"
+    "{% for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}{{ '\\n</tools>\\n\\nCALLS' }}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% endif %}"
+)
+_QWEN_CALLS = (
+    "A call is a JSON object between tags:\\n<tool_call>\\n"
+    '{"name": <function>, "arguments": <object of arguments>}\\n</tool_call>'
+)
+_QWEN_XML_CALLS = (
+    "A call names its function and gives each argument between tags:\\n<tool_call>\\n<function=name>\\n"
+    "<parameter=argument>\\nvalue\\n</parameter>\\n</function>\\n</tool_call>"
+)
+_QWEN_CALL = (
+    "{{ '<tool_call>\\n{\"name\": \"' + call['name'] + '\", \"arguments\": ' + (call['arguments'] | tojson) "
+    "+ '}\\n</tool_call>' }}"
+)
+_QWEN_XML_CALL = (
+    "{{ '<tool_call>\\n<function=' + call['name'] + '>\\n' }}{% for name, value in call['arguments'] | items %}"
+    "{{ '<parameter=' + name + '>\\n' + (value if value is string else value | tojson) + '\\n</parameter>\\n' }}"
+    "{% endfor %}{{ '</function>\\n</tool_call>' }}"
+)
+# The thought of the answer in hand is shown, those of earlier questions' answers are not.
+_QWEN_THOUGHT = (
+    "{% set thought = message['reasoning_content'] or '' %}"
+    "{% if not thought and '</think>' in answer %}"
+    "{% set thought = answer.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set answer = answer.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+    "{% if loop.index0 > question.at and (SHOWN) %}"
+    "{{ '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{% endif %}"
+)
+_QWEN_TURNS = (
+    "{% set question = namespace(at=-1) %}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% set question.at = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
+    "{% set answer = message['content'] %}THOUGHT{{ answer }}"
+    "{% for each in message['tool_calls'] or [] %}{% set call = each['function'] or each %}"
+    "{% if answer or not loop.first %}{{ '\\n' }}{% endif %}CALL{% endfor %}{{ '<|im_end|>\\n' }}"
+    "{% elif message['role'] == 'tool' %}"
+    "{% if loop.first or loop.previtem['role'] != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\\n<tool_response>\\n' + message['content'] + '\\n</tool_response>' }}"
+    "{% if loop.last or loop.nextitem['role'] != 'tool' %}{{ '<|im_end|>\\n' }}{% endif %}"
+    "{% elif not (loop.first and message['role'] == 'system') %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endif %}{% endfor %}"
+)
+_QWEN_ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}OPENED{% endif %}"
+_UNTHOUGHT = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}"
+
+
+def _qwen(*, shown: str | None, opened: str, xml: bool = False) -> str:
+    """`shown`: which answers to the last question begin with a thought, though an empty one; None: there are none."""
+    thought = "" if shown is None else _QWEN_THOUGHT.replace("SHOWN", shown)
+    turns = _QWEN_TURNS.replace("THOUGHT", thought).replace("CALL", _QWEN_XML_CALL if xml else _QWEN_CALL)
+    system = _QWEN_SYSTEM.replace("CALLS", _QWEN_XML_CALLS if xml else _QWEN_CALLS)
+    return system + turns + _QWEN_ASKS.replace("OPENED", opened)
+
+
+_CHATML = _any_role(("<|im_start|>", "\n"), "<|im_end|>\n")
+_LLAMA3 = _any_role(("<|start_header_id|>", "<|end_header_id|>\n\n"), "<|eot_id|>", bos=True, trims=True)
+_GEMMA3 = _gemma("<start_of_turn>", "<end_of_turn>\n", system=True)
+_PHI_3 = _any_role(("<|", "|>\n"), "<|end|>\n")
+_TULU: dict[str, Form] = {
+    "system": ("<|system|>\n", "\n"),
+    "user": ("<|user|>\n", "\n"),
+    "assistant": ("<|assistant|>\n", f"{EOS}\n"),
+}
+_COHERE: dict[str, Form] = {
+    role: (f"<|START_OF_TURN_TOKEN|><|{name}_TOKEN|>", "<|END_OF_TURN_TOKEN|>")
+    for role, name in (("system", "SYSTEM"), ("user", "USER"), ("assistant", "CHATBOT"))
+}
+_COMMAND_A = _COHERE | {
+    "assistant": (
+        f"{_COHERE['assistant'][0]}<|START_RESPONSE|>",
+        "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+    )
+}
 
 TEMPLATES: dict[str, str] = {
-    "alpaca": _ALPACA,
+    "alpaca": _turns(
+        {"system": ("", "\n\n"), "user": ("### Instruction:\n", "\n\n"), "assistant": ("### Response:\n", EOS)}
+    ),
+    "aya": _turns(_COHERE, trims=True),
     "chatml": _CHATML,
-    "gemma": _GEMMA,
+    "cohere": _turns(_COHERE, trims=True),
+    "command_a": _turns(_COMMAND_A),
+    "deepseek_v2": _turns({"system": ("", "\n\n"), "user": ("<｜User｜>", ""), "assistant": ("<｜Assistant｜>", EOS)}),
+    "deepseek_v3": _turns({"system": ("", ""), "user": ("<｜User｜>", ""), "assistant": ("<｜Assistant｜>", EOS)}),
+    "exaone": _turns(
+        {
+            "system": ("[|system|]", "[|endofturn|]\n"),
+            "user": ("[|user|]", "\n"),
+            "assistant": ("[|assistant|]", "[|endofturn|]\n"),
+        },
+        bos=False,
+    ),
+    "exaone4": _turns(
+        {
+            "system": ("[|system|]\n", "[|endofturn|]\n"),
+            "user": ("[|user|]\n", "[|endofturn|]\n"),
+            "assistant": ("[|assistant|]\n<think>\n\n</think>\n\n", "[|endofturn|]\n"),
+        },
+        bos=False,
+    ),
+    "falcon_h1": "{{ bos_token or '' }}" + _CHATML,
+    "gemma": _gemma("<start_of_turn>", "<end_of_turn>\n", system=False),
+    "gemma3": _GEMMA3,
+    "gemma3n": _GEMMA3,
+    "gemma4": _turns(
+        {
+            "system": ("<|turn>system\n", "<turn|>\n"),
+            "user": ("<|turn>user\n", "<turn|>\n"),
+            "assistant": ("<|turn>model\n", "<turn|>\n"),
+        },
+        trims=True,
+    ),
+    "granite": _any_role(("<|start_of_role|>", "<|end_of_role|>"), "<|end_of_text|>\n"),
+    "jamba": _turns(
+        {
+            "system": ("<|bom|><|system|> ", "<|eom|>"),
+            "user": ("<|bom|><|user|> ", "<|eom|>"),
+            "assistant": ("<|bom|><|assistant|> ", "<|eom|>"),
+        },
+        bos=False,
+        asks="<|bom|><|assistant|>",
+    ).replace("{% for", "{{ '<|startoftext|>' }}{% for", 1),
     "llama3": _LLAMA3,
+    "llama3_2_vision": _LLAMA3,
+    "llama4": _any_role(("<|header_start|>", "<|header_end|>\n\n"), "<|eot|>", bos=True),
+    "metharme": _turns(
+        {"system": ("<|system|>", ""), "user": ("<|user|>", ""), "assistant": ("<|model|>", EOS)}, trims=True
+    ),
     "mistral_v1": _mistral(" [INST] ", " [/INST]", " "),
     "mistral_v2v3": _mistral("[INST] ", "[/INST]", " "),
     "mistral_v3_tekken": _mistral("[INST]", "[/INST]", ""),
+    "mistral_v7_tekken": _turns(
+        {"system": ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), "user": ("[INST]", "[/INST]"), "assistant": ("", EOS)}
+    ),
+    "olmo": _turns(_TULU),
     "phi_3": _PHI_3,
-    "phi_4": _PHI_4,
-    "zephyr": _ZEPHYR,
+    "phi_35": _PHI_3,
+    "phi_4": _any_role(("<|im_start|>", "<|im_sep|>"), "<|im_end|>"),
+    "qwen2_vl": _CHATML,
+    "qwen3": _qwen(shown="loop.last or thought", opened=f"{_UNTHOUGHT}{{% endif %}}"),
+    "qwen3_5": _qwen(shown="true", opened=f"{_UNTHOUGHT}{{% else %}}{{{{ '<think>\\n' }}}}{{% endif %}}", xml=True),
+    "qwen_25": _qwen(shown=None, opened=""),
+    "smollm": _CHATML,
+    "tulu": _turns(_TULU, bos=False),
+    "zephyr": _any_role(("<|", "|>\n"), f"{EOS}\n"),
 }
 
 

@@ -215,19 +215,27 @@ def _inside(encoded: _Encoded, spans: tuple[Span, ...]) -> NDArray[np.bool_]:
 
 def _straddled_borders(spans: tuple[Span, ...], encoded: _Encoded) -> list[int]:
     """Where a trained span begins or ends within a token. White space that the token at its end swallows is not its."""
-    starts = (start for start, _ in spans if _is_within(start, encoded.most))
-    stops = (stop for _, stop in spans if _is_within(stop, encoded.own))
-    return sorted({*starts, *stops})
+    places = np.array(spans, dtype=np.int64).reshape(-1, 2)
+    starts = places[:, 0][_are_within(places[:, 0], encoded.most)]
+    stops = places[:, 1][_are_within(places[:, 1], encoded.own)]
+    return sorted({*starts.tolist(), *stops.tolist()})
 
 
 def _special_in(contents: tuple[Span, ...], encoded: _Encoded, special: list[int]) -> list[Span]:
     """Where special tokens stand within a row's own text."""
     found = encoded.own[np.isin(encoded.ids, special)]
-    return [(int(a), int(b)) for a, b in found if any(start <= a and b <= stop for start, stop in contents)]
+    if not contents or not len(found):
+        return []
+    starts, stops = np.array(sorted(contents), dtype=np.int64).T
+    reach = np.append(np.maximum.accumulate(stops), -1)  # the last: for what begins before all
+    inside = found[:, 1] <= reach[np.searchsorted(starts, found[:, 0], side="right") - 1]
+    return [(int(a), int(b)) for a, b in found[inside]]
 
 
-def _is_within(place: int, ranges: NDArray[np.int64]) -> bool:
-    return bool(((ranges[:, 0] < place) & (place < ranges[:, 1])).any())
+def _are_within(places: NDArray[np.int64], ranges: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of the places lie within one of the ranges, whose beginnings ascend."""
+    reach = np.append(np.maximum.accumulate(ranges[:, 1]), -1)
+    return reach[np.searchsorted(ranges[:, 0], places, side="left") - 1] > places
 
 
 def _tokenize_pieces(
@@ -250,7 +258,7 @@ def _tokenize_pieces(
 def _encode_within(text: str, tokenizer: "PreTrainedTokenizerBase", *, as_words: bool) -> _Encoded:
     """Encode what does not begin a text. SentencePiece begins a text with a space, unless behind a newline."""
     (behind,) = _encode(["\n" + text], tokenizer, as_words=as_words)
-    if _is_within(1, behind.most):  # the newline became one token with what follows it
+    if _are_within(np.array([1]), behind.most).any():  # the newline became one token with what follows it
         return next(_encode([text], tokenizer, as_words=as_words))
     rest = behind.most[:, 0] >= 1
     return _Encoded(behind.ids[rest], behind.own[rest] - 1, behind.most[rest] - 1)

@@ -19,13 +19,13 @@ from safetensors import safe_open
 from finetuner.checkpoint import written_aside
 from finetuner.errors import ModelError
 from finetuner.export.changes import Change, base_name, read_changes
-from finetuner.export.safetensors_stream import TensorInfo, read_header, write_stream
+from finetuner.models.files import INDEX, find_base, weight_files
 from finetuner.models.quantized import RECORD, Record, read_record, require_bitsandbytes, seen_in_training
+from finetuner.models.safetensors_stream import TensorInfo, read_header, write_stream
 
 Report = Callable[[int, int], None]  # MB done, MB in all
 
 MARK = "merge.json"
-INDEX = "model.safetensors.index.json"
 # What travels from the training run (its template, its added tokens), and what from the base.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -134,41 +134,6 @@ def read_quantised(adapter: Path, base_names: set[str]) -> dict[str, Record]:
         return {}
     require_bitsandbytes()
     return {base_name(f"{module}.weight", f"{module} of {RECORD}", base_names): record for module in record.modules}
-
-
-def find_base(base_model: str) -> Path:
-    """The folder of a base model, fetched from the hub if it is not one on this disk."""
-    path = Path(base_model).expanduser()
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(base_model, allow_patterns=["*.safetensors", "*.safetensors.index.json", "*.json"])
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"the base model '{base_model}' is neither a folder nor reachable on the hub: {first}"
-        ) from error
-
-
-def weight_files(base: Path) -> list[Path]:
-    """The safetensors files of a model folder."""
-    if (base / INDEX).exists():
-        names = sorted(set(json.loads((base / INDEX).read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    files = [base / name for name in names]
-    missing = [path.name for path in files if not path.exists()]
-    if missing:
-        pickled = (
-            " It has pickled weights (.bin), which can run code and are not read." if list(base.glob("*.bin")) else ""
-        )
-        raise ModelError(f"the base model folder '{base}' has no {missing[0]}.{pickled} Give a folder of safetensors.")
-    return files
 
 
 def _require_replaceable(output: Path) -> None:

@@ -1,5 +1,6 @@
 """Hugging Face causal language models, ready to train."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -11,7 +12,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from finetuner.errors import ModelError
-from finetuner.models.quantized import Format, FourBitLinear, adopt_layers, loading_arguments
+from finetuner.models.quantized import (
+    Format,
+    FourBitLinear,
+    adopt_layers,
+    loading_arguments,
+    make_room_for_layers,
+    require_full_weights,
+)
+from finetuner.models.stream import Promises, Report, promise, settle_buffers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,6 +157,16 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def vocabulary_parameters(module: nn.Module, model: "PreTrainedModel") -> frozenset[str]:
+    """Names, within `module`, of the parameters with a row for each token or position: the embeddings and the head of
+    the `model` in it, wrapped by PEFT or not."""
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    inside = [
+        name for name, m in module.named_modules() if isinstance(m, nn.Embedding) or any(m is table for table in tables)
+    ]
+    return frozenset(n for n, _ in module.named_parameters() if any(n.startswith(f"{name}.") for name in inside))
+
+
 def train_only(model: nn.Module, patterns: tuple[str, ...] | None) -> None:
     """Freeze all parameters but those whose name begins as one of the regular expressions says; None freezes none.
 
@@ -183,27 +202,61 @@ def write_model_folder(model: "PreTrainedModel", folder: Path, values: Mapping[s
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def empty_model(
-    base_model: str, *, dtype: torch.dtype, attention: tuple[str, ...], trust_remote_code: bool = False
+def on_meta(
+    base_model: str,
+    *,
+    dtype: torch.dtype,
+    attention: tuple[str, ...],
+    trust_remote_code: bool = False,
+    form: Format | None = None,
 ) -> "PreTrainedModel":
-    """As load_model, with arbitrary numbers for weights, for ranks that are handed theirs by another.
-
-    On Linux its memory is not occupied before it is written to, so a rank pays for its part alone.
-    """
+    """As load_model, without memory for its weights; only config.json is read."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
-    first_choice, *others = attention
-    try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=first_choice, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, ImportError) as error:
-        if others and "attention" in str(error).lower():
-            return empty_model(base_model, dtype=dtype, attention=tuple(others), trust_remote_code=trust_remote_code)
-        raise
+    if form is not None:
+        require_full_weights(base_model, config)
+    for i, choice in enumerate(attention):
+        try:
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=choice, trust_remote_code=trust_remote_code
+                )
+            break
+        except (ValueError, ImportError) as error:
+            if i + 1 == len(attention) or "attention" not in str(error).lower():
+                raise
+    if form is not None and form.kind != "int8":
+        make_room_for_layers(model, form)
     model.tie_weights()
+    return model
+
+
+def bare_bones(
+    base_model: str, *, dtype: torch.dtype, attention: tuple[str, ...], form: Format | None
+) -> "PreTrainedModel | None":
+    """As on_meta, or None where load_model will say what is wrong with it."""
+    try:
+        return on_meta(base_model, dtype=dtype, attention=attention, form=form)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError):
+        return None
+
+
+def empty_model(
+    base_model: str,
+    *,
+    dtype: torch.dtype,
+    attention: tuple[str, ...],
+    trust_remote_code: bool = False,
+    form: Format | None = None,
+) -> "PreTrainedModel":
+    """As load_model, with arbitrary numbers for weights, for ranks that are handed theirs tensor by tensor.
+
+    On Linux its memory is not occupied before it is written to, so a rank pays for its part alone.
+    """
+    from transformers import GenerationConfig
+
+    model: Any = on_meta(base_model, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code, form=form)
     parameters: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -213,7 +266,37 @@ def empty_model(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    return model
+    with contextlib.suppress(OSError):  # it has none: what the config says serves
+        model.generation_config = GenerationConfig.from_pretrained(base_model)
+    return model.eval()
+
+
+def promised_model(
+    base_model: str,
+    *,
+    dtype: torch.dtype,
+    attention: tuple[str, ...],
+    form: Format | None,
+    device: torch.device,
+    cache_folder: Path | None = None,
+    report: Report = lambda done, total: None,
+    cast_to: torch.dtype | None = None,
+) -> "tuple[PreTrainedModel, Promises] | None":
+    """As load_model, with weights that are still to be read, in `dtype`; None for a model that has to be loaded whole.
+
+    `cast_to`: number format of the empty model, where an engine would cast all of it.
+    """
+    try:
+        model = empty_model(base_model, dtype=cast_to or dtype, attention=attention, form=form)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None  # load_model says what is wrong
+    if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
+        return None
+    settle_buffers(model)
+    names = dict(model.named_parameters())
+    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, FourBitLinear)}
+    promises = promise(base_model, model, names, layers, dtype, device, cache_folder, report)
+    return None if promises is None else (model, promises)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -4,6 +4,7 @@ The head is composed around the decoder, not patched into it: `TokenLoss` calls 
 are trained on, and takes the cross entropy of the head's logits in chunks that are recomputed in backward.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 2**28
 
 
+Question = Callable[["PreTrainedModel"], float]
+
+
 class TokenLoss(nn.Module):
     """The outermost module: batch in, sum of the trained tokens' losses out.
 
     Being the only module that DDP or FSDP wraps, it is where they gather what its forward uses, the head included.
     """
 
-    def __init__(self, model: "PreTrainedModel | PeftModel", *, composed: bool) -> None:
-        """`composed`: what head_is_composable said of the model before it was adapted."""
+    def __init__(self, model: "PreTrainedModel | PeftModel", *, composed: bool = False) -> None:
+        """`composed`: what head_is_composable says of the model; not before it has its weights."""
         super().__init__()
         self.model = model
         self.composed = composed
@@ -40,19 +44,24 @@ class TokenLoss(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        positions: torch.Tensor,
-        targets: torch.Tensor,
+        input_ids: "torch.Tensor | Question",
+        attention_mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sum over the trained tokens of -log p(target), in fp32.
+
+        With a question in the place of a batch: its answer, asked where an engine has gathered what the model needs.
 
         input_ids, attention_mask: (rows, length), padded on the right. positions, targets: (trained,), see Batch.
         position_ids: (rows, length) instead of the mask, where a row holds several documents.
         With no trained token the result is 0 and still connected to every parameter, as DDP needs.
         """
         model = self.bare
+        if callable(input_ids) and not isinstance(input_ids, torch.Tensor):
+            return torch.tensor(float(input_ids(model)))
+        assert positions is not None and targets is not None
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if position_ids is not None:  # some models have no such argument
             inputs["position_ids"] = position_ids

@@ -69,30 +69,36 @@ def require_bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def loading_arguments(base_model: str, form: Format, device: torch.device, trust_remote_code: bool) -> dict[str, Any]:
-    """For `from_pretrained`, which then quantises each tensor on `device` as it reads it: memory is the quantised model
-    and a few tensors. Embeddings, the head and whatever is tied to them stay as they are.
-
-    Raises ModelError for a base that is quantised already: the adapter could not be merged into full weights.
-    """
-    require_bitsandbytes()
-    from transformers import AutoConfig, BitsAndBytesConfig
-
-    if hasattr(AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code), "quantization_config"):
+def require_full_weights(base_model: str, config: Any) -> None:
+    """Raises ModelError for a base that is quantised already: the adapter could not be merged into full weights."""
+    if hasattr(config, "quantization_config"):
         raise ModelError(
             f"'{base_model}' is quantised already. Name the full weights: they are quantised as they load."
         )
 
+
+def bitsandbytes_config(form: Format) -> Any:
+    """`form` in transformers' words."""
+    require_bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
     if form.kind == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=form.kind,
-            bnb_4bit_use_double_quant=form.double,
-            bnb_4bit_compute_dtype=form.compute_dtype,
-        )
-    return {"quantization_config": config, "device_map": {"": device}}
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=form.kind,
+        bnb_4bit_use_double_quant=form.double,
+        bnb_4bit_compute_dtype=form.compute_dtype,
+    )
+
+
+def loading_arguments(base_model: str, form: Format, device: torch.device, trust_remote_code: bool) -> dict[str, Any]:
+    """For `from_pretrained`, which then quantises each tensor on `device` as it reads it: memory is the quantised model
+    and a few tensors. Embeddings, the head and whatever is tied to them stay as they are."""
+    from transformers import AutoConfig
+
+    require_full_weights(base_model, AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code))
+    return {"quantization_config": bitsandbytes_config(form), "device_map": {"": device}}
 
 
 class FourBitLinear(nn.Linear):
@@ -225,6 +231,29 @@ def _byte_levels(device: torch.device) -> torch.Tensor:
 
 def adopt_layers(model: "PreTrainedModel", form: Format) -> None:
     """Put ours in the place of each 4-bit layer of bitsandbytes that loading_arguments made."""
+    for name, layer in _their_layers(model).items():
+        bias = None if layer.bias is None else layer.bias.data
+        model.set_submodule(name, FourBitLinear.of(layer.weight.data, layer.weight.quant_state, form, bias))
+    quantizer: Any = model.hf_quantizer
+    quantizer.remove_quantization_config(model)  # what is left is an ordinary model of ordinary modules
+
+
+def make_room_for_layers(model: "PreTrainedModel", form: Format) -> list[str]:
+    """Put an empty layer of ours in the place of each layer of a model on the meta device that `from_pretrained` would
+    keep in 4 bits. Returns their names."""
+    from transformers.integrations import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    stay = get_keys_to_not_convert(model)
+    replace_with_bnb_linear(model, modules_to_not_convert=stay, quantization_config=bitsandbytes_config(form))
+    theirs = _their_layers(model)
+    for name, layer in theirs.items():
+        model.set_submodule(name, FourBitLinear(layer.in_features, layer.out_features, form, layer.bias))
+    return list(theirs)
+
+
+def _their_layers(model: "PreTrainedModel") -> dict[str, Any]:
+    """bitsandbytes' 4-bit layers. Raises ModelError if there are none, or one that is not a linear layer."""
     bnb = require_bitsandbytes()
     theirs = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     if not theirs:
@@ -235,10 +264,7 @@ def adopt_layers(model: "PreTrainedModel", form: Format) -> None:
                 f"'{name}' is a {layer.source_cls.__name__}, not a linear layer: {type(model).__name__} cannot be kept "
                 "in 4 bits. Write `adapter: lora`."
             )
-        bias = None if layer.bias is None else layer.bias.data
-        model.set_submodule(name, FourBitLinear.of(layer.weight.data, layer.weight.quant_state, form, bias))
-    quantizer: Any = model.hf_quantizer
-    quantizer.remove_quantization_config(model)  # what is left is an ordinary model of ordinary modules
+    return theirs
 
 
 @dataclass(frozen=True)

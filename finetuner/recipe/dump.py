@@ -18,7 +18,7 @@ def flat_values(recipe: Recipe) -> dict[str, Any]:
         section: BaseModel = getattr(recipe, name)
         out |= section.model_dump(mode="json", exclude_none=True)
     # keys that would be refused as without effect
-    unused = {None: ("lora_", "peft_", "bnb_"), "lora": ("bnb_",), "qlora": ()}[recipe.adapter.adapter]
+    unused = {None: ("lora_", "peft_", "bnb_", "loraplus_"), "lora": ("bnb_",), "qlora": ()}[recipe.adapter.adapter]
     return {key: value for key, value in out.items() if value != {} and not key.startswith(unused)}
 
 

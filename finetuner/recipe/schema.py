@@ -14,6 +14,7 @@ from finetuner.recipe.sections import (
     PackingSection,
     PrecisionSection,
     QuantizationSection,
+    RatesSection,
     ScheduleSection,
     Section,
     ShardingSection,
@@ -33,6 +34,7 @@ class Recipe(Section):
     batch: BatchSection
     schedule: ScheduleSection
     optimizer: OptimizerSection
+    rates: RatesSection
     precision: PrecisionSection
     sharding: ShardingSection
     evaluation: EvaluationSection
@@ -50,6 +52,7 @@ SECTIONS: dict[str, type[Section]] = {
     "batch": BatchSection,
     "schedule": ScheduleSection,
     "optimizer": OptimizerSection,
+    "rates": RatesSection,
     "precision": PrecisionSection,
     "sharding": ShardingSection,
     "evaluation": EvaluationSection,

@@ -7,8 +7,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from finetuner.recipe.document import Document
+from finetuner.recipe.foreign.tools import ELSEWHERE
 from finetuner.recipe.foreign.translate import MEANINGS
-from finetuner.recipe.problems import KeyPath, Problem, did_you_mean, meant, near_words
+from finetuner.recipe.problems import KeyPath, Problem, did_you_mean, edit_distance, meant, near_words
 from finetuner.recipe.schema import KEYS, SECTIONS, Recipe
 from finetuner.recipe.sections import Section
 
@@ -54,7 +55,11 @@ def _valid_part(section_type: type[Section], rest: dict[str, Any], wrong: set[st
 
 
 def _unknown_key(key: str) -> str:
-    near = near_words(key, [*KEYS, *MEANINGS])
+    if key in ELSEWHERE:
+        return f"unknown key '{key}'. It is called {ELSEWHERE[key]} here."
+    # A key that only Axolotl has is meant only if it is very near: most of those do nothing here.
+    theirs = [word for word in MEANINGS if edit_distance(key, word, limit=max(1, len(key) // 6)) is not None]
+    near = near_words(key, [*KEYS, *theirs])
     ours = [word for word in near if word in KEYS]
     return f"unknown key '{key}'.{meant(ours or near)}"
 

@@ -6,6 +6,7 @@ fsdp.py and zero.py for why.
 
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,34 +15,39 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    broadcast_object_list,
 )
 from torch import distributed
 
-from finetuner.errors import PlanError
+from finetuner.errors import FinetunerError, PlanError
 from finetuner.models.loss import TokenLoss
+from finetuner.models.stream import Promises
 from finetuner.plan import Plan
 from finetuner.sharding import FsdpPlan, ZeroPlan
 from finetuner.training.engine import CopiesEngine, Engine
 from finetuner.world import World, take_engine_from_launcher
 
+T = TypeVar("T")
+
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def build_accelerator(plan: Plan, world: World) -> Accelerator:
-    """Raises PlanError if Accelerate did not set up the ranks that the launcher started."""
+    """Raises PlanError if the ranks cannot meet, or Accelerate did not set up those that the launcher started."""
     take_engine_from_launcher()
-    accelerator = Accelerator(
-        # Without it, Accelerate on a machine with no GPU runs every rank as a world of its own.
-        cpu=world.device == "cpu",
-        mixed_precision=_ACCELERATE_PRECISION[plan.precision],
-        # Our groups are complete by construction; the end of a dataloader means nothing here.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=plan.grad_accum, sync_with_dataloader=False),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # the others wait while the main rank writes and hashes a checkpoint: 84 GB for 7B parameters
-            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
-        ],
-    )
+    try:
+        accelerator = _join_ranks(plan, world)
+    except distributed.DistNetworkError as error:
+        first = str(error).splitlines()[0]
+        raise PlanError(
+            f"the ranks cannot meet: {first}\nIf the port is taken, name another one: accelerate launch "
+            "--main_process_port 29501 ..., torchrun --master_port 29501 ... (or --standalone on one machine)."
+        ) from error
+    except distributed.DistStoreError as error:
+        raise PlanError(
+            f"{world.size} ranks were to meet and did not all come: {str(error).splitlines()[0]}\n"
+            "Look at the output of the other nodes, and at the firewall between them."
+        ) from error
     expected = {DistributedType.NO} if world.size == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if accelerator.num_processes != world.size or accelerator.distributed_type not in expected:
         raise PlanError(
@@ -56,28 +62,67 @@ def build_accelerator(plan: Plan, world: World) -> Accelerator:
     return accelerator
 
 
+def _join_ranks(plan: Plan, world: World) -> Accelerator:
+    return Accelerator(
+        # Without it, Accelerate on a machine with no GPU runs every rank as a world of its own.
+        cpu=world.device == "cpu",
+        mixed_precision=_ACCELERATE_PRECISION[plan.precision],
+        # Our groups are complete by construction; the end of a dataloader means nothing here.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=plan.grad_accum, sync_with_dataloader=False),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # the others wait while the main rank writes and hashes a checkpoint: 84 GB for 7B parameters
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+        ],
+    )
+
+
 def build_engine(
     accelerator: Accelerator,
     loss: TokenLoss,
     plan: Plan,
     *,
     full: bool,
-    make_optimizer: Callable[[], torch.optim.Optimizer],
+    make_optimizer: Callable[[torch.device], torch.optim.Optimizer],
+    promises: Promises | None = None,
 ) -> Engine:
-    """Spread `loss` as the plan says, in place. `make_optimizer` is called when its parameters are what they will be.
+    """Spread `loss` as the plan says, in place, and read what is promised of it. `make_optimizer` is called when its
+    parameters are what they will be, with the device on which they will be updated.
 
     Each engine asserts that it is the one that was asked for.
     """
+    offloads = plan.engine is not None and plan.engine.offload
+    updated_on = torch.device("cpu") if offloads else accelerator.device
     if isinstance(plan.engine, FsdpPlan):
         from finetuner.training.fsdp import FsdpEngine, shard_module
 
-        shard_module(loss, plan.engine, accelerator.device, full=full)
-        return FsdpEngine(accelerator, loss, make_optimizer(), plan.engine)
+        shard_module(loss, plan.engine, accelerator.device, full=full, promises=promises)
+        return FsdpEngine(accelerator, loss, make_optimizer(updated_on), plan.engine)
     if isinstance(plan.engine, ZeroPlan):
         from finetuner.training.zero import ZeroEngine
 
-        return ZeroEngine(accelerator, loss, make_optimizer(), plan.engine)
-    return CopiesEngine(accelerator, loss.to(accelerator.device), make_optimizer)
+        return ZeroEngine(accelerator, loss, make_optimizer(updated_on), plan.engine, promises)
+    assert promises is None
+    return CopiesEngine(accelerator, loss.to(accelerator.device), lambda: make_optimizer(updated_on))
+
+
+def by_main_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` gives on the main rank, on every rank; called by all together.
+
+    A FinetunerError of it is raised on all, so that none waits for a rank that has left; the main one prints it.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [work(), None]
+        except FinetunerError as error:
+            broadcast_object_list([None, error])
+            raise
+    result, refusal = broadcast_object_list(outcome)
+    if refusal is not None:
+        refusal.said = True
+        raise refusal
+    return result
 
 
 def leave_ranks(accelerator: Accelerator) -> None:

@@ -7,7 +7,7 @@ fit.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -21,22 +21,28 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetuner.errors import ModelError
 from finetuner.models.loss import TokenLoss
+from finetuner.models.stream import Promises
 from finetuner.sharding import FsdpPlan
 from finetuner.training.engine import Held, Tensors, held_by
-from finetuner.training.optimizer import load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from finetuner.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate
 
 
-def shard_module(loss: TokenLoss, plan: FsdpPlan, device: torch.device, *, full: bool) -> None:
+def shard_module(
+    loss: TokenLoss, plan: FsdpPlan, device: torch.device, *, full: bool, promises: Promises | None = None
+) -> None:
     """Replace every parameter of `loss` by this rank's part of it, in place. Build the optimizer only after this.
 
-    `full`: whether the whole model is trained. With `plan.main_rank_reads` only the values of rank 0 count.
+    `full`: whether the whole model is trained. With `plan.main_rank_reads` or `promises`, only the values of rank 0
+    count: it reads what is promised, and hands each rank its part.
     """
     mesh = _mesh(plan, device)
+    promised = {} if promises is None else promises.hand_over(loss)
+    main_reads = plan.main_rank_reads or promises is not None
     values: Tensors = {}
-    if plan.main_rank_reads:
+    if main_reads:
         _share_buffers(loss, device)
         if distributed.get_rank() == 0:
-            values = {name: parameter.detach() for name, parameter in loss.named_parameters()}
+            values = {name: p.detach() for name, p in loss.named_parameters() if name not in promised}
     offload = CPUOffloadPolicy(pin_memory=plan.pin_memory) if plan.offload else OffloadPolicy()
     # A frozen base keeps its own dtype, and an adapter its fp32: what is trained alone is cast.
     dtypes = torch.bfloat16 if plan.gathers_bf16 and full else None
@@ -54,8 +60,14 @@ def shard_module(loss: TokenLoss, plan: FsdpPlan, device: torch.device, *, full:
         for layer, following in pairwise(layers):
             assert isinstance(layer, FSDPModule) and isinstance(following, FSDPModule)
             layer.set_modules_to_forward_prefetch([following])
-    if plan.main_rank_reads:
-        _share_parameters(loss, values, device)
+    if main_reads:
+
+        def value(name: str) -> torch.Tensor:
+            return values[name] if promises is None or name in values else promises.value(promised[name])
+
+        _share_parameters(loss, value, device)
+        if promises is not None:
+            promises.close()
 
 
 def _mesh(plan: FsdpPlan, device: torch.device) -> DeviceMesh:
@@ -92,12 +104,12 @@ def _share_buffers(loss: TokenLoss, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _share_parameters(loss: TokenLoss, values: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Rank 0 hands out its `values`, one parameter at a time."""
+def _share_parameters(loss: TokenLoss, value: Callable[[str], torch.Tensor], device: torch.device) -> None:
+    """Rank 0 hands out the values that it has, one parameter at a time."""
     for name, parameter in loss.named_parameters():
         assert isinstance(parameter, DTensor)
-        if values:
-            whole = values[name].to(device)
+        if distributed.get_rank() == 0:
+            whole = value(name).to(device)
         else:
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         mine = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=0)

@@ -86,10 +86,14 @@ class Work:
     def at(self, done: int, total: int) -> None:
         now = time.monotonic()
         left = (now - self.started) / done * (total - done) if done else None
-        self.bar.update(self.task, completed=done, total=total, left=left)
+        self.bar.update(self.task, completed=done, total=total, left=left, unit=self.unit)
         if not self.screen.terminal and now - self.spoken > 10 and left is not None:
             self.spoken = now
             self.screen.line(f"{self.what}: {done:,} of {total:,} {self.unit}, {duration(left)} left")
+
+    def at_bytes(self, done: int, total: int) -> None:
+        scale, self.unit = (10**9, "GB") if total >= 10**10 else (10**6, "MB")
+        self.at(done // scale, total // scale)
 
 
 class TrainingProgress:

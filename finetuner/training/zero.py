@@ -11,9 +11,16 @@ from accelerate import Accelerator
 from torch import distributed, nn
 
 from finetuner.models.loss import TokenLoss
+from finetuner.models.stream import Promised, Promises
 from finetuner.sharding import ZeroPlan, zero_config_for
 from finetuner.training.engine import Held, Tensors
-from finetuner.training.optimizer import set_learning_rate
+from finetuner.training.optimizer_state import (
+    OF_RANKS,
+    as_tensor,
+    as_value,
+    blocks_are_of,
+    set_learning_rate,
+)
 from finetuner.world import name_local_rank
 
 
@@ -24,20 +31,51 @@ class ZeroEngine:
     """
 
     def __init__(
-        self, accelerator: Accelerator, loss: TokenLoss, optimizer: torch.optim.Optimizer, plan: ZeroPlan
+        self,
+        accelerator: Accelerator,
+        loss: TokenLoss,
+        optimizer: torch.optim.Optimizer,
+        plan: ZeroPlan,
+        promises: Promises | None = None,
     ) -> None:
         self.accelerator, self.plan, self.name = accelerator, plan, plan.name
         self.optimizer = optimizer
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        exact = [p.detach().clone() for p in self.trained] if plan.config["bf16"]["enabled"] else []
+        promised = {} if promises is None else promises.hand_over(loss)
+        late = {id(p) for name, p in loss.named_parameters() if name in promised}
+        in_bf16 = plan.config["bf16"]["enabled"]
+        exact = {i: p.detach().clone() for i, p in enumerate(self.trained) if in_bf16 and id(p) not in late}
         config = zero_config_for(plan, loss.bare.config.get_text_config().hidden_size)
         engine = _initialize(loss, optimizer, config, accelerator.device)
         self.module: Any = engine
         assert engine.zero_optimization_stage() == plan.stage, "DeepSpeed made another engine"
         assert distributed.get_world_size() == plan.num_shards
-        for parameter, value in zip(self.trained, exact, strict=bool(exact)):
+        for i, value in exact.items():
             # DeepSpeed took its fp32 copy from the weights that it had cast to bf16
-            self._write_part(parameter, value, None)
+            self._write_part(self.trained[i], value, None)
+        if promises is not None:
+            self._share_parameters(loss, promises, promised)
+
+    @torch.no_grad()
+    def _share_parameters(self, loss: TokenLoss, promises: Promises, promised: Mapping[str, Promised]) -> None:
+        """Rank 0 reads what is promised and hands it out, one parameter at a time."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        device = self.accelerator.device
+        for name, parameter in loss.named_parameters():
+            if name not in promised:
+                continue
+            if self.accelerator.is_main_process:
+                value = promises.value(promised[name]).to(device)
+            else:
+                value = torch.empty(promised[name].shape, dtype=promised[name].dtype, device=device)
+            with GatheredParameters([parameter], modifier_rank=0):
+                if self.accelerator.is_main_process:
+                    parameter.copy_(value)
+            if parameter.requires_grad:  # and the fp32 copy, from which the next step would overwrite it
+                distributed.broadcast(value, src=0)
+                self._write_part(parameter, value, None)
+        promises.close()
 
     def set_learning_rate(self, lr: float) -> None:
         set_learning_rate(self.optimizer, lr)
@@ -96,26 +134,57 @@ class ZeroEngine:
             out[name] = tensor.to("cpu", copy=True).contiguous()
 
     def optimizer_state(self, parameters: Mapping[str, nn.Parameter]) -> Tensors:
+        if any("qmap1" in state for state in self.optimizer.state.values()):
+            return self._state_in_blocks()
         out: Tensors = {}
         for name, parameter in parameters.items():
             state = self.optimizer.state[self._flat(parameter)]
             for key, value in state.items():
-                spread = value.numel() > 1
-                self._keep(out, f"{name}::{key}", self._whole_state(parameter, key) if spread else value)
+                tensor = as_tensor(value)
+                spread = tensor.numel() > 1
+                self._keep(out, f"{name}::{key}", self._whole_state(parameter, key) if spread else tensor)
         return out
 
+    def _state_in_blocks(self) -> Tensors:
+        """The state of every rank as it is: a block of 8 bits has one scale, and lies across parameters."""
+        out: Tensors = {}
+        for i, flat in enumerate(self._flats()):
+            for key, value in self.optimizer.state[flat].items():
+                mine = as_tensor(value).to(self.accelerator.device)
+                for rank in range(self.plan.num_shards):  # one after another: all at once would be the whole state
+                    its = mine.clone()
+                    distributed.broadcast(its, src=rank)
+                    self._keep(out, f"{self._part(rank, i)}::{key}", its)
+        return out
+
+    def _part(self, rank: int, index: int) -> str:
+        return f"{OF_RANKS}{rank} of {self.plan.num_shards}, stage {self.plan.stage}, part {index}"
+
     def load_optimizer_state(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+        if any(key.startswith(OF_RANKS) or key.endswith("::qmap1") for key in tensors):
+            self._load_blocks(tensors)
+            return
         for key, tensor in tensors.items():
             name, _, state_name = key.rpartition("::")
             parameter = parameters[name]
             flat = self._flat(parameter)
             state = self.optimizer.state[flat]
             if tensor.numel() == 1:
-                state[state_name] = tensor.clone()
+                state[state_name] = as_value(tensor.clone())
                 continue
             if state_name not in state:
                 state[state_name] = torch.zeros_like(flat)
             self._write_part(parameter, tensor, state_name)
+
+    def _load_blocks(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises CheckpointError if the ranks that wrote them held other parts than these."""
+        for i, flat in enumerate(self._flats()):
+            part = self._part(distributed.get_rank(), i)
+            its = {key.rpartition("::")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{part}::")}
+            if not its or its["state1"].numel() != flat.numel():
+                raise blocks_are_of(next(iter(tensors)), self.name)
+            for key, tensor in its.items():
+                self.optimizer.state[flat][key] = as_value(tensor.to(flat.device))
 
     def _flats(self) -> list[torch.Tensor]:
         """What this rank updates: flat fp32 tensors. Stage 3 shows the optimizer one of them at a time."""

@@ -35,13 +35,13 @@ def _flash(on: Any) -> Mapping[str, Any]:
 
 def _pretraining(given: Any) -> Mapping[str, Any]:
     """Plain texts that are read while training; one entry, a list of them, or a path alone."""
-    entries = []
+    entries: list[Any] = []
     for entry in given if isinstance(given, list) else [given]:
-        values = {"path": entry} if isinstance(entry, str) else dict(entry)
-        if values.get("type") in (None, "pretrain", "completion"):
-            values["type"] = "completion"
-        if "text_column" in values:
-            values["field"] = values.pop("text_column")
+        values = {"path": entry} if isinstance(entry, str) else entry
+        if isinstance(values, dict):  # anything else is refused as an entry of datasets
+            values = {"field" if key == "text_column" else key: value for key, value in values.items()}
+            if values.get("type") in (None, "pretrain"):
+                values["type"] = "completion"
         entries.append(values)
     return {"datasets": entries, "streaming": True}
 
@@ -87,14 +87,8 @@ AXOLOTL: dict[str, Foreign] = {
     ),
     "shuffle_merged_datasets": ignored("the order of all rows is drawn anew in each epoch"),
     "data_seed": blocked("a seed of the data's own", "Set seed."),
-    **spread(
-        "cosine_constant_lr_ratio lr_scheduler_kwargs lr_decay_steps lr_decay_ratio",
-        blocked("this detail of the schedule"),
-    ),
-    **spread(
-        "loraplus_lr_ratio loraplus_lr_embedding embedding_lr embedding_lr_scale",
-        blocked("learning rates of their own for some weights", says_nothing=(1e-6,)),
-    ),
+    "loraplus_lr_embedding": ignored("LoRA adapts linear layers alone; embeddings are trained whole, at embedding_lr"),
+    **spread("lr_decay_steps lr_decay_ratio", blocked("this detail of the schedule")),
     **spread("torch_compile_backend torch_compile", blocked("compilation", says_nothing=("auto",))),
     # attention
     "flash_attention": translated(_flash),
@@ -246,10 +240,8 @@ AXOLOTL: dict[str, Foreign] = {
         "gradio_title gradio_share gradio_server_name gradio_server_port gradio_max_new_tokens gradio_temperature",
         ignored("there is no demo page"),
     ),
-    "optim_args": blocked("free-form optimizer arguments", "Use adam_beta1, adam_beta2, adam_epsilon."),
     "optim_target_modules": blocked("GaLore and its kin", "Choose another optimizer."),
     **spread("adam_beta3 adam_epsilon2", blocked("optimizers with a third moment")),
-    "lr_groups": blocked("a learning rate per module name", "Remove it."),
     "lr_quadratic_warmup": blocked("a quadratic warmup", "Remove it: the warmup is linear."),
     "lr_div_factor": blocked("the one-cycle schedule", "Write lr_scheduler: cosine."),
     "torchdistx_path": blocked("the AnyPrecision optimizer"),
@@ -333,6 +325,8 @@ DATASET: dict[str, Foreign] = {
     "input_transform": blocked("code in a recipe"),
     "input_format": blocked("FastChat prompts"),
     "preprocess_shards": ignored("rows are read in batches"),
+    **spread("step_separator max_completion_length train_on_last_step_only", blocked(_RL)),
+    "drop_system_message": blocked("leaving out system messages", "Take them out of the rows."),
     "logprobs_field": blocked("distillation"),
     "temperature": blocked("distillation"),
     "trust_remote_code": blocked("dataset scripts", "Convert the dataset to parquet or jsonl."),
@@ -348,13 +342,15 @@ ROW_TYPES: dict[str, str] = {
          "chat_template.argilla", "passthrough"), _RL),
     **dict.fromkeys(("alpaca:", "alpaca_"), "a style of Alpaca rows"),
     "oasst": "rows of conversation trees", "pretrain": "streaming corpora",
-    "context_qa": "rows of questions about a context", "gpteacher": "GPTeacher rows",
+    **dict.fromkeys(
+        ("concisechoice", "context_qa", "creative_acr", "explainchoice", "gpteacher",
+         "jeopardy", "metharme", "orcamini", "pygmalion", "reflection", "summarizetldr"),
+        "rows of this shape. Say how they read, with a block of field_instruction, field_output and format"),
 }  # fmt: skip
 
 # Values of our keys that other tools know and that cannot be done here yet.
 UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
     "optimizer": {
-        "paged_adamw_32bit": "moments in 32 bits that are paged. Write paged_adamw_8bit or adamw_torch",
         **dict.fromkeys(
             (
                 "adamw_torch_4bit",
@@ -389,7 +385,7 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
         ),
     },
     "lr_scheduler": dict.fromkeys(
-        ("one_cycle", "rex", "reduce_lr_on_plateau", "cosine_with_min_lr", "greedy"), "this schedule. Write cosine"
+        ("one_cycle", "rex", "reduce_lr_on_plateau", "greedy"), "this schedule. Write cosine"
     ),
     "attn_implementation": {
         "kernels-community/vllm-flash-attn3": _KERNEL_HUB,

@@ -23,6 +23,27 @@ LLAMA_FACTORY_TOOL = Tool("LLaMA-Factory", {**MEANINGS, **LLAMA_FACTORY}, LLAMA_
 TRL_TOOL = Tool("TRL", {**MEANINGS, **TRL}, TRL_DEFAULTS)
 
 
+# What other tools and libraries call a key of ours, where one of their words stands in a recipe of ours.
+ELSEWHERE: dict[str, str] = {
+    **{key: meaning.becomes for table in (LLAMA_FACTORY, TRL) for key, meaning in table.items() if meaning.becomes},
+    "alpha": "lora_alpha",
+    "batch_size": "micro_batch_size",
+    "dropout": "lora_dropout",
+    "epochs": "num_epochs",
+    "grad_accum": "gradient_accumulation_steps",
+    "lr": "learning_rate",
+    "max_length": "sequence_len",
+    "model": "base_model",
+    "r": "lora_r",
+    "rank": "lora_r",
+    "scheduler": "lr_scheduler",
+    "target_modules": "lora_target_modules",
+    "train_batch_size": "micro_batch_size",
+    "val_split": "val_set_size",
+    "val_size": "val_set_size",
+}
+
+
 def tool_of(values: Mapping[str, Any]) -> Tool:
     """Whose keys these are. Axolotl's are ours as well, so a recipe of ours is one of Axolotl's."""
     if "base_model" in values or "model_name_or_path" not in values:

@@ -84,6 +84,7 @@ LLAMA_FACTORY: dict[str, Foreign] = TRAINING_ARGUMENTS | {
     "cutoff_len": renamed("sequence_len"),
     "dataset": translated(_named_datasets),
     "eval_dataset": blocked("held-out data by its name in dataset_info.json", "Name a file under test_datasets."),
+    "tokenized_path": renamed("dataset_prepared_path"),
     "dataset_dir": ignored("datasets are named by their files"),
     "template": ignored("the tokenizer's own chat template is used; chat_template names another", loud=True),
     "val_size": renamed("val_set_size"),

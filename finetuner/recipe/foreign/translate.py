@@ -20,7 +20,14 @@ ALIASES: dict[str, str] = {key: meaning.becomes for key, meaning in MEANINGS.ite
 
 # Axolotl's older or longer names of values that are ours.
 VALUES: Mapping[str, Mapping[Any, Any]] = {
-    "optimizer": {"adamw_hf": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"},
+    "optimizer": {
+        "adamw_hf": "adamw_torch",
+        "adamw_8bit": "adamw_bnb_8bit",
+        "paged_adamw": "paged_adamw_32bit",
+        "lion_pytorch": "lion_32bit",
+        "lion": "lion_32bit",
+        "paged_lion": "paged_lion_32bit",
+    },
     "lr_scheduler": {"constant_with_warmup": "constant"},
     "bf16": {"full": True},
     "attn_implementation": {"xformers": "sdpa", "flash_attention": "flash_attention_2"},
@@ -32,9 +39,22 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
 }
 
 
+# Keys of older recipes that stand in a block now: (key, block, what the block's key is called).
+MOVED_INTO = {
+    key: ("bnb_config_kwargs", key)
+    for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
+}
+_CHATS = {  # ShareGPT's rows: what `type: sharegpt` stood for
+    "type": "chat_template",
+    "field_messages": "conversations",
+    "message_property_mappings": {"role": "from", "content": "value"},
+}
+
+
 def translate(document: Document, meanings: Mapping[str, Foreign] = MEANINGS) -> list[Note]:
     """Rewrite the document's values in place, so that only our keys and unknown ones are left."""
     translation = Translation(document)
+    translation.blocks()
     for key in list(document.values):
         if key == "plugins":
             translation.plugins()
@@ -49,6 +69,15 @@ def translate(document: Document, meanings: Mapping[str, Foreign] = MEANINGS) ->
     translation.fsdp1()
     translation.values()
     return translation.notes
+
+
+def _unsupported_rows(kind: str) -> str | None:
+    """What the row type stands for, where it is Axolotl's and not ours."""
+    for start, capability in ROW_TYPES.items():
+        if kind.startswith(start):
+            return capability
+    module = kind != "chat_template.default" and len(kind.split(".")) > 1 and kind.replace(".", "_").isidentifier()
+    return "rows made by a Python module" if module else None
 
 
 class Translation:
@@ -120,12 +149,37 @@ class Translation:
             kind = entry.get("type") if isinstance(entry, dict) else None
             if kind == "chat_template.default":
                 entry["type"] = "chat_template"
-            for start, capability in ROW_TYPES.items():
-                if isinstance(kind, str) and kind.startswith(start):
-                    message = f"{name}.{i}.type: '{kind}' is not supported yet: {capability}."
-                    self.document.problems.append(Problem(message, self.document.origin((name, i, "type"))))
-                    entry["type"] = "alpaca"  # so that it is said once
-                    break
+            if isinstance(kind, str) and kind.partition(".")[0] == "sharegpt":
+                self.chats(entry, kind, (name, i, "type"))
+                continue
+            capability = _unsupported_rows(kind) if isinstance(kind, str) else None
+            if capability is not None:
+                message = f"{name}.{i}.type: '{kind}' is not supported yet: {capability}."
+                self.document.problems.append(Problem(message, self.document.origin((name, i, "type"))))
+                entry["type"] = "alpaca"  # so that it is said once
+
+    def chats(self, entry: dict[Any, Any], kind: str, where: KeyPath) -> None:
+        """`type: sharegpt`: messages as {"from": ..., "value": ...} in the column `conversations`."""
+        for key, value in _CHATS.items():
+            if key == "type" or entry.get(key) is None:
+                entry[key] = value
+        meant = "chat_template of the column `conversations`, with the keys `from` and `value`"
+        self.notes.append(Note(("type",), f"'{kind}' is read as {meant}", self.document.origin(where)))
+
+    def blocks(self) -> None:
+        """What stood at the top level, or in another block, in older recipes."""
+        values = self.document.values
+        tokens, special = values.get("tokens"), values.get("special_tokens")
+        if isinstance(tokens, dict) and (special is None or isinstance(special, dict)):
+            values["special_tokens"] = special = {} if special is None else special
+            for key in list(tokens):
+                self._move(("tokens", key), ("special_tokens", key))
+            del values["tokens"]
+        for key, target in MOVED_INTO.items():
+            block = values.get(target[0])
+            if key in values and (block is None or isinstance(block, dict)):
+                values[target[0]] = {} if block is None else block
+                self._move((key,), target)
 
     def fsdp1(self) -> None:
         """What FSDP1 let people switch off, and FSDP2 always does."""
@@ -142,35 +196,36 @@ class Translation:
         warmup = values.get("warmup_steps")
         if isinstance(warmup, float) and 0 < warmup < 1 and values.get("warmup_ratio") is None:
             self._move(("warmup_steps",), ("warmup_ratio",))
-        for key, instead in (("eval_steps", "evals_per_epoch"), ("save_steps", "saves_per_epoch")):
+        instead_of = {"eval_steps": "evals_per_epoch", "save_steps": "saves_per_epoch", "logging_steps": "a number"}
+        for key, instead in instead_of.items():
             value = values.get(key)
             if isinstance(value, float) and 0 < value < 1:
                 message = f"{key}: {value} is not supported yet: a fraction of all steps. Write {instead}."
                 self.document.problems.append(Problem(message, self.document.origin((key,))))
                 del values[key]
 
-    def _block(self, path: KeyPath) -> dict[str, Any]:
+    def _block(self, path: KeyPath) -> dict[Any, Any]:
         block: Any = self.document.values
         for part in path:
             block = block[part]
         return block
 
     def _move(self, path: KeyPath, target: KeyPath) -> None:
-        values, key, ours = self._block(path[:-1]), str(path[-1]), str(target[-1])
+        values, block, key, ours = self._block(path[:-1]), self._block(target[:-1]), path[-1], target[-1]
         origin = self.document.origin(path, of_key=True)
-        if values.get(ours) is not None:
+        if block.get(ours) is not None:
             if values[key] is not None:
                 other = self.document.origin(target, of_key=True)
                 message = f"'{key}' and '{ours}' are the same key. Remove one."
                 self.document.problems.append(Problem(message, origin, (other,) if other else ()))
             del values[key]
             return
-        values[ours] = values.pop(key)
+        block[ours] = values.pop(key)
         for table in (self.document.keys, self.document.places):
             for old in [p for p in table if p[: len(path)] == path]:
                 table[(*target, *old[len(path) :])] = table.pop(old)
-        if values[ours] is not None:
-            self.notes.append(Note((key,), f"is read as {ours}", origin))
+        if block[ours] is not None:
+            self.notes.append(Note((str(key),), f"is read as {'.'.join(map(str, target))}", origin))
 
     def _replace(self, path: KeyPath, meant: Mapping[str, Any]) -> None:
         """`flash_attention: true` -> attn_implementation, at the same place. A key of ours that is given decides."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from finetuner.recipe.rules import adapter, data, guards, quantization, sharding, streaming, training
+from finetuner.recipe.rules import adapter, data, guards, optimizer, quantization, sharding, streaming, training
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.rules.files import DATA_SUFFIXES, file_findings, looks_local
 from finetuner.recipe.rules.given import given_findings, given_notes
@@ -22,6 +22,7 @@ __all__ = [
 
 RULES: tuple[Rule, ...] = (
     *training.RULES,
+    *optimizer.RULES,
     *adapter.RULES,
     *quantization.RULES,
     *data.RULES,

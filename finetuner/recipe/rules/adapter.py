@@ -46,7 +46,7 @@ def _a_part_is_of_a_full_model(values: Values) -> Iterator[Finding]:
         return
     if values["adapter"] is not None:
         message = (
-            "unfrozen_parameters trains a part of the model itself, and an adapter leaves all of it frozen. Remove one "
+            "unfrozen_parameters is not supported beside an adapter: an adapter leaves all of it frozen. Remove one "
             "(lora_modules_to_save trains whole modules beside an adapter)."
         )
         yield Finding(("unfrozen_parameters",), message, (("adapter",),))

@@ -1,7 +1,7 @@
 """Keys that were written although they can have no effect; a default in their place would be no mistake.
 
-Where the key that switches them off is written too (`adapter:`, `val_set_size: 0`), they are the boilerplate of a
-template and only noted; where it is missing, it was probably forgotten.
+Where the key that switches them off is written too (`adapter:`), they are the boilerplate of a template and only noted;
+where it is missing, it was probably forgotten. How often to evaluate is boilerplate in any case, and noted.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,9 +20,6 @@ def given_findings(raw: Mapping[str, Any]) -> Iterator[Finding]:
         for key in _adapter_keys(raw):
             message = f"{key} has no effect without `adapter: lora`. Add that line, or remove this one."
             yield Finding((key,), message)
-    if not _rows_held_out(raw) and raw.get("val_set_size") is None:
-        for key in _evaluation_keys(raw):
-            yield Finding((key,), f"{key} needs held-out rows: add `val_set_size: 0.05` or test_datasets.")
 
 
 def given_notes(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
@@ -32,9 +29,10 @@ def given_notes(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
             yield (key,), "without effect: adapter is empty, so every weight is trained"
     if raw.get("lora_target_linear") is True and raw.get("lora_target_modules"):
         yield ("lora_target_modules",), "without effect: lora_target_linear adapts every linear layer"
-    if not _rows_held_out(raw) and raw.get("val_set_size") is not None:
+    if not _rows_held_out(raw):
+        missing = raw.get("val_set_size") is None  # templates say how often, and leave out of what
         for key in _evaluation_keys(raw):
-            yield (key,), "without effect: no row is held out"
+            yield (key,), "without effect: no row is held out" + "; `val_set_size: 0.05` holds some out" * missing
 
 
 def _adapter_keys(raw: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,9 @@ def _four_bits_are_qlora(values: Values) -> Iterator[Finding]:
     if values["bnb_config_kwargs"] != FourBitSection() and adapter != "qlora":
         message = "bnb_config_kwargs has no effect without `adapter: qlora`. Write that, or remove the block."
         yield Finding(("bnb_config_kwargs",), message, (("adapter",),))
+    if values["quantized_cache"] and adapter != "qlora":
+        message = "quantized_cache has no effect without `adapter: qlora`. Write that, or remove this line."
+        yield Finding(("quantized_cache",), message, (("adapter",),))
 
 
 def _eight_bits_are_loras(values: Values) -> Iterator[Finding]:
@@ -32,6 +35,6 @@ def _eight_bits_are_loras(values: Values) -> Iterator[Finding]:
 
 
 RULES: tuple[Rule, ...] = (
-    (("adapter", "load_in_4bit", "bnb_config_kwargs"), _four_bits_are_qlora),
+    (("adapter", "load_in_4bit", "bnb_config_kwargs", "quantized_cache"), _four_bits_are_qlora),
     (("adapter", "load_in_8bit"), _eight_bits_are_loras),
 )

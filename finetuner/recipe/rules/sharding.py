@@ -8,9 +8,6 @@ from finetuner.recipe.deepspeed import deepspeed_mistakes, read_deepspeed
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.sections.sharding import STRATEGIES
 
-# They keep a state of blocks that does not follow a sharded parameter.
-NOT_SHARDED_OPTIMIZERS = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
-
 
 def _one_engine(values: Values) -> Iterator[Finding]:
     if values["deepspeed"] is None:
@@ -58,22 +55,13 @@ def _one_version(values: Values) -> Iterator[Finding]:
         yield Finding(("fsdp_version",), message, (("fsdp_config",),))
 
 
-def _sizes_are_hybrid(values: Values) -> Iterator[Finding]:
-    config = values["fsdp_config"]
-    strategy = (config.sharding_strategy if config is not None else None) or ""
-    if "hybrid_shard" in strategy or any("hybrid_shard" in word for word in values["fsdp"]):
+def _sizes_are_of_shards(values: Values) -> Iterator[Finding]:
+    if values["fsdp"] or values["fsdp_config"] is not None:
         return
     for key in ("dp_replicate_size", "dp_shard_size"):
-        if values[key] is not None:
-            yield Finding((key,), f"{key} is for `fsdp: [hybrid_shard, auto_wrap]`. Write that, or remove this line.")
-
-
-def _optimizer_can_be_sharded(values: Values) -> Iterator[Finding]:
-    name = values["optimizer"]
-    if name in NOT_SHARDED_OPTIMIZERS and (values["fsdp"] or values["fsdp_config"] is not None):
-        where = ("fsdp",) if values["fsdp"] else ("fsdp_config",)
-        message = f"optimizer {name} keeps a state that FSDP cannot shard. Write `optimizer: adamw_torch`."
-        yield Finding(("optimizer",), message, (where,))
+        if (values[key] or 1) > 1:
+            message = f"{key} is for FSDP: add `fsdp: [full_shard, auto_wrap]`, or remove this line."
+            yield Finding((key,), message)
 
 
 def deepspeed_findings(raw: Mapping[str, Any], *, check_files: bool) -> Iterator[Finding]:
@@ -99,6 +87,5 @@ RULES: tuple[Rule, ...] = (
     (("fsdp", "fsdp_config", "deepspeed"), _one_engine),
     (("fsdp", "fsdp_config"), _one_strategy),
     (("fsdp", "fsdp_config", "fsdp_version"), _one_version),
-    (("fsdp", "fsdp_config", "dp_replicate_size", "dp_shard_size"), _sizes_are_hybrid),
-    (("fsdp", "fsdp_config", "optimizer"), _optimizer_can_be_sharded),
+    (("fsdp", "fsdp_config", "dp_replicate_size", "dp_shard_size"), _sizes_are_of_shards),
 )

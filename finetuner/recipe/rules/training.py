@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 
+from finetuner.recipe.optimizers import WORDS, fits
+from finetuner.recipe.problems import did_you_mean
 from finetuner.recipe.rules.base import Finding, Rule, Values, one_of
+from finetuner.recipe.schedules import ARGUMENTS, option_mistakes
 
 
 def _one_precision(values: Values) -> Iterator[Finding]:
@@ -11,9 +14,25 @@ def _one_precision(values: Values) -> Iterator[Finding]:
 
 
 def _floor_is_cosines(values: Values) -> Iterator[Finding]:
-    if values["cosine_min_lr_ratio"] and values["lr_scheduler"] != "cosine":
-        message = f"has no effect with lr_scheduler '{values['lr_scheduler']}'. Write `lr_scheduler: cosine`."
-        yield Finding(("cosine_min_lr_ratio",), "cosine_min_lr_ratio " + message)
+    for key in ("cosine_min_lr_ratio", "cosine_constant_lr_ratio"):
+        if values[key] and values["lr_scheduler"] != "cosine":
+            message = f"has no effect with lr_scheduler '{values['lr_scheduler']}'. Write `lr_scheduler: cosine`."
+            yield Finding((key,), f"{key} {message}")
+
+
+def _shape_takes_its_options(values: Values) -> Iterator[Finding]:
+    shape, given = values["lr_scheduler"], values["lr_scheduler_kwargs"]
+    known, sound = ARGUMENTS[shape], True
+    for key, value in given.items():
+        where = ("lr_scheduler_kwargs", key)
+        sound = sound and key in known and fits(value, known[key])
+        if key not in known:
+            takes = f"It takes: {', '.join(known)}." if known else "It takes none."
+            yield Finding(where, f"{shape} has no option '{key}'. {takes}{did_you_mean(key, known)}")
+        elif not fits(value, known[key]):
+            yield Finding(where, f"lr_scheduler_kwargs.{key} is {value!r}, but must be {WORDS[known[key]]}.")
+    for key, message in option_mistakes(shape, given, values["learning_rate"]).items() if sound else ():
+        yield Finding(("lr_scheduler_kwargs", key) if key else ("lr_scheduler",), message)
 
 
 def _fresh_or_resumed(values: Values) -> Iterator[Finding]:
@@ -29,6 +48,8 @@ RULES: tuple[Rule, ...] = (
     one_of("eval_steps", "evals_per_epoch", "both say when to evaluate"),
     one_of("save_steps", "saves_per_epoch", "both say when to save"),
     (("bf16", "fp16"), _one_precision),
-    (("cosine_min_lr_ratio", "lr_scheduler"), _floor_is_cosines),
+    one_of("embedding_lr", "embedding_lr_scale", "both say how fast embeddings learn"),
+    (("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_scheduler"), _floor_is_cosines),
+    (("lr_scheduler", "lr_scheduler_kwargs", "learning_rate"), _shape_takes_its_options),
     (("overwrite_output_dir", "resume_from_checkpoint"), _fresh_or_resumed),
 )

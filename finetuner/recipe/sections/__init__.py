@@ -13,12 +13,20 @@ from finetuner.recipe.sections.model import ModelSection, SpecialTokens, Tokeniz
 from finetuner.recipe.sections.quantization import FourBitSection, QuantizationSection
 from finetuner.recipe.sections.running import EvaluationSection, OutputSection
 from finetuner.recipe.sections.sharding import FsdpConfig, ShardingSection
-from finetuner.recipe.sections.training import BatchSection, OptimizerSection, PrecisionSection, ScheduleSection
+from finetuner.recipe.sections.training import (
+    BatchSection,
+    OptimizerSection,
+    PrecisionSection,
+    RateGroup,
+    RatesSection,
+    ScheduleSection,
+)
 
 __all__ = [
     "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "FourBitSection",
     "FsdpConfig", "GuardSection", "InstructionFormat", "MessageProperties",
     "ModelSection", "OptimizerSection", "OutputSection",
     "PackingSection", "PrecisionSection", "QuantizationSection",
+    "RateGroup", "RatesSection",
     "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection",
 ]  # fmt: skip

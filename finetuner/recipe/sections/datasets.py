@@ -10,8 +10,10 @@ from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Names, 
 TypeName = Literal["alpaca", "completion", "chat_template", "input_output", "prompt_completion"]
 # Chat templates that come with finetuner, by name; data/templates.py holds them.
 CHAT_TEMPLATES = (
-    "alpaca", "chatml", "gemma", "llama3", "mistral_v1", "mistral_v2v3", "mistral_v3_tekken", "phi_3", "phi_4",
-    "zephyr",
+    "alpaca", "aya", "chatml", "cohere", "command_a", "deepseek_v2", "deepseek_v3", "exaone", "exaone4",
+    "falcon_h1", "gemma", "gemma3", "gemma3n", "gemma4", "granite", "jamba", "llama3", "llama3_2_vision",
+    "llama4", "metharme", "mistral_v1", "mistral_v2v3", "mistral_v3_tekken", "mistral_v7_tekken", "olmo", "phi_3",
+    "phi_35", "phi_4", "qwen2_vl", "qwen3", "qwen3_5", "qwen_25", "smollm", "tulu", "zephyr",
 )  # fmt: skip
 FALLBACK = "tokenizer_default_fallback_"  # before a name: for a tokenizer that has no template
 Ends = Literal["all", "turn", "last", "none"]

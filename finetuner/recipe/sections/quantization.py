@@ -33,3 +33,6 @@ class QuantizationSection(Section):
     load_in_4bit: bool | None = Field(None, description="Keep the base in 4 bits; adapter: qlora means the same.")
     load_in_8bit: bool = Field(False, description="Keep the base in 8 bits under adapter: lora (LLM.int8).")
     bnb_config_kwargs: FourBitSection = Field(FourBitSection(), description="How the 4-bit base is kept.")
+    quantized_cache: bool = Field(
+        False, description="Keep the 4-bit base below dataset_prepared_path, so that later starts read a quarter."
+    )

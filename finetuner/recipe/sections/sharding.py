@@ -92,10 +92,10 @@ class ShardingSection(Section):
     fsdp_config: FsdpConfig | None = Field(None, description="Details of FSDP.")
     fsdp_version: Literal[1, 2] | None = Field(None, description="The same as fsdp_config.version.")
     dp_replicate_size: Count | None = Field(
-        None, description="hybrid_shard: copies of the sharded model; default: one for each node."
+        None, description="Copies of the sharded model; default: one, and with hybrid_shard one for each node."
     )
     dp_shard_size: Count | None = Field(
-        None, description="hybrid_shard: ranks that share one copy; default: the ranks of a node."
+        None, description="Ranks that share one copy; default: all, and with hybrid_shard those of a node."
     )
     deepspeed: DiskName | dict[str, Any] | None = Field(
         None, description='A DeepSpeed JSON file, or its contents as a block; "auto" in it is filled in from here.'

@@ -1,10 +1,23 @@
 """Batches, length, rate, update rule and number formats."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, Strict
 
-from finetuner.recipe.sections.base import Count, NonNegative, Positive, Rate, Rows, Section, Share, Steps, StepsOrZero
+from finetuner.recipe.optimizers import OptimizerName
+from finetuner.recipe.schedules import Shape
+from finetuner.recipe.sections.base import (
+    Count,
+    Names,
+    NonNegative,
+    Positive,
+    Rate,
+    Rows,
+    Section,
+    Share,
+    Steps,
+    StepsOrZero,
+)
 
 
 class BatchSection(Section):
@@ -21,23 +34,57 @@ class ScheduleSection(Section):
     num_epochs: Positive = Field(1.0, description="Passes over the training rows.")
     max_steps: Steps | None = Field(None, description="Updates; when given, num_epochs is not used.")
     learning_rate: Rate = Field(description="Peak learning rate.")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = Field("cosine", description="Shape after the warmup.")
+    lr_scheduler: Shape = Field("cosine", description="Shape after the warmup, by transformers' names.")
+    lr_scheduler_kwargs: dict[str, int | float | str] = Field(
+        {}, description="What the shape takes, such as num_decay_steps of warmup_stable_decay, or lr_end of polynomial."
+    )
     warmup_steps: StepsOrZero | None = Field(None, description="Steps of linear rise from 0.")
     warmup_ratio: Share | None = Field(None, description="The same, as a fraction of all steps.")
     cosine_min_lr_ratio: Share = Field(0.0, description="Where the cosine ends, as a fraction of learning_rate.")
+    cosine_constant_lr_ratio: Share | None = Field(
+        None, description="When the cosine ends, as a fraction of all steps; the rate then stays at its floor."
+    )
+
+
+class RateGroup(Section):
+    """Weights with a learning rate of their own."""
+
+    name: str = Field("", description="What you call it; errors say it.")
+    modules: Names = Field(min_length=1, description="The weights whose names have one of these texts in them.")
+    lr: Rate = Field(description="Their peak learning rate.")
+
+
+class RatesSection(Section):
+    """Learning rates of their own for some weights. All follow one schedule; learning_rate is what is logged."""
+
+    loraplus_lr_ratio: Positive | None = Field(
+        None, description="The rate of LoRA's B matrices, as a multiple of learning_rate (LoRA+, arXiv:2402.12354)."
+    )
+    embedding_lr: Rate | None = Field(None, description="The rate of embeddings and the head where they are trained.")
+    embedding_lr_scale: Positive | None = Field(None, description="The same, as a multiple of learning_rate.")
+    lr_groups: Annotated[tuple[RateGroup, ...], Strict(False)] = Field(
+        (), description="Other weights with rates of their own, by parts of their names."
+    )
 
 
 class OptimizerSection(Section):
     """The update rule."""
 
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"] = Field(
+    optimizer: OptimizerName = Field(
         "adamw_torch",
-        description="AdamW (arXiv:1711.05101), by PyTorch's fused kernel where there is one; or with moments in 8 bits "
-        "(arXiv:2110.02861), which paged_ moves to the CPU's memory when a GPU's is short.",
+        description="adamw_: AdamW (arXiv:1711.05101), by PyTorch's fused kernel where there is one. lion_: Lion "
+        "(arXiv:2302.06675). 8bit: with a state in 8 bits (arXiv:2110.02861); paged_: moved to the CPU's memory when a "
+        "GPU's is short. adafactor: arXiv:1804.04235, as transformers has it. muon: Muon for hidden matrices, AdamW "
+        "for the rest.",
+    )
+    optim_args: str | dict[str, Any] = Field(
+        {}, description="What the optimizer takes beside the keys here, as a block or as one text, momentum=0.9."
     )
     weight_decay: NonNegative = Field(0.0, description="On matrices only.")
-    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="Decay of the mean.")
-    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.999, description="Decay of the variance.")
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="AdamW, Lion: decay of the mean.")
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.999, description="AdamW: decay of the variance; Lion: of what it remembers."
+    )
     adam_epsilon: Positive = Field(1e-8, description="Added to the denominator.")
     max_grad_norm: NonNegative = Field(1.0, description="Longer gradients are scaled; 0: never.")
 

@@ -5,9 +5,10 @@ The library's own `save_file` wants all tensors of a file in memory. The format 
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ MAX_HEADER_BYTES = 100_000_000  # the library's own bound
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Format's dtype name and shape of one tensor."""
+    """Format's dtype name and shape of one tensor, and the byte of the file at which it begins."""
 
     dtype: str
     shape: tuple[int, ...]
+    begin: int = field(default=0, compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -59,20 +61,74 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if unknown:
         raise ModelError(f"'{path}' holds tensors of type {', '.join(sorted(unknown))}, which cannot be merged.")
     ordered = sorted(header, key=lambda name: header[name]["data_offsets"])
-    return {name: TensorInfo(header[name]["dtype"], tuple(header[name]["shape"])) for name in ordered}
+    return {
+        name: TensorInfo(info["dtype"], tuple(info["shape"]), 8 + length + info["data_offsets"][0])
+        for name, info in ((name, header[name]) for name in ordered)
+    }
+
+
+def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
+    """One tensor of a file whose header is known, in memory of its own: pages of a mapped file would count as this
+    process's for as long as it lives."""
+    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    with path.open("rb", buffering=0) as file:
+        file.seek(info.begin)
+        room = _bytes_of(tensor)
+        while room:
+            count = file.readinto(room)
+            if not count:
+                raise ModelError(f"'{path}' ends before its header says. Fetch it again.")
+            room = room[count:]
+    return tensor
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+class TensorFile:
+    """A file whose tensors come in any order: each is written to its place. Complete when `missing` is empty."""
+
+    def __init__(self, path: Path, infos: Mapping[str, TensorInfo]) -> None:
+        text, begins = _header(infos)
+        self.path, self.begins, self.missing = path, begins, set(infos)
+        self.infos = dict(infos)
+        self.file = path.open("wb", buffering=0)
+        self.file.write(text)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        info = self.infos[name]
+        assert tuple(tensor.shape) == info.shape and NAMES[tensor.dtype] == info.dtype, name
+        self.file.seek(self.begins[name])
+        room = _bytes_of(tensor.detach().cpu().contiguous())
+        while room:
+            room = room[self.file.write(room) :]
+        self.missing.discard(name)
+
+    def close(self) -> None:
+        """Flush to the disk."""
+        os.fsync(self.file.fileno())
+        self.file.close()
 
 
 def write_stream(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Write `tensors`, which come one at a time in the order of `infos` and as it says."""
+    text, _ = _header(infos)
+    with path.open("wb") as file:
+        file.write(text)
+        for (name, tensor), (expected, info) in zip(tensors, infos.items(), strict=True):
+            assert name == expected and tuple(tensor.shape) == info.shape and NAMES[tensor.dtype] == info.dtype, name
+            file.write(_bytes_of(tensor.contiguous()))
+
+
+def _header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the tensors, and where in the file each tensor begins."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    places, at = {}, 0
     for name, info in infos.items():
         header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [at, at + info.num_bytes]}
+        places[name] = at
         at += info.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for (name, tensor), (expected, info) in zip(tensors, infos.items(), strict=True):
-            assert name == expected and tuple(tensor.shape) == info.shape and NAMES[tensor.dtype] == info.dtype, name
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + place for name, place in places.items()}

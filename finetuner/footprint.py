@@ -1,0 +1,124 @@
+"""Does the model fit, before anything but its config.json is fetched? What is kept between steps, in bytes.
+
+For a weight that is trained: itself in fp32 (under ZeRO with bf16 a bf16 copy beside it), its gradient in fp32, and
+two moments in fp32 (AdamW) or in 8 bits. For one that is not: itself as it is kept. Activations come on top, so what is
+refused here cannot run, while what passes may still be too large.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from finetuner.errors import PlanError
+from finetuner.models.build import bare_bones
+from finetuner.models.quantized import choose_format
+from finetuner.plan import Plan
+from finetuner.recipe import Recipe
+from finetuner.sharding import EnginePlan, FsdpPlan, ZeroPlan
+from finetuner.world import World
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of a whole model and of what trains it."""
+
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that one rank keeps, on its device and in its node's memory."""
+
+    device: int
+    host: int
+
+
+def trained_parts(count: int, *, engine: EnginePlan, bf16: bool, moments_in_8_bits: bool) -> Parts:
+    """Of `count` weights that are all trained."""
+    in_copies = isinstance(engine, ZeroPlan) and bf16
+    moments = 2 if moments_in_8_bits else 8
+    return Parts((2 if in_copies else 4) * count, 4 * count, (moments + 4 * in_copies) * count)
+
+
+def kept_by_a_rank(parts: Parts, engine: EnginePlan) -> Kept:
+    """As each engine spreads weights, gradients and optimizer; what is offloaded is in the node's memory."""
+    weights, gradients, optimizer = parts.weights, parts.gradients, parts.optimizer
+    if engine is None:
+        return Kept(weights + gradients + optimizer, 0)
+    stage = 3 if isinstance(engine, FsdpPlan) else engine.stage
+    weights //= engine.num_shards if stage == 3 else 1
+    gradients //= engine.num_shards if stage >= 2 else 1
+    optimizer //= engine.num_shards
+    if isinstance(engine, FsdpPlan) and engine.offload:
+        return Kept(0, weights + gradients + optimizer)
+    if engine.offload:  # at the least the optimizer; which of the others, DeepSpeed's configuration says
+        return Kept(0, optimizer)
+    return Kept(weights + gradients + optimizer, 0)
+
+
+def require_fit(recipe: Recipe, plan: Plan, world: World, attention: tuple[str, ...]) -> None:
+    """Raises PlanError if the model cannot fit into this rank's memory, with what would. Says nothing of a model whose
+    size cannot be known without running its own code."""
+    if world.device_memory is None or recipe.model.trust_remote_code:
+        return
+    full = recipe.adapter.adapter is None
+    dtype = torch.float32 if full or plan.precision == "fp32" else torch.bfloat16
+    form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
+    model = bare_bones(recipe.model.base_model, dtype=dtype, attention=attention, form=form)
+    if model is None:
+        return
+    count, weights = (sum(p.numel() * size(p) for p in model.parameters()) for size in (lambda p: 1, _itemsize))
+    if full and recipe.adapter.unfrozen_parameters is None:
+        eight = recipe.optimizer.optimizer.endswith("8bit")
+        parts = trained_parts(count, engine=plan.engine, bf16=plan.precision == "bf16", moments_in_8_bits=eight)
+    else:
+        parts = Parts(weights // 2 if recipe.quantization.load_in_8bit else weights)
+    kept = kept_by_a_rank(parts, plan.engine)
+    on_cpu = world.device == "cpu"
+    checks = [
+        (kept.device, world.device_memory, f"this rank's share of the RAM is {{}} (the device is {world.device})")
+        if on_cpu
+        else (kept.device, world.device_memory, "its GPU has {} free"),
+        (kept.host * world.local_size, world.host_memory, "this node has {} of RAM available for its ranks"),
+    ]
+    for needed, there, words in checks:
+        if there is not None and needed > there:
+            raise PlanError(
+                f"'{recipe.model.base_model}' does not fit: {_engine_name(plan)}, it takes {_gb(needed)} "
+                f"(weights {_gb(parts.weights)}, gradients {_gb(parts.gradients)}, optimizer {_gb(parts.optimizer)} in "
+                f"all; activations come on top), and {words.format(_gb(there))}.\n"
+                + "\n".join(f"  {line}" for line in advice(recipe, plan, world, needed / there))
+            )
+
+
+def advice(recipe: Recipe, plan: Plan, world: World, times: float) -> list[str]:
+    """What makes it smaller, the strongest first; `times` too large is it now."""
+    lines = []
+    if world.device == "cpu":
+        lines.append("This machine shows no GPU to PyTorch: start it where `nvidia-smi` lists one.")
+    if recipe.adapter.adapter is None:
+        lines.append("adapter: qlora   trains an adapter on a base in 4 bits instead: 0.55 bytes a weight, not 16")
+    elif recipe.adapter.adapter == "lora" and not recipe.quantization.load_in_8bit:
+        lines.append("adapter: qlora   keeps the base in 4 bits: 0.55 bytes a weight, not 2")
+    if plan.engine is None or (isinstance(plan.engine, ZeroPlan) and plan.engine.stage < 3):
+        lines.append("fsdp: [full_shard, auto_wrap]   spreads the model over the ranks")
+    else:
+        lines.append(f"more ranks: {math.ceil(times * plan.engine.num_shards)} or more share what {world.size} cannot")
+        if world.device == "cuda" and not plan.engine.offload:
+            lines.append("fsdp: [full_shard, auto_wrap, offload]   keeps it in the RAM of the nodes")
+    return lines
+
+
+def _engine_name(plan: Plan) -> str:
+    return "on each rank" if plan.engine is None else f"with {plan.engine.name}"
+
+
+def _itemsize(parameter: torch.Tensor) -> int:
+    return parameter.itemsize
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB"

@@ -1,0 +1,104 @@
+"""An optimizer's learning rate and its state, as named tensors; torch's optimizers and others of their kind."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetuner.errors import CheckpointError
+
+# Before a name, of a state that ZeRO keeps in blocks of 8 bits: it is of a rank's part, and of no parameter.
+OF_RANKS = "zero rank "
+
+
+class SideBySide(torch.optim.Optimizer):
+    """Several optimizers that step as one, each over its own parameters.
+
+    What the base class would hold is read from the parts, so that there is one truth.
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        self.defaults: dict[str, Any] = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[torch.Tensor, Any]:  # type: ignore[override]
+        return {parameter: state for part in self.parts for parameter, state in part.state.items()}
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, its in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(its)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the schedule; a group may have a multiple of it as its own."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, on_cpu: bool = True
+) -> dict[str, torch.Tensor]:
+    """ "parameter name::state name" -> tensor. Learning rates and decays are the recipe's and not among them."""
+    tensors: dict[str, torch.Tensor] = {}
+    states = optimizer.state
+    for name, parameter in parameters.items():
+        for key, value in states.get(parameter, {}).items():
+            tensor = as_tensor(value)
+            if key.startswith("qmap"):  # one table for all parameters; a file holds no two tensors in one memory
+                tensor = tensor.clone()
+            tensors[f"{name}::{key}"] = tensor.cpu().contiguous() if on_cpu else tensor
+    return tensors
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Restore what optimizer_tensors gave. Raises KeyError for a parameter the optimizer does not have, and
+    CheckpointError for a state that cannot be told apart by parameters."""
+    if any(name.startswith(OF_RANKS) for name in tensors):
+        raise blocks_are_of(next(iter(tensors)), "another engine")
+    for part in optimizer.parts if isinstance(optimizer, SideBySide) else (optimizer,):
+        numbers = {id(p): i for i, p in enumerate(p for group in part.param_groups for p in group["params"])}
+        state: dict[int, dict[str, torch.Tensor | int]] = {}
+        for name, tensor in tensors.items():
+            parameter, _, key = name.rpartition("::")
+            number = numbers.get(id(parameters[parameter]))
+            if number is not None:
+                state.setdefault(number, {})[key] = as_value(tensor)
+        part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+
+
+def as_tensor(value: Any) -> torch.Tensor:
+    return torch.as_tensor(value).detach()  # bitsandbytes and transformers count their steps in a plain int
+
+
+def as_value(tensor: torch.Tensor) -> torch.Tensor | int:
+    """What as_tensor was given."""
+    return int(tensor) if tensor.dtype == torch.int64 and tensor.ndim == 0 else tensor
+
+
+def blocks_are_of(name: str, here: str) -> CheckpointError:
+    """The error for a state in blocks, written under `name`, that is not of this way to spread it."""
+    where = name.rpartition("::")[0] if name.startswith(OF_RANKS) else "an engine that spreads no optimizer"
+    return CheckpointError(
+        f"the optimizer's state in this checkpoint is in blocks of 8 bits, as {where} held it, and cannot be divided "
+        f"anew for {here}.\nGo on with the engine and the number of ranks that wrote it, or give its weights to a new "
+        "run as base_model (or lora_model_dir)."
+    )

@@ -1,0 +1,134 @@
+"""What goes wrong when a run starts: said before anything is fetched, once, and by every rank that has to end."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from finetuner.errors import PlanError
+from finetuner.footprint import Kept, Parts, kept_by_a_rank, trained_parts
+from finetuner.sharding import FsdpPlan, ZeroPlan
+from finetuner.world import available_ram
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+@pytest.fixture
+def llama_70b(tmp_path: Path) -> Path:
+    """Its config.json and nothing else."""
+    folder = tmp_path / "llama-70b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_70B))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("keys", "bytes_a_weight", "advice"),
+    [
+        ({"adapter": None}, 16, "adapter: qlora"),
+        ({"adapter": "lora", "bf16": True}, 2, "adapter: qlora"),
+        ({"adapter": "lora", "bf16": True, "fsdp": ["full_shard", "auto_wrap"]}, 2, "more ranks"),
+    ],
+)
+def test_a_model_too_big_is_refused_with_both_sizes_before_its_weights_or_the_rows_are_touched(
+    keys, bytes_a_weight, advice, llama_70b, write_recipe, train, tmp_path
+):
+    room = available_ram()
+    if room is None or room > 130e9:
+        pytest.skip("this machine has room for it, or does not say")
+    recipe = write_recipe(base_model=str(llama_70b), **keys)
+    with pytest.raises(PlanError, match=r"does not fit") as refused:
+        train(recipe)
+    needed = 70_553_706_496 * bytes_a_weight / 1e9
+    assert f"it takes {needed:,.1f} GB" in str(refused.value) and advice in str(refused.value)
+    assert "shows no GPU" in str(refused.value)
+    assert not (tmp_path / "prepared").exists()
+
+
+def zero(stage: int, offload: bool = False) -> ZeroPlan:
+    block = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
+    return ZeroPlan(stage=stage, num_shards=8, config={"zero_optimization": block})
+
+
+@pytest.mark.parametrize(
+    ("engine", "kept"),
+    [
+        (None, Kept(160, 0)),
+        (FsdpPlan(num_shards=8), Kept(20, 0)),
+        (FsdpPlan(num_shards=8, offload=True), Kept(0, 20)),
+        (zero(1), Kept(20 + 40 + 15, 0)),
+        (zero(2), Kept(20 + 5 + 15, 0)),
+        (zero(3), Kept(20, 0)),
+        (zero(2, offload=True), Kept(0, 15)),
+    ],
+)
+def test_what_a_rank_of_eight_keeps_of_ten_weights_that_are_trained(engine, kept):
+    parts = trained_parts(10, engine=engine, bf16=True, moments_in_8_bits=False)
+    expected = Parts(20, 40, 120) if isinstance(engine, ZeroPlan) else Parts(40, 40, 80)
+    assert parts == expected
+    assert kept_by_a_rank(parts, engine) == (Kept(22, 0) if engine == zero(3) else kept)
+
+
+def test_the_memory_of_a_container_is_its_limit_without_the_pages_of_files(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 100 kB\nMemAvailable:   64000 kB\n")
+    assert available_ram(tmp_path) == 64000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    for name, text in (("max", "30000000"), ("current", "20000000"), ("stat", "anon 1\nfile 5000000\n")):
+        (group / f"memory.{name}").write_text(text)
+    assert available_ram(tmp_path) == 15_000_000
+    (group / "memory.max").write_text("max\n")
+    assert available_ram(tmp_path) == 64000 * 1024
+    assert available_ram(tmp_path / "nowhere") is None
+
+
+def started_by_no_launcher(recipe: Path, port: int, ranks: tuple[int, ...], *overrides: str) -> list[subprocess.Popen]:
+    """As a batch system starts ranks: nothing ends the others when one does."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("COV_", "PYTEST_"))}
+    env |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    words = [sys.executable, "-m", "finetuner.train", str(recipe), *overrides]
+    return [
+        subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ranks
+    ]
+
+
+@pytest.mark.slow
+def test_a_mistake_that_one_rank_finds_ends_all_and_is_said_once_and_a_taken_port_is_named(write_recipe, tmp_path):
+    recipe = write_recipe(max_steps=1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (alone,) = started_by_no_launcher(recipe, port, (0,))
+        text, _ = alone.communicate(timeout=120)
+        assert alone.returncode == 2 and "--main_process_port" in text and "Traceback" not in text, text
+    (broken := tmp_path / "step-00000001").mkdir()
+    (broken / "state.json").write_text("{}")
+    both = started_by_no_launcher(recipe, port, (0, 1), f"resume_from_checkpoint={broken}")
+    texts = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [2, 2], texts
+    assert ["is damaged" in text for text in texts] == [True, False]
+    assert "Traceback" not in "".join(texts)
