@@ -557,6 +557,7 @@ def _recipe_of(given_keys: dict[str, dict[str, Any]]) -> Recipe:
             given_keys[name] = {k: v for k, v in keys.items() if k not in wrong - {"datasets", "test_datasets"}}
         if "adapter" in wrong:  # without it, no lora_* key is written down
             given_keys["adapter"] = {}
+            given_keys["rates"].pop("loraplus_lr_ratio", None)
 
 
 @settings(deadline=None, max_examples=80, derandomize=True)
@@ -659,7 +660,7 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"datasets": [COMPLETION | {"weight": 2.0}]},
     ),
     (
-        "datasets",
+        "weight",
         {"datasets": [COMPLETION | {"weight": 2.0}, COMPLETION]},
         {"datasets": [COMPLETION | {"weight": 2.0}, COMPLETION | {"weight": 1.0}]},
     ),
