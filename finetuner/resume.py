@@ -23,7 +23,7 @@ NO_MATTER = (
     "logging_steps", "eval_steps", "evals_per_epoch", "eval_on_start", "eval_batch_size", "micro_batch_size",
     "gradient_accumulation_steps", "trust_remote_code", "fsdp", "fsdp_config", "fsdp_version", "deepspeed",
     "dp_replicate_size", "dp_shard_size", "dataset_prepared_path", "max_dropped_fraction", "pad_to_sequence_len",
-    "eval_sample_packing", "quantized_cache",
+    "eval_sample_packing", "quantized_cache", "ddp_timeout",
     "eval_strategy", "save_strategy", "save_first_step", "save_only_model", "max_skipped_steps",
     "loss_watchdog_threshold", "loss_watchdog_patience", "early_stopping_patience", "early_stopping_threshold",
     "load_best_model_at_end",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from finetuner import __version__
 from finetuner.assemble import DTYPES, build_model, probe
@@ -28,7 +29,7 @@ from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
 from finetuner.data.feed import Feed, build_feed, prefetched
 from finetuner.data.prepare import Prepared, held_out_only
 from finetuner.data.templates import chosen_template
-from finetuner.errors import CheckpointError, FinetunerError, ModelError, PreemptedError
+from finetuner.errors import CheckpointError, DataError, FinetunerError, ModelError, PreemptedError
 from finetuner.export.merge import merge_adapter, require_same_base
 from finetuner.footprint import require_fit
 from finetuner.models.attention import choose_attention
@@ -122,9 +123,10 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
     streams = recipe.data.streaming
     schedule = plan.schedule(recipe, len(prepared.train_rows))
-    accelerator = build_accelerator(plan, world)
+    accelerator = build_accelerator(plan, world, recipe.sharding.ddp_timeout)
     output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter is not None
 
+    require_same_rows(accelerator, prepared.train_rows.sha256)
     facts = resume_facts(
         flat_values(recipe),
         num_rows=len(prepared.train_rows),
@@ -255,12 +257,27 @@ def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainSt
         copy.write_text(dump_recipe(recipe, heading), encoding="utf-8")
 
 
+def require_same_rows(accelerator: Accelerator, sha256: str) -> None:
+    """Raises DataError unless all ranks have the same rows: each node may have prepared its own."""
+    if len(set(gather_object([sha256]))) > 1:
+        raise DataError(
+            "the nodes have different training rows: a data file, the tokenizer or a version of a library differs.\n"
+            "Make them the same, or name a dataset_prepared_path on a disk that all nodes share."
+        )
+
+
 def choose_checkpoint(recipe: Recipe, accelerator: Accelerator, screen: Screen) -> Path | None:
     """The checkpoint to go on from, chosen and verified by the main rank for all; None means from the start."""
     wish, output_dir = recipe.output.resume_from_checkpoint, Path(recipe.output.output_dir)
     if wish is False:
         return None
-    return by_main_rank(accelerator, lambda: _whole_checkpoint(wish, output_dir, screen))
+    chosen = by_main_rank(accelerator, lambda: _whole_checkpoint(wish, output_dir, screen))
+    if chosen is not None and not (chosen / "state.json").exists():
+        raise CheckpointError(
+            f"the main rank goes on from {chosen}, which this node does not have.\n"
+            "Name an output_dir on a disk that all nodes share."
+        )
+    return chosen
 
 
 def _whole_checkpoint(wish: str | bool, output_dir: Path, screen: Screen) -> Path | None:

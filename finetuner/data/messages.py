@@ -48,8 +48,8 @@ class MessageReader:
         return cls(
             column=entry.field_messages,
             tools_column=entry.field_tools,
-            role_key=entry.message_field_role or entry.message_property_mappings.role,
-            content_key=entry.message_field_content or entry.message_property_mappings.content,
+            role_key=entry.message_property_mappings.role,
+            content_key=entry.message_property_mappings.content,
             training_key=entry.message_field_training,
             roles=roles,
             roles_to_train=frozenset(roles.get(role, role) for role in entry.roles_to_train),

@@ -40,15 +40,6 @@ def _names_are_the_hubs(values: Values) -> Iterator[Finding]:
                 yield Finding((key, i, name), f"{name} chooses a part of a hub dataset; a file has none. Remove it.")
 
 
-def _one_spelling_of_a_property(values: Values) -> Iterator[Finding]:
-    for key, i, entry in _entries(values):
-        for name in entry.message_property_mappings.model_fields_set:
-            older, place = f"message_field_{name}", (key, i, "message_property_mappings", name)
-            if getattr(entry, older) is not None:
-                message = f"{older} is the older spelling of message_property_mappings.{name}. Keep one of the two."
-                yield Finding((key, i, older), message, (place,))
-
-
 def _shards_that_are(values: Values) -> Iterator[Finding]:
     for key, i, entry in _entries(values):
         if entry.shards_idx >= (entry.shards or 1):
@@ -150,7 +141,6 @@ RULES: tuple[Rule, ...] = (
     (("val_set_size", "test_datasets"), _whole_rows_held_out),
     (_SOURCES, _keys_of_their_type),
     (_SOURCES, _names_are_the_hubs),
-    (_SOURCES, _one_spelling_of_a_property),
     (_SOURCES, _shards_that_are),
     ((*_SOURCES, "mix_by"), _weights_of_all_or_none),
     (_SOURCES, _placeholders_of_a_format),
