@@ -21,14 +21,14 @@ from finetuner.models.build import (
     train_in_fp32,
     train_only,
 )
-from finetuner.models.loss import TokenLoss, head_is_composable
+from finetuner.models.loss import Regularisers, TokenLoss, head_is_composable
 from finetuner.models.packing import require_isolation
 from finetuner.models.quantized import choose_format, record_of, require_same_record
 from finetuner.models.stream import Promises, Report
 from finetuner.models.tokenizer import Vocabulary
 from finetuner.plan import Plan, Precision
 from finetuner.recipe import Recipe
-from finetuner.recipe.sections import AdapterSection
+from finetuner.recipe.sections import AdapterSection, RegularisationSection
 from finetuner.sharding import FsdpPlan, ZeroPlan
 from finetuner.training.parts import has_parts, read_parts
 
@@ -72,7 +72,7 @@ def build_model(
         train_only(model, recipe.adapter.unfrozen_parameters)
         if checkpoint is not None and in_parts:
             read_parts(model, checkpoint, trained_only=False)
-        return Assembled(TokenLoss(model), promises)
+        return Assembled(TokenLoss(model, regularisers=regularisers_of(recipe.regularisation)), promises)
     adapted = add_lora(
         model,
         recipe.adapter,
@@ -90,7 +90,15 @@ def build_model(
     elif recipe.adapter.lora_model_dir is not None:
         require_same_base(Path(recipe.adapter.lora_model_dir), recipe.model.base_model)
         start_from_adapter(adapted, Path(recipe.adapter.lora_model_dir))
-    return Assembled(TokenLoss(adapted), promises)
+    return Assembled(TokenLoss(adapted, regularisers=regularisers_of(recipe.regularisation)), promises)
+
+
+def regularisers_of(section: RegularisationSection) -> Regularisers:
+    return Regularisers(
+        label_smoothing=section.label_smoothing_factor,
+        z_loss=section.z_loss_coefficient,
+        noise_alpha=section.neftune_noise_alpha or 0.0,
+    )
 
 
 def _load_base(

@@ -75,7 +75,9 @@ def remove_run_files(folder: Path, keep: Path) -> None:
             path.unlink()
     whole = [path for path in (folder / "checkpoints").glob("*step-*") if (path / "state.json").exists()]
     merged = [folder / "merged"] if (folder / "merged" / "merge.json").exists() else []
-    for path in whole + merged:
+    events = folder / "tensorboard"
+    ours = events.is_dir() and all(path.name.startswith("events.out.tfevents") for path in events.iterdir())
+    for path in whole + merged + ([events] if ours else []):
         shutil.rmtree(path)
 
 

@@ -26,7 +26,10 @@ NO_MATTER = (
     "eval_sample_packing", "quantized_cache", "ddp_timeout",
     "eval_strategy", "save_strategy", "save_first_step", "save_only_model", "max_skipped_steps",
     "loss_watchdog_threshold", "loss_watchdog_patience", "early_stopping_patience", "early_stopping_threshold",
-    "load_best_model_at_end",
+    "load_best_model_at_end", "hub_model_id", "hub_strategy", "hub_private_repo", "use_tensorboard", "logging_dir",
+    "use_wandb", "wandb_project", "wandb_entity",
+    "wandb_name", "wandb_run_id", "wandb_mode", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name",
+    "mlflow_run_name",
 )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from finetuner.data.prepare import Prepared, held_out_only
 from finetuner.data.templates import chosen_template
 from finetuner.errors import CheckpointError, DataError, FinetunerError, ModelError, PreemptedError
 from finetuner.export.merge import merge_adapter, require_same_base
+from finetuner.export.upload import require_hub, upload_result
 from finetuner.footprint import require_fit
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
@@ -48,7 +49,8 @@ from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
-from finetuner.recipe.sections import GuardSection
+from finetuner.recipe.secrets import without_secrets
+from finetuner.recipe.sections import GuardSection, TrackingSection
 from finetuner.resume import check_resume, resume_facts
 from finetuner.sharding import FsdpPlan
 from finetuner.summary import print_plan, rows_line
@@ -67,6 +69,7 @@ from finetuner.training.optimizer import build_optimizer, own_rates
 from finetuner.training.progress import Screen, TrainingProgress, duration
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
+from finetuner.training.trackers import Trackers, require_trackers
 from finetuner.weights import (
     Weights,
     checkpoint_bytes,
@@ -93,6 +96,8 @@ def train(loaded: Loaded, recipe_name: str) -> None:
     for note in loaded.notes:
         screen.line(f"note: {note}")
     plan = Plan.from_recipe(recipe, world)
+    require_trackers(recipe.tracking)
+    require_hub(recipe.output.hub_model_id)
     for engine_note in plan.engine_notes:
         screen.line(f"note: {engine_note}")
     quiet_libraries(screen)
@@ -105,6 +110,10 @@ def train(loaded: Loaded, recipe_name: str) -> None:
     with claimed(Path(output.output_dir), replaces=replaces):
         try:
             _train(recipe, recipe_name, world, plan, screen)
+            if output.hub_model_id is not None and output.hub_strategy == "end":
+                screen.line(f"uploading {output.output_dir} to {output.hub_model_id}")
+                place = upload_result(Path(output.output_dir), output.hub_model_id, private=output.hub_private_repo)
+                screen.line(f"done: the result is at {place}")
         except BaseException as error:
             ours = isinstance(error, FinetunerError) and not isinstance(error, PreemptedError)
             if not ours and list_checkpoints(Path(output.output_dir)):
@@ -327,10 +336,14 @@ def fit(
     run, output_dir = weights.run, Path(recipe.output.output_dir)
     main = run.accelerator.is_main_process
     metrics = MetricsFile(output_dir / "metrics.jsonl", resume_after=state.step or None) if main else None
+    tracking = recipe.tracking if main else TrackingSection()
+    shown = without_secrets(flat_values(recipe))
+    trackers = Trackers.open(tracking, output_dir, shown, done=state.step, say=screen.line)
 
     def record(show: Any, row: dict) -> None:
         if metrics is not None:
             metrics.write(row)
+            trackers.log(row)
         show(row)
 
     def stepped(state: TrainState, stats: StepStats, seconds: float) -> None:
@@ -374,7 +387,13 @@ def fit(
             eval_progress=progress.evaluating,
             stop_wished=lambda: bool(wish),
         )
-        return train_loop(run, batches, state, events)
+        well = False
+        try:
+            state = train_loop(run, batches, state, events)
+            well = True
+        finally:
+            trackers.close(well=well)
+        return state
 
 
 def say_how_it_ended(section: GuardSection, state: TrainState, total_steps: int, screen: Screen) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import string
 import subprocess
 import sys
@@ -211,3 +212,11 @@ def weights_of(folder: Path) -> dict:
 def largest_difference(left: dict, right: dict) -> float:
     assert left.keys() == right.keys()
     return max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
+
+
+def unfinished(source: Path, out: Path, step: int) -> Path:
+    """A folder with the run of `source` as it was at `step`."""
+    name = f"checkpoints/step-{step:08}"
+    shutil.copytree(source / name, out / name)
+    shutil.copy(source / "metrics.jsonl", out)
+    return out

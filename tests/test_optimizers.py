@@ -1,12 +1,11 @@
 """Each optimizer is the one of its name, decays matrices only, and goes on bitwise from a checkpoint."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import largest_difference, run_command, weights_of
+from conftest import largest_difference, run_command, unfinished, weights_of
 from torch import nn
 
 from finetuner.errors import CheckpointError, PlanError, RecipeError
@@ -250,14 +249,6 @@ def test_arguments_are_a_block_or_one_text():
 
 
 ZERO = {"deepspeed": {"zero_optimization": {"stage": 1}}, "optimizer": "adamw_bnb_8bit"}
-
-
-def unfinished(source: Path, out: Path, step: int) -> Path:
-    """A folder with the run of `source` as it was at `step`."""
-    name = f"checkpoints/step-{step:08}"
-    shutil.copytree(source / name, out / name)
-    shutil.copy(source / "metrics.jsonl", out)
-    return out
 
 
 @pytest.mark.slow

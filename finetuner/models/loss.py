@@ -5,6 +5,8 @@ are trained on, and takes the cross entropy of the head's logits in chunks that 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812  (its usual name)
 from torch.utils.checkpoint import checkpoint
 
 from finetuner.errors import ModelError
+from finetuner.models.noise import noisy
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,17 +28,37 @@ CHUNK_BYTES = 2**28
 Question = Callable[["PreTrainedModel"], float]
 
 
+@dataclass(frozen=True)
+class Regularisers:
+    """What training adds to the loss, and evaluation does not.
+
+    `label_smoothing` e: (1 - e) (-log p(target)) + e mean(-log p) (arXiv:1512.00567). `z_loss` c: c log(Z)^2, Z being
+    the sum of exp(logits) (arXiv:2204.02311, section 5). `noise_alpha`: see noise.py.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    noise_alpha: float = 0.0
+
+
 class TokenLoss(nn.Module):
     """The outermost module: batch in, sum of the trained tokens' losses out.
 
     Being the only module that DDP or FSDP wraps, it is where they gather what its forward uses, the head included.
     """
 
-    def __init__(self, model: "PreTrainedModel | PeftModel", *, composed: bool = False) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel | PeftModel",
+        *,
+        composed: bool = False,
+        regularisers: Regularisers | None = None,
+    ) -> None:
         """`composed`: what head_is_composable says of the model; not before it has its weights."""
         super().__init__()
         self.model = model
         self.composed = composed
+        self.regularisers = regularisers or Regularisers()
 
     @property
     def bare(self) -> "PreTrainedModel":
@@ -65,25 +88,38 @@ class TokenLoss(nn.Module):
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if position_ids is not None:  # some models have no such argument
             inputs["position_ids"] = position_ids
-        if not self.composed:
-            logits = model(**inputs).logits
-            return F.cross_entropy(logits.flatten(0, 1)[positions].float(), targets, reduction="sum")
-        hidden = decoder_of(model)(**inputs)[0]
+        added = self.regularisers if self.training else Regularisers()
+        noise: AbstractContextManager[None] = nullcontext()
+        if added.noise_alpha:
+            noise = noisy(model.get_input_embeddings(), added.noise_alpha, attention_mask, position_ids)
+        with noise:
+            if not self.composed:
+                logits = model(**inputs).logits
+                return summed_loss(logits.flatten(0, 1)[positions].float(), targets, added)
+            hidden = decoder_of(model)(**inputs)[0]
         hidden = hidden.flatten(0, 1)[positions]
         head = model.get_output_embeddings()
         soft_cap = _soft_cap(model)
         rows_per_chunk = max(1, CHUNK_BYTES // (4 * _vocab_size(model)))
         if len(targets) <= rows_per_chunk:
-            return _chunk_loss(head, hidden, targets, soft_cap)
+            return _chunk_loss(head, hidden, targets, soft_cap, added)
         losses = [
-            checkpoint(_chunk_loss, head, h, t, soft_cap, use_reentrant=False)
+            checkpoint(_chunk_loss, head, h, t, soft_cap, added, use_reentrant=False)
             for h, t in zip(hidden.split(rows_per_chunk), targets.split(rows_per_chunk), strict=True)
         ]
         return torch.stack(losses).sum()
 
 
-def _chunk_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
-    return F.cross_entropy(_cap(head(hidden).float(), soft_cap), targets, reduction="sum")
+def _chunk_loss(
+    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, soft_cap: float | None, added: Regularisers
+) -> torch.Tensor:
+    return summed_loss(_cap(head(hidden).float(), soft_cap), targets, added)
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor, added: Regularisers) -> torch.Tensor:
+    """Cross entropy of fp32 `logits` (trained, vocabulary), summed, and what is added to it."""
+    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=added.label_smoothing)
+    return loss + added.z_loss * logits.logsumexp(dim=-1).square().sum() if added.z_loss else loss
 
 
 def decoder_of(model: "PreTrainedModel") -> nn.Module:

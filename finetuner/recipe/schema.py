@@ -15,10 +15,12 @@ from finetuner.recipe.sections import (
     PrecisionSection,
     QuantizationSection,
     RatesSection,
+    RegularisationSection,
     ScheduleSection,
     Section,
     ShardingSection,
     TokenizerSection,
+    TrackingSection,
 )
 
 
@@ -35,11 +37,13 @@ class Recipe(Section):
     schedule: ScheduleSection
     optimizer: OptimizerSection
     rates: RatesSection
+    regularisation: RegularisationSection
     precision: PrecisionSection
     sharding: ShardingSection
     evaluation: EvaluationSection
     guards: GuardSection
     output: OutputSection
+    tracking: TrackingSection
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -53,11 +57,13 @@ SECTIONS: dict[str, type[Section]] = {
     "schedule": ScheduleSection,
     "optimizer": OptimizerSection,
     "rates": RatesSection,
+    "regularisation": RegularisationSection,
     "precision": PrecisionSection,
     "sharding": ShardingSection,
     "evaluation": EvaluationSection,
     "guards": GuardSection,
     "output": OutputSection,
+    "tracking": TrackingSection,
 }
 
 # key -> (section, field); a key that stood in two sections would be a mistake of ours
@@ -70,5 +76,4 @@ assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values
 NOT_YET = {
     "rl": "preference and reinforcement learning",
     "torch_compile": "compilation",
-    "wandb_project": "experiment trackers",
 }

@@ -67,18 +67,11 @@ AXOLOTL: dict[str, Foreign] = {
         "tokenizer_type tokenizer_use_fast tokenizer_legacy", ignored("the tokenizer's own files say which class it is")
     ),
     # trackers and uploads
-    **spread(
-        "use_wandb wandb_project wandb_name wandb_entity wandb_run_id wandb_mode use_mlflow mlflow_tracking_uri "
-        "mlflow_experiment_name mlflow_run_name use_tensorboard logging_dir use_trackio",
-        blocked("experiment trackers", "Remove it; metrics.jsonl has every figure."),
-    ),
-    **spread(
-        "hub_model_id hub_strategy push_to_hub hub_private_repo",
-        blocked("uploading to the hub", "Remove it, and type `hf upload NAME OUTPUT_DIR` after the run."),
-    ),
+    "use_trackio": blocked("this tracker", "Write use_wandb, use_tensorboard or use_mlflow."),
+    "push_to_hub": ignored("the result is uploaded if hub_model_id is given", loud=True),
     **spread("revision_of_model model_revision", blocked("a revision of the model", "Give its downloaded folder.")),
     **spread("overrides_of_model_config model_config", blocked("changing the model's config", "Change config.json.")),
-    **spread("neftune_noise_alpha noisy_embedding_alpha", blocked("noise on embeddings")),
+    "noisy_embedding_alpha": renamed("neftune_noise_alpha"),
     **spread("resize_token_embeddings_to_32x", blocked("a vocabulary of a multiple of 32", "Remove it.")),
     "gradient_checkpointing_kwargs": ignored("recomputing is never reentrant: the gradient is the same either way"),
     **spread(
@@ -386,6 +379,9 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
     },
     "lr_scheduler": dict.fromkeys(
         ("one_cycle", "rex", "reduce_lr_on_plateau", "greedy"), "this schedule. Write cosine"
+    ),
+    "hub_strategy": dict.fromkeys(
+        ("every_save", "checkpoint", "all_checkpoints"), "uploading while training. Write end"
     ),
     "attn_implementation": {
         "kernels-community/vllm-flash-attn3": _KERNEL_HUB,

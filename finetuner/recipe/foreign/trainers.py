@@ -20,7 +20,7 @@ TRAINING_ARGUMENTS: dict[str, Foreign] = {
     "evaluation_strategy": renamed("eval_strategy"),
     "max_steps": translated(lambda steps: {"max_steps": steps} if steps != -1 else {}),
     "report_to": blocked(
-        "experiment trackers", "Remove it; metrics.jsonl has every figure.", says_nothing=("none", ["none"])
+        "naming trackers like this", "Write use_wandb, use_tensorboard or use_mlflow.", says_nothing=("none", ["none"])
     ),
     "run_name": ignored("output_dir tells runs apart"),
     "torch_dtype": ignored("bf16 and fp16 say what is computed in"),

@@ -13,12 +13,14 @@ from finetuner.recipe.sections.model import ModelSection, SpecialTokens, Tokeniz
 from finetuner.recipe.sections.quantization import FourBitSection, QuantizationSection
 from finetuner.recipe.sections.running import EvaluationSection, OutputSection
 from finetuner.recipe.sections.sharding import FsdpConfig, ShardingSection
+from finetuner.recipe.sections.tracking import TrackingSection
 from finetuner.recipe.sections.training import (
     BatchSection,
     OptimizerSection,
     PrecisionSection,
     RateGroup,
     RatesSection,
+    RegularisationSection,
     ScheduleSection,
 )
 
@@ -27,6 +29,6 @@ __all__ = [
     "FsdpConfig", "GuardSection", "InstructionFormat", "MessageProperties",
     "ModelSection", "OptimizerSection", "OutputSection",
     "PackingSection", "PrecisionSection", "QuantizationSection",
-    "RateGroup", "RatesSection",
-    "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection",
+    "RateGroup", "RatesSection", "RegularisationSection",
+    "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection", "TrackingSection",
 ]  # fmt: skip

@@ -40,5 +40,10 @@ class OutputSection(Section):
     resume_from_checkpoint: bool | DiskName = Field(
         False, description="true: the newest whole checkpoint in output_dir, if there is one; or a checkpoint's folder."
     )
+    hub_model_id: str | None = Field(
+        None, min_length=1, description="Repository on the hub that the result is uploaded to, such as you/my-model."
+    )
+    hub_strategy: Literal["end"] = Field("end", description="The upload is of the result, when the run is done.")
+    hub_private_repo: bool = Field(True, description="Whether a repository that is made for it is private.")
     logging_steps: Steps = Field(1, description="A line in metrics.jsonl every so many steps.")
     seed: CountOrZero = Field(42, description="Order of the rows, dropout, new weights.")

@@ -7,6 +7,7 @@ from pydantic import Field, Strict
 from finetuner.recipe.optimizers import OptimizerName
 from finetuner.recipe.schedules import Shape
 from finetuner.recipe.sections.base import (
+    Chance,
     Count,
     Names,
     NonNegative,
@@ -87,6 +88,21 @@ class OptimizerSection(Section):
     )
     adam_epsilon: Positive = Field(1e-8, description="Added to the denominator.")
     max_grad_norm: NonNegative = Field(1.0, description="Longer gradients are scaled; 0: never.")
+
+
+class RegularisationSection(Section):
+    """What training adds so that the model does not learn the rows by heart; evaluation is without it."""
+
+    neftune_noise_alpha: Positive | None = Field(
+        None, description="Noise on the input embeddings (NEFTune, arXiv:2310.05914); 5 is usual."
+    )
+    label_smoothing_factor: Chance = Field(
+        0.0, description="Share of the target that is spread over the whole vocabulary; the loss that is logged has it."
+    )
+    z_loss_coefficient: NonNegative = Field(
+        0.0,
+        description="Times log(sum of exp(logits))^2, added to the loss: keeps logits in place; 1e-4 is usual.",
+    )
 
 
 class PrecisionSection(Section):

@@ -1,0 +1,133 @@
+"""A result goes to the hub, alone and private, or stays whole where it is; the hub is a server of this test."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from finetuner.errors import PlanError
+from finetuner.export.upload import require_hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Enough of the hub to take a commit; `asked` is every request with its body."""
+
+    asked: list[tuple[str, str, dict[str, str], bytes]]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.asked.append(("POST", self.path, dict(self.headers), body))
+        answer: dict = {"url": "https://huggingface.co/me/x", "id": "me/x"}
+        if "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            answer = {"files": files}
+        if "/commit/" in self.path:
+            answer = {"commitUrl": "https://huggingface.co/me/x/commit/1", "commitOid": "1", "hookOutput": ""}
+        self._answer(answer)
+
+    def do_GET(self) -> None:
+        self._answer({"id": "me/x", "sha": "0", "siblings": []})
+
+    def _answer(self, answer: dict) -> None:
+        text = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, list]]:
+    """(address, requests)."""
+    asked: list = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Recording", (Hub,), {"asked": asked}))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def upload(folder: Path, endpoint: str) -> subprocess.CompletedProcess:
+    """In a process of its own: huggingface_hub reads its variables once."""
+    code = (
+        "import sys; from pathlib import Path; from finetuner.errors import FinetunerError\n"
+        "from finetuner.export.upload import upload_result\n"
+        "try: print(upload_result(Path(sys.argv[1]), 'me/x', private=True))\n"
+        "except FinetunerError as error: sys.exit(str(error))"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    env |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_TOKEN": "hf_secret",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    for name in (
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja", "metrics.jsonl",
+        ".lock", "checkpoints/step-00000001/adapter_model.safetensors", "merged/model.safetensors",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_the_files_of_the_result_alone_are_uploaded_to_a_private_repository(hub, result):
+    address, asked = hub
+    done = upload(result, address)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{address}/me/x"
+    made = next(json.loads(body) for _, path, _, body in asked if path == "/api/repos/create")
+    assert made["name"] == "x" and made["organization"] == "me" and made["visibility"] == "private"
+    commit = next(body for _, path, _, body in asked if "/commit/main" in path)
+    lines = [json.loads(line) for line in commit.decode().splitlines()]
+    sent = {x["value"]["path"]: base64.b64decode(x["value"]["content"]).decode() for x in lines if x["key"] == "file"}
+    names = ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json")
+    assert sent == {name: name for name in names}
+    assert all(
+        {k.lower(): v for k, v in headers.items()}["authorization"] == "Bearer hf_secret" for _, _, headers, _ in asked
+    )
+
+
+def test_without_the_hub_the_message_says_where_the_result_is_and_what_to_type(result):
+    done = upload(result, "http://127.0.0.1:9")
+    assert done.returncode == 1 and "hf_secret" not in done.stderr
+    assert f"It is whole in {result}" in done.stderr and f"hf upload me/x {result}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_upload_that_cannot_begin_is_refused_before_the_run(monkeypatch, write_recipe, train, tmp_path):
+    from huggingface_hub import constants
+
+    require_hub(None)
+    with pytest.raises(PlanError, match="HF_HUB_OFFLINE forbids it"):
+        train(write_recipe(hub_model_id="me/x"))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(PlanError, match="'a/b/c' is no name of a repository"):
+        require_hub("a/b/c")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(PlanError, match="hf auth login"):
+        require_hub("me/x")
