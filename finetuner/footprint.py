@@ -1,8 +1,8 @@
 """Does the model fit, before anything but its config.json is fetched? What is kept between steps, in bytes.
 
 For a weight that is trained: itself in fp32 (under ZeRO with bf16 a bf16 copy beside it), its gradient in fp32, and
-the state of its optimizer (of AdamW: two moments in fp32, or in 8 bits). For one that is not: itself as it is kept. Activations come on top, so what is
-refused here cannot run, while what passes may still be too large.
+the state of its optimizer (of AdamW: two moments in fp32, or in 8 bits). For one that is not: itself as it is kept.
+Activations come on top, so what is refused here cannot run, while what passes may still be too large.
 """
 
 import math

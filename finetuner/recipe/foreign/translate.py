@@ -135,6 +135,8 @@ class Translation:
                 message = f"{key}: '{value}' is not supported yet: {refused[value]}."
                 self.document.problems.append(Problem(message, self.document.origin((key,))))
                 del self.document.values[key]
+                if key == "optimizer":
+                    self.document.values.pop("optim_args", None)  # they are that optimizer's
         self.fractions()
         for key, spellings in VALUES.items():
             value = self.document.values.get(key)
@@ -185,6 +187,10 @@ class Translation:
             for key in list(tokens):
                 self._move(("tokens", key), ("special_tokens", key))
             del values["tokens"]
+        arguments = values.get("optim_args")
+        for key, ours in (("eps", "adam_epsilon"), ("weight_decay", "weight_decay")):
+            if isinstance(arguments, dict) and key in arguments:
+                self._move(("optim_args", key), (ours,))
         for key, target in MOVED_INTO.items():
             block = values.get(target[0])
             if key in values and (block is None or isinstance(block, dict)):
