@@ -18,7 +18,11 @@ def prepare_data(loaded: Loaded, recipe_name: str) -> None:
         screen.line(f"note: {note}")
     quiet_libraries(screen)
     _, prepared = prepare_rows(recipe, World(), recipe.output.seed, screen)
-    rows = [("recipe", recipe_name), ("rows", rows_line(prepared)), ("longest", f"{prepared.train.longest:,} tokens")]
+    rows = [
+        ("recipe", recipe_name),
+        ("rows", rows_line(prepared, recipe)),
+        ("longest", f"{prepared.train.longest:,} tokens"),
+    ]
     screen.table(rows)
     for line in prepared.notes:
         screen.line(f"note: {line}")

@@ -25,8 +25,9 @@ from finetuner.checkpoint import (
     set_aside_after,
 )
 from finetuner.data.batches import Layout
-from finetuner.data.cache import packs_held_out, prepare_once
-from finetuner.data.prepare import Prepared
+from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
+from finetuner.data.feed import Feed, build_feed, prefetched
+from finetuner.data.prepare import Prepared, held_out_only
 from finetuner.data.templates import chosen_template
 from finetuner.errors import CheckpointError, DataError, FinetunerError, PreemptedError
 from finetuner.export.upload import require_hub, upload_result
@@ -128,6 +129,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         require_bitsandbytes()
     require_fit(recipe, plan, world, attention)
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
+    streams = recipe.data.streaming
     schedule = plan.schedule(recipe, len(prepared.train_rows))
     accelerator = build_accelerator(plan, world, recipe.sharding.ddp_timeout)
     output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter is not None
@@ -136,7 +138,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     facts = resume_facts(
         flat_values(recipe),
         num_rows=len(prepared.train_rows),
-        rows_sha256=prepared.train_rows.sha256,
+        rows_sha256=tokenizer_digest(vocabulary.tokenizer) if streams else prepared.train_rows.sha256,
         global_batch=plan.global_batch,
     )
     checkpoint = choose_checkpoint(recipe, accelerator, screen)
@@ -157,7 +159,9 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
     print_plan(recipe, weights, counted, prepared, recipe_name, screen)
     by_main_rank(accelerator, lambda: make_room(recipe, recipe_name, counted[0], state, screen))
-    state = fit(recipe, weights, facts, state, screen)
+    layout = weights.run.layout
+    feed = build_feed(recipe.data, vocabulary.tokenizer, prepared.train_rows, plan, schedule, layout, checkpoint)
+    state = fit(recipe, weights, feed, facts, state, screen)
     say_how_it_ended(recipe.guards, state, schedule.total_steps, screen)
     if recipe.guards.load_best_model_at_end and state.best_step not in (None, state.step):
         best = state.best_step or 0
@@ -192,7 +196,7 @@ def assemble(
     with screen.work("loading the model", "MB") as work:
         built = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator, work.at_bytes)
         bare = built.loss
-        for note in length_notes(bare.bare, prepared.train.longest):
+        for note in length_notes(bare.bare, prepared.train.longest or recipe.data.sequence_len):
             screen.line(f"note: {note}")
         counted = count_parameters(bare)
         tables = vocabulary_parameters(bare, bare.bare)
@@ -215,11 +219,10 @@ def assemble(
         engine=engine,
         plan=plan,
         schedule=schedule,
-        train_rows=prepared.train_rows,
         held_out_rows=prepared.held_out_rows,
         held_out_parts=prepared.held_out_parts,
         max_grad_norm=recipe.optimizer.max_grad_norm,
-        layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
+        layout=layout_of(recipe, bare.bare, packed=recipe.packing.sample_packing),
         eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
         guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
     )
@@ -233,7 +236,8 @@ def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tup
     tokenizer = vocabulary.tokenizer
     tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)  # saved with the result
     with screen.work("tokenising", "rows") as work:
-        return vocabulary, prepare_once(recipe.data, recipe.packing, tokenizer, seed, world, work.at)
+        section = held_out_only(recipe.data) if recipe.data.streaming else recipe.data
+        return vocabulary, prepare_once(section, recipe.packing, tokenizer, seed, world, work.at)
 
 
 def layout_of(recipe: Recipe, model: "PreTrainedModel", *, packed: bool) -> Layout:
@@ -324,7 +328,9 @@ def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[st
     return {f"{role}_id": token_id for role, token_id in zip(named, ids, strict=True)}
 
 
-def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainState, screen: Screen) -> TrainState:
+def fit(
+    recipe: Recipe, weights: Weights, feed: Feed, facts: dict[str, Any], state: TrainState, screen: Screen
+) -> TrainState:
     """Run the loop with its events wired to files and screen."""
     run, output_dir = weights.run, Path(recipe.output.output_dir)
     main = run.accelerator.is_main_process
@@ -358,15 +364,20 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
             if model_only:
                 write = partial(write_model, weights, gathered.model)
 
+        def write_all(aside: Path) -> None:
+            write(aside)
+            feed.write_position(state.step, aside)
+
         def seal_and_prune() -> None:
-            save_checkpoint(folder, state, facts | {"model_only": model_only}, write)
+            save_checkpoint(folder, state, facts | {"model_only": model_only}, write_all)
             prune(output_dir, recipe.output.save_total_limit, state.best_step if run.guards.saves_best else None)
 
         by_main_rank(run.accelerator, seal_and_prune)
 
     mine = -(-len(run.held_out_rows) // run.plan.data_parallel)
     bar = TrainingProgress(screen, run.schedule.total_steps, state.step, eval_rows=mine)
-    with bar as progress, stop_wishes(screen.line) as wish:
+    ahead = prefetched(feed, run.schedule.total_steps, pin=run.accelerator.device.type == "cuda")
+    with bar as progress, stop_wishes(screen.line) as wish, ahead as batches:
         events = Events(
             stepped=stepped,
             logged=partial(record, progress.logged),
@@ -377,7 +388,7 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
         )
         well = False
         try:
-            state = train_loop(run, state, events)
+            state = train_loop(run, batches, state, events)
             well = True
         finally:
             trackers.close(well=well)
