@@ -114,6 +114,27 @@ def data(recipe: RecipePath, overrides: Overrides = None) -> None:
     run.prepare_data(loaded, recipe)
 
 
+@app.command()
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", "--count", min=0, help="Documents to show of each source.")] = 5,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to read of each source.")] = 2000,
+    source: Annotated[
+        int | None, typer.Option("--source", "-k", help="Only this one of `datasets`, counted from 0.")
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Each token with its id.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page too: lengths, packs, dropped rows.")] = None,
+) -> None:
+    """Show what is trained on, token by token, without loading a model."""
+    from finetuner.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    from finetuner.preview import preview as show
+
+    show(loaded, recipe, count=count, rows=rows, source=source, ids=ids, html=html)
+
+
 @app.command("import-gguf")
 def import_gguf(
     source: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that holds one.", show_default=False)],

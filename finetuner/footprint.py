@@ -1,8 +1,8 @@
 """Does the model fit, before anything but its config.json is fetched? What is kept between steps, in bytes.
 
 For a weight that is trained: itself in fp32 (under ZeRO with bf16 a bf16 copy beside it), its gradient in fp32, and
-two moments in fp32 (AdamW) or in 8 bits. For one that is not: itself as it is kept. Activations come on top, so what is
-refused here cannot run, while what passes may still be too large.
+the state of its optimizer (of AdamW: two moments in fp32, or in 8 bits). For one that is not: itself as it is kept.
+Activations come on top, so what is refused here cannot run, while what passes may still be too large.
 """
 
 import math
@@ -17,6 +17,9 @@ from finetuner.plan import Plan
 from finetuner.recipe import Recipe
 from finetuner.sharding import EnginePlan, FsdpPlan, ZeroPlan
 from finetuner.world import World
+
+# Of a weight, on its device, at the least: an optimizer that is not named here counts as having none.
+_STATE_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_bnb_8bit": 2, "adamw_8bit": 2}
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,11 @@ class Kept:
     host: int
 
 
-def trained_parts(count: int, *, engine: EnginePlan, bf16: bool, moments_in_8_bits: bool) -> Parts:
+def trained_parts(count: int, *, engine: EnginePlan, bf16: bool, optimizer: str) -> Parts:
     """Of `count` weights that are all trained."""
     in_copies = isinstance(engine, ZeroPlan) and bf16
-    moments = 2 if moments_in_8_bits else 8
-    return Parts((2 if in_copies else 4) * count, 4 * count, (moments + 4 * in_copies) * count)
+    state = _STATE_BYTES.get(optimizer, 0)
+    return Parts((2 if in_copies else 4) * count, 4 * count, (state + 4 * in_copies) * count)
 
 
 def kept_by_a_rank(parts: Parts, engine: EnginePlan) -> Kept:
@@ -72,8 +75,8 @@ def require_fit(recipe: Recipe, plan: Plan, world: World, attention: tuple[str, 
         return
     count, weights = (sum(p.numel() * size(p) for p in model.parameters()) for size in (lambda p: 1, _itemsize))
     if full and recipe.adapter.unfrozen_parameters is None:
-        eight = recipe.optimizer.optimizer.endswith("8bit")
-        parts = trained_parts(count, engine=plan.engine, bf16=plan.precision == "bf16", moments_in_8_bits=eight)
+        name = recipe.optimizer.optimizer
+        parts = trained_parts(count, engine=plan.engine, bf16=plan.precision == "bf16", optimizer=name)
     else:
         parts = Parts(weights // 2 if recipe.quantization.load_in_8bit else weights)
     kept = kept_by_a_rank(parts, plan.engine)

@@ -13,7 +13,7 @@ from finetuner.errors import PlanError
 from finetuner.recipe import Recipe
 from finetuner.recipe.schedules import Shape, multiplier
 from finetuner.recipe.sections import EvaluationSection, OutputSection, PrecisionSection, ScheduleSection
-from finetuner.sharding import EnginePlan, Precision, plan_engine
+from finetuner.sharding import EnginePlan, FsdpPlan, Precision, ZeroPlan, plan_engine
 from finetuner.world import World
 
 
@@ -55,6 +55,13 @@ class Plan:
             grad_accum=batch.gradient_accumulation_steps,
             max_grad_norm=recipe.optimizer.max_grad_norm,
         )
+        in_shards = isinstance(engine, FsdpPlan) or (isinstance(engine, ZeroPlan) and engine.stage == 3)
+        if in_shards and recipe.quantization.load_in_8bit:
+            raise PlanError(
+                "load_in_8bit is for one GPU, DDP and ZeRO-1 or 2: the scales of an 8-bit layer are lost where its "
+                "weights are cut into parts.\nWrite `adapter: qlora`, which is smaller and can be sharded, or remove "
+                "fsdp or deepspeed."
+            )
         return cls(
             data_parallel=world.size,
             rank=world.rank,

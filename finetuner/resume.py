@@ -8,6 +8,7 @@ from finetuner.errors import CheckpointError
 # Without these equal, the weights would not fit or the order of the rows would not be the same.
 MUST_MATCH = (
     "base_model", "tokenizer", "special_tokens", "tokens", "datasets", "test_datasets", "val_set_size", "sequence_len",
+    "mix_by", "dataset_exact_deduplication",
     "excess_length_strategy", "train_on_inputs", "adapter", "lora_r", "lora_alpha", "lora_target_linear",
     "lora_target_modules", "lora_modules_to_save", "lora_fan_in_fan_out", "lora_model_dir", "peft_use_rslora",
     "peft_use_dora", "peft_init_lora_weights", "peft_layers_to_transform", "peft_layers_pattern",
@@ -22,7 +23,7 @@ NO_MATTER = (
     "logging_steps", "eval_steps", "evals_per_epoch", "eval_on_start", "eval_batch_size", "micro_batch_size",
     "gradient_accumulation_steps", "trust_remote_code", "fsdp", "fsdp_config", "fsdp_version", "deepspeed",
     "dp_replicate_size", "dp_shard_size", "dataset_prepared_path", "max_dropped_fraction", "pad_to_sequence_len",
-    "eval_sample_packing", "quantized_cache",
+    "eval_sample_packing", "quantized_cache", "ddp_timeout",
     "eval_strategy", "save_strategy", "save_first_step", "save_only_model", "max_skipped_steps",
     "loss_watchdog_threshold", "loss_watchdog_patience", "early_stopping_patience", "early_stopping_threshold",
     "load_best_model_at_end", "torch_compile", "torch_compile_backend", "torch_compile_mode",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from finetuner import __version__
 from finetuner.assemble import DTYPES, build_model, probe
@@ -27,7 +28,7 @@ from finetuner.data.batches import Layout
 from finetuner.data.cache import packs_held_out, prepare_once
 from finetuner.data.prepare import Prepared
 from finetuner.data.templates import chosen_template
-from finetuner.errors import CheckpointError, FinetunerError, ModelError, PreemptedError
+from finetuner.errors import CheckpointError, DataError, FinetunerError, ModelError, PreemptedError
 from finetuner.export.merge import merge_adapter, require_same_base
 from finetuner.export.upload import require_hub, upload_result
 from finetuner.footprint import require_fit
@@ -129,9 +130,10 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     require_fit(recipe, plan, world, attention)
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
     schedule = plan.schedule(recipe, len(prepared.train_rows))
-    accelerator = build_accelerator(plan, world)
+    accelerator = build_accelerator(plan, world, recipe.sharding.ddp_timeout)
     output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter is not None
 
+    require_same_rows(accelerator, prepared.train_rows.sha256)
     facts = resume_facts(
         flat_values(recipe),
         num_rows=len(prepared.train_rows),
@@ -216,6 +218,7 @@ def assemble(
         schedule=schedule,
         train_rows=prepared.train_rows,
         held_out_rows=prepared.held_out_rows,
+        held_out_parts=prepared.held_out_parts,
         max_grad_norm=recipe.optimizer.max_grad_norm,
         layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
         eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
@@ -259,12 +262,27 @@ def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainSt
         copy.write_text(dump_recipe(recipe, heading), encoding="utf-8")
 
 
+def require_same_rows(accelerator: Accelerator, sha256: str) -> None:
+    """Raises DataError unless all ranks have the same rows: each node may have prepared its own."""
+    if len(set(gather_object([sha256]))) > 1:
+        raise DataError(
+            "the nodes have different training rows: a data file, the tokenizer or a version of a library differs.\n"
+            "Make them the same, or name a dataset_prepared_path on a disk that all nodes share."
+        )
+
+
 def choose_checkpoint(recipe: Recipe, accelerator: Accelerator, screen: Screen) -> Path | None:
     """The checkpoint to go on from, chosen and verified by the main rank for all; None means from the start."""
     wish, output_dir = recipe.output.resume_from_checkpoint, Path(recipe.output.output_dir)
     if wish is False:
         return None
-    return by_main_rank(accelerator, lambda: _whole_checkpoint(wish, output_dir, screen))
+    chosen = by_main_rank(accelerator, lambda: _whole_checkpoint(wish, output_dir, screen))
+    if chosen is not None and not (chosen / "state.json").exists():
+        raise CheckpointError(
+            f"the main rank goes on from {chosen}, which this node does not have.\n"
+            "Name an output_dir on a disk that all nodes share."
+        )
+    return chosen
 
 
 def _whole_checkpoint(wish: str | bool, output_dir: Path, screen: Screen) -> Path | None:

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
     "summary": {"recipe", "plan", "data", "models", "training", "weights"},
 }
-COMMANDS = {"run", "cli", "train", "merge", "__init__"}
+COMMANDS = {"run", "preview", "cli", "train", "merge", "__init__"}
 
 
 def part_of(path: Path) -> str:

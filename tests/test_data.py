@@ -14,7 +14,8 @@ import pytest
 from conftest import alpaca_rows, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetuner.data.prepare import CUT, TOO_LONG, UNTRAINED, Prepared, prepare
+from finetuner.data.documents import CUT, TOO_LONG, UNTRAINED
+from finetuner.data.prepare import Prepared, prepare
 from finetuner.data.sources import load_source
 from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.errors import DataError
@@ -110,13 +111,33 @@ UNUSABLE: dict[str, tuple[str, str | bytes, str]] = {
     "empty list": ("a.json", "[]", "has no rows: there is nothing to learn from"),
     "blank lines": ("a.jsonl", "\n\n", "has no rows"),
     "head of a table only": ("a.csv", "instruction,output\n", "has no rows"),
-    "half a file": ("a.json", '[{"instruction": "a", ', "cannot read the dataset"),
-    "a broken line": ("a.jsonl", f'{ROW}\n{{"instruction":\n', "cannot read the dataset"),
-    "a number": ("a.json", "5", "cannot read the dataset"),
-    "random bytes": ("a.json", bytes(range(256)), "cannot read the dataset"),
+    "half a file": ("a.json", '[{"instruction": "a", ', "row 0 is broken JSON: expecting property name"),
+    "half a list": ("a.json", f"[{ROW}, {ROW}", "row 1 is broken JSON: expecting ',' or ']'"),
+    "a list that breaks": ("a.json", f"[{ROW}, {{'a': 1}}, {ROW}]", "row 1 is broken JSON: expecting property name"),
+    "a broken line": ("a.jsonl", f'{ROW}\n{{"instruction":\n', "row 1: line 2 is broken JSON: expecting value at"),
+    "a number": ("a.json", "5", "row 0: line 1 holds int 5, but must be an object"),
+    "random bytes": ("a.json", bytes(range(256)), "row 0: line 1 is broken JSON"),
     "no parquet": ("a.parquet", b"PAR1 and so on", "Parquet magic bytes not found"),
-    "half a surrogate": ("a.jsonl", '{"instruction": "a", "output": "\\ud800"}\n', "cannot read the dataset"),
-    "another encoding": ("a.csv", "instruction,output\na,\xe9\n".encode("latin-1"), "can't decode byte 0xe9"),
+    "half a surrogate": (
+        "a.jsonl",
+        '{"instruction": "a", "output": "\\ud800"}\n',
+        "line 1 has half a character, \\ud800",
+    ),
+    "half a surrogate in a list": ("a.json", '[{"instruction": "a", "output": "\\uD800"}]', "it has half a character"),
+    "another encoding": (
+        "a.csv",
+        "instruction,output\na,\xe9\n".encode("latin-1"),
+        "row 0: line 2 is not UTF-8 text: byte 0xe9 in column 'output'",
+    ),
+    "another encoding of JSON": ("a.jsonl", '{"a": "é"}'.encode("latin-1"), "line 1 is not UTF-8 text: byte 0xe9 at 7"),
+    "another encoding of a list": ("a.json", '[{"a": "é"}]'.encode("latin-1"), "is not UTF-8 text: byte 0xe9"),
+    "no gzip": ("a.jsonl.gz", b"\x1f\x8bnothing of the kind", "cannot read the dataset"),
+    "a number for a row": ("a.jsonl", f"{ROW}\n17\n", "row 1: line 2 holds int 17, but must be an object"),
+    "a row without a column": (
+        "a.jsonl",
+        f'{ROW}\n{{"instruction": "a"}}\n',
+        "row 1: it has no column 'output'; its co",
+    ),
     "another suffix": ("a.xml", ROW, "ends with '.xml'; a data file ends with .json, .jsonl, .csv, .parquet,"),
     "no suffix": ("a", ROW, "ends with ''"),
     "other columns": ("a.jsonl", '{"question": "a", "answer": "b"}\n', "Its columns are: question, answer."),
@@ -124,9 +145,9 @@ UNUSABLE: dict[str, tuple[str, str | bytes, str]] = {
     "commas without quotes": (
         "a.csv",
         "instruction,output\nGo, now,yes\n",
-        "more fields than its first line has names",
+        "row 0: line 2 has 3 fields, and the first line 2 names. Quote the texts with commas",
     ),
-    "commas in one row": ("a.csv", "instruction,output\na,b\nc,d,e\n", "Expected 2 fields in line 3, saw 3"),
+    "commas in one row": ("a.csv", "instruction,output\na,b\nc,d,e\n", "row 1: line 3 has 3 fields"),
     "a null": (
         "a.jsonl",
         f"{ROW}\n" + json.dumps(row(output=None)),
@@ -137,7 +158,6 @@ UNUSABLE: dict[str, tuple[str, str | bytes, str]] = {
     "a number among texts": ("a.json", json.dumps([row(), row(output=7)]), "row 1: column 'output' holds"),
     "zero for an input": ("a.jsonl", json.dumps(row(input=0)), "row 0: column 'input' holds int 0, but must be text"),
     "a list": ("a.jsonl", json.dumps(row(output=["a"])), "column 'output' holds list ['a']"),
-    "numbers in a table": ("a.csv", "instruction,output\na,1\n", "column 'output' holds int 1"),
 }
 
 
@@ -160,17 +180,18 @@ def test_unusable_files_are_refused_in_a_few_lines(
 @pytest.mark.parametrize(
     "name", ["no-such-owner/no-such-data", "no_such_data", "a b c", "./no/such/folder", "/no.json"]
 )
-def test_names_that_lead_nowhere_are_refused_without_a_network(name: str) -> None:
+def test_names_that_lead_nowhere_are_refused_without_a_network(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read the dataset"):
-        load_source(DatasetEntry(path=name, type="alpaca"))
+        load_source(DatasetEntry(path=name, type="alpaca"), tmp_path)
 
 
 def test_a_chat_column_of_another_name_is_asked_for(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"conversations": [{"role": "user", "content": "a"}]}])
     with pytest.raises(DataError, match="has no column 'messages'") as caught:
-        load_source(DatasetEntry(path=str(path), type="chat_template"))
+        load_source(DatasetEntry(path=str(path), type="chat_template"), tmp_path)
     assert "Its columns are: conversations.\nName the column with field_messages" in str(caught.value)
-    assert len(load_source(DatasetEntry(path=str(path), type="chat_template", field_messages="conversations"))) == 1
+    named = DatasetEntry(path=str(path), type="chat_template", field_messages="conversations")
+    assert len(load_source(named, tmp_path)) == 1
 
 
 # --- lengths ---

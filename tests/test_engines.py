@@ -17,6 +17,7 @@ from conftest import (
     write_rows,
 )
 
+from finetuner.errors import PlanError, RecipeError
 from finetuner.training.metrics import read_metrics
 
 ADAPTERS: dict[str, dict] = {
@@ -233,6 +234,49 @@ def test_hybrid_sharding_on_two_copies_of_two_ranks_gives_the_numbers_of_one(rec
     assert found.engine == "FSDP2 over 2 copies x 2 ranks"
     assert sum(found.parameters) == found.total
     assert_same_numbers(read_metrics(tmp_path / "four" / "metrics.jsonl"), reference)
+
+
+KEYS: dict[str, dict] = {
+    "whole modules": {"adapter": "lora", "lora_r": 3, "lora_modules_to_save": ["embed_tokens", "lm_head"]},
+    "dora": {"adapter": "lora", "lora_r": 3, "peft_use_dora": True},
+    "unfrozen": {"unfrozen_parameters": ["model.layers.1", "lm_head"]},
+    "best": {"load_best_model_at_end": True, "save_strategy": "best", "eval_steps": 1, "save_steps": None},
+    "packs": {"adapter": "qlora", "sample_packing": True, "sequence_len": 64, "max_steps": 2, "save_steps": 1},
+    "8 bits": {"adapter": "lora", "lora_r": 3, "load_in_8bit": True},
+}
+
+
+def compare_keys(engine: str, keys: dict, recipe: Path, train, tmp_path: Path) -> None:
+    reference = train(recipe, *override(**keys, micro_batch_size=4, output_dir=str(tmp_path / "one")))
+    run_ranks(recipe, tmp_path / "two", *override(**keys, **ENGINES[engine], micro_batch_size=2))
+    assert_same_numbers(read_metrics(tmp_path / "two" / "metrics.jsonl"), reference)
+    assert largest_difference(weights_of(tmp_path / "one"), weights_of(tmp_path / "two")) < 1e-6
+
+
+@pytest.mark.slow
+def test_what_an_adapter_copies_and_measures_of_its_base_is_the_same_when_the_base_is_spread(recipe, train, tmp_path):
+    compare_keys("FSDP2", KEYS["whole modules"] | {"peft_use_dora": True}, recipe, train, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("engine", ["FSDP2", "ZeRO-2", "ZeRO-3", "DDP"])
+def test_keys_of_adapters_and_guards_mean_the_same_in_every_engine(engine, keys, recipe, train, tmp_path):
+    if keys == "8 bits" and engine in ("FSDP2", "ZeRO-3"):
+        pytest.skip("refused: see test_an_8_bit_base_is_not_cut_into_parts")
+    compare_keys(engine, KEYS[keys], recipe, train, tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["FSDP2", "ZeRO-3"])
+def test_an_8_bit_base_is_not_cut_into_parts(engine, recipe, train):
+    with pytest.raises(PlanError, match=r"load_in_8bit is for one GPU, DDP"):
+        train(recipe, *override(**KEYS["8 bits"], **ENGINES[engine]))
+
+
+def test_dora_on_a_4_bit_base_is_refused(recipe, train):
+    with pytest.raises(RecipeError, match="DoRA measures the columns of full weights"):
+        train(recipe, "adapter=qlora", "peft_use_dora=true")
 
 
 def test_a_sharded_recipe_runs_on_one_rank(recipe, train, capsys, tmp_path):

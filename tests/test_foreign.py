@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from finetuner.cli import main
 from finetuner.errors import RecipeError
-from finetuner.recipe import KEYS, load
+from finetuner.recipe import KEYS, dump_recipe, load
 from finetuner.recipe.convert import convert
 from finetuner.recipe.foreign.axolotl import DIFFERENT, PLUGINS, UNSUPPORTED_VALUES
 from finetuner.recipe.foreign.tools import ELSEWHERE, LLAMA_FACTORY_TOOL, TRL_TOOL
@@ -312,3 +312,21 @@ def test_a_word_of_another_tool_in_a_recipe_of_ours_is_told_ours(recipe, key: st
 def test_names_from_elsewhere_are_of_keys_that_there_are() -> None:
     assert set(ELSEWHERE.values()) <= set(KEYS)
     assert not set(ELSEWHERE) & set(KEYS)
+
+
+def test_older_names_of_a_messages_parts_are_read_and_dumped_as_ours(recipe, tmp_path: Path) -> None:
+    chats = BASE.replace("alpaca", "chat_template\n    message_field_role: from\n    message_field_content: value")
+    loaded = load(recipe(chats))
+    mappings = loaded.recipe.data.datasets[0].message_property_mappings
+    assert (mappings.role, mappings.content) == ("from", "value")
+    (tmp_path / "again.yml").write_text(dump_recipe(loaded.recipe, "a copy"))
+    assert load(tmp_path / "again.yml", check_files=False).recipe == loaded.recipe
+    both = chats + "    message_property_mappings:\n      role: speaker\n"
+    assert "'message_field_role' and 'role' are the same key" in refusal(recipe(both))
+
+
+def test_optimizer_arguments_that_are_keys_of_ours_are_moved_and_an_unknown_optimizers_are_not_judged(recipe) -> None:
+    loaded = load(recipe(BASE + "optim_args:\n  eps: 1e-6\n"))
+    assert loaded.recipe.optimizer.adam_epsilon == 1e-6
+    message = refusal(recipe(BASE + "optimizer: ao_adamw_8bit\noptim_args:\n  bf16_stochastic_round: true\n"))
+    assert "1 mistake\n" in message and "torchao's optimizers" in message

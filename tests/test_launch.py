@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from conftest import ROOT
 from finetuner.errors import PlanError
 from finetuner.footprint import Kept, Parts, kept_by_a_rank, trained_parts
 from finetuner.sharding import FsdpPlan, ZeroPlan
+from finetuner.training.metrics import read_metrics
 from finetuner.world import available_ram
 
 LLAMA_70B = {
@@ -77,7 +82,7 @@ def zero(stage: int, offload: bool = False) -> ZeroPlan:
     ],
 )
 def test_what_a_rank_of_eight_keeps_of_ten_weights_that_are_trained(engine, kept):
-    parts = trained_parts(10, engine=engine, bf16=True, moments_in_8_bits=False)
+    parts = trained_parts(10, engine=engine, bf16=True, optimizer="adamw_torch")
     expected = Parts(20, 40, 120) if isinstance(engine, ZeroPlan) else Parts(40, 40, 80)
     assert parts == expected
     assert kept_by_a_rank(parts, engine) == (Kept(22, 0) if engine == zero(3) else kept)
@@ -132,3 +137,55 @@ def test_a_mistake_that_one_rank_finds_ends_all_and_is_said_once_and_a_taken_por
     assert [process.returncode for process in both] == [2, 2], texts
     assert ["is damaged" in text for text in texts] == [True, False]
     assert "Traceback" not in "".join(texts)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_given_up_after_the_timeout(write_recipe):
+    recipe = write_recipe(max_steps=5000, save_strategy="no", logging_steps=1, ddp_timeout=4)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    main, other = started_by_no_launcher(recipe, port, (0, 1))
+    try:
+        assert main.stdout is not None
+        assert any(line.startswith("step 2/") for line in main.stdout)
+        other.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        assert main.wait(timeout=60) not in (0, 2)
+        assert time.monotonic() - stopped > 2, "it waited for the other"
+        assert "imed out" in main.stdout.read()
+    finally:
+        other.kill()
+        main.kill()
+        other.communicate()
+        main.communicate()
+
+
+def network_namespaces_are_permitted() -> bool:
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        return False
+    name = f"finetuner-try-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    return made and subprocess.run(["ip", "netns", "del", name], capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+def test_two_hosts_train_over_a_network_and_each_prepares_its_rows(write_recipe, train, tmp_path):
+    if not network_namespaces_are_permitted():
+        pytest.skip("needs root and network namespaces")
+    recipe = write_recipe(max_steps=3, logging_steps=1)
+    reference = train(recipe, "micro_batch_size=4", f"output_dir={tmp_path / 'one'}")
+    words = ["tests/two_hosts.sh", str(recipe), "micro_batch_size=2", f"output_dir={tmp_path / 'two'}"]
+    env = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "DDP over 2 ranks" in done.stdout and "prepared: 2 folders on two hosts" in done.stdout
+    received = re.search(r"received: (\d+) bytes", done.stdout)
+    assert received and int(received[1]) > 3 * 4 * 75_000, "gradients went over the wire"
+    losses = [row["loss"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl")]
+    assert losses == pytest.approx([row["loss"] for row in reference], rel=1e-5)
+
+
+@pytest.mark.parametrize("script", ["examples/slurm/finetune.sbatch", "tests/two_hosts.sh"])
+def test_scripts_are_valid_bash(script):
+    assert subprocess.run(["bash", "-n", script], cwd=ROOT).returncode == 0

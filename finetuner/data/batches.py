@@ -103,9 +103,12 @@ def _remembered_order(rows: Rows, seed: int, epoch: int, global_batch: int) -> N
     return order_by_length(seed, epoch, rows.lengths, global_batch)
 
 
-def evaluation_batches(rows: Rows, plan: Plan, layout: Layout = PADDED) -> Iterator[Batch]:
-    """This rank's share of all rows, sorted by length; the same number of batches on every rank."""
-    ordered = sorted(range(len(rows)), key=rows.length, reverse=True)
+def evaluation_batches(
+    rows: Rows, plan: Plan, layout: Layout = PADDED, *, numbers: range | None = None
+) -> Iterator[Batch]:
+    """This rank's share of the rows with these numbers (default: all), sorted by length; the same number of batches on
+    every rank."""
+    ordered = sorted(range(len(rows)) if numbers is None else numbers, key=rows.length, reverse=True)
     groups = [ordered[i : i + plan.eval_batch] for i in range(0, len(ordered), plan.eval_batch)]
     while len(groups) % plan.data_parallel:
         groups.append([FILLER_ROW])

@@ -3,6 +3,7 @@
     <dataset_prepared_path>/<key>/      train.* and held_out.* tokens, packs, dropped.jsonl; prepared.json
     <dataset_prepared_path>/<key>.lock  held by the process that prepares
     <dataset_prepared_path>/files/      digests of data files, so that an unchanged file is not read again
+    <dataset_prepared_path>/fetched/    data files from an address
 
 The folder is written aside and renamed, so that it is whole or not there. One process of each node prepares; the others
 look for the folder, in no collective that could time out.
@@ -22,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetuner.data.fetch import fetch, held, is_address
 from finetuner.data.packing import Packs
-from finetuner.data.prepare import Prepared, Report, packed, prepare, require_kept
-from finetuner.data.sources import load_source
+from finetuner.data.prepare import Prepared, Report, SourceShare, packed, prepare, require_kept
+from finetuner.data.sources import TableSource, load_source
 from finetuner.data.store import map_store, store_facts
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry, PackingSection
@@ -100,13 +102,15 @@ def read_prepared(folder: Path) -> Prepared:
         if name not in facts["packs"]:
             return None
         arrays = [np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("members", "starts")]
-        return Packs(store, arrays[0], arrays[1], facts["packs"][name])
+        capacity, parts = facts["packs"][name]
+        return Packs(store, arrays[0], arrays[1], capacity, tuple(parts))
 
     return Prepared(
         train,
         held_out,
         Counter(facts["counts"]),
         facts["num_rows"],
+        tuple(SourceShare(*share) for share in facts["shares"]),
         packs("train", train),
         packs("held_out", held_out),
         folder / "dropped.jsonl",
@@ -134,13 +138,14 @@ def _write(
             "held_out": store_facts(prepared.held_out),
             "counts": dict(prepared.counts),
             "num_rows": prepared.num_rows,
+            "shares": prepared.shares,
             "packs": {},
         }
         for name, packs in (("train", prepared.train_packs), ("held_out", prepared.held_out_packs)):
             if packs is not None:
                 np.save(aside / f"{name}.members.npy", packs.members)
                 np.save(aside / f"{name}.starts.npy", packs.starts)
-                facts["packs"][name] = packs.capacity
+                facts["packs"][name] = [packs.capacity, packs.parts]
         (aside / MARK).write_text(json.dumps(facts), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # without its mark: of no use
         aside.rename(folder)
@@ -200,10 +205,12 @@ def _source_facts(entry: DatasetEntry, section: DataSection) -> Any:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         return [[str(p.relative_to(path)), _file_digest(p, memo)] for p in files]
-    source = load_source(entry)
-    return [
-        [Path(file["filename"]).name, Path(file["filename"]).stat().st_size] for file in source.rows.cache_files
-    ] + [str(Path(file["filename"]).parent) for file in source.rows.cache_files]
+    if is_address(entry.path):
+        return [_file_digest(file, memo) for file in fetch(entry.path, memo.with_name("fetched"))]
+    source = load_source(entry, memo.with_name("fetched"))
+    assert isinstance(source, TableSource), "a hub dataset"
+    files = [Path(file["filename"]) for file in source.rows.cache_files]
+    return [[file.name, file.stat().st_size] for file in files] + [str(file.parent) for file in files]
 
 
 def _file_digest(path: Path, memo: Path) -> str:
@@ -212,13 +219,12 @@ def _file_digest(path: Path, memo: Path) -> str:
     stat = path.stat()
     facts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     note = memo / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    try:
-        return note.read_text(encoding="ascii")
-    except OSError:
-        pass
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    aside = note.with_name(f"{note.name}.{os.getpid()}.tmp")
-    aside.write_text(digest, encoding="ascii")
-    aside.replace(note)
-    return digest
+    if not note.exists():
+        with held(note.with_name(f"{note.name}.lock")):  # ranks of a node need not all read it
+            if not note.exists():
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                aside = note.with_name(f"{note.name}.{os.getpid()}.tmp")
+                aside.write_text(digest, encoding="ascii")
+                aside.replace(note)
+    return note.read_text(encoding="ascii")

@@ -125,7 +125,11 @@ class ChatRenderer:
         messages = with_thoughts_apart(template, conversation.messages)
         stand_in = stand_in_for(messages)
         try:
-            pieces, literals = literals_between(template, conversation, messages, stand_in)
+            if conversation.plain and messages is conversation.messages:
+                pieces = [Piece(i, "c", message["content"]) for i, message in enumerate(messages)]
+                literals = self._outline(template, messages, conversation.tools, stand_in).literals
+            else:
+                pieces, literals = literals_between(template, conversation, messages, stand_in)
             return find_pieces(text, pieces, literals)
         except DataError:
             return ()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetuner.data.sources import Row
+from finetuner.data.files import Row
 from finetuner.errors import DataError
 from finetuner.recipe.sections import InstructionFormat
 
@@ -91,7 +91,7 @@ def render_prompt_completion(row: Row) -> Rendered:
 def render_segments(row: Row) -> Rendered:
     """Column `segments`: a list of {text, label}, joined as they are; those with a true label are trained on. Begin and
     end of text are up to the row."""
-    segments = row["segments"]
+    segments = cell_of(row, "segments")
     if not isinstance(segments, list) or not segments:
         raise DataError(f"column 'segments' holds {kind_of(segments)}, but must be a list of {{text, label}}")
     text, spans = "", []
@@ -108,10 +108,17 @@ def render_segments(row: Row) -> Rendered:
 
 
 def _text(row: Row, column: str) -> str:
-    value = row[column]
+    value = cell_of(row, column)
     if not isinstance(value, str):
         raise DataError(f"column '{column}' holds {kind_of(value)}, but must be text")
     return value
+
+
+def cell_of(row: Row, column: str) -> Any:
+    """Raises DataError if the row has no such column."""
+    if column not in row:
+        raise DataError(f"it has no column '{column}'; its columns are: {', '.join(row) or 'none'}")
+    return row[column]
 
 
 def kind_of(value: Any) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetuner.data.formats import kind_of
-from finetuner.data.sources import Row
+from finetuner.data.files import Row
+from finetuner.data.formats import cell_of, kind_of
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DatasetEntry
 
@@ -48,8 +48,8 @@ class MessageReader:
         return cls(
             column=entry.field_messages,
             tools_column=entry.field_tools,
-            role_key=entry.message_field_role or entry.message_property_mappings.role,
-            content_key=entry.message_field_content or entry.message_property_mappings.content,
+            role_key=entry.message_property_mappings.role,
+            content_key=entry.message_property_mappings.content,
             training_key=entry.message_field_training,
             roles=roles,
             roles_to_train=frozenset(roles.get(role, role) for role in entry.roles_to_train),
@@ -57,7 +57,7 @@ class MessageReader:
 
     def read(self, row: Row) -> Conversation:
         """Raises DataError if a message is not one, or the tools are not a list."""
-        cell = row[self.column]
+        cell = cell_of(row, self.column)
         if not isinstance(cell, list) or not cell:
             raise DataError(f"column '{self.column}' holds {kind_of(cell)}, but must be a list of messages")
         messages: Messages = []

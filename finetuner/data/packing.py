@@ -1,6 +1,7 @@
 """Documents -> packs: rows that are filled with several whole documents."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,17 +13,26 @@ from finetuner.data.tokens import Ids, TokenStore
 
 @dataclass(frozen=True, eq=False)
 class Packs:
-    """Pack i holds the documents members[starts[i]:starts[i + 1]] of the store, end to end."""
+    """Pack i holds the documents members[starts[i]:starts[i + 1]] of the store, end to end. `parts`: how many packs
+    are of each part of the store."""
 
     store: TokenStore
     members: NDArray[np.int64]
     starts: NDArray[np.int64]
     capacity: int
+    parts: tuple[int, ...]
 
     @classmethod
-    def of(cls, store: TokenStore, capacity: int) -> "Packs":
-        members, starts = best_fit_decreasing(store.lengths, capacity)
-        return cls(store, members, starts, capacity)
+    def of(cls, store: TokenStore, capacity: int, parts: tuple[int, ...] = ()) -> "Packs":
+        """`parts` documents each are packed by themselves; default: all are one part."""
+        members, starts, sizes, first = [], [np.zeros(1, dtype=np.int64)], [], 0
+        for count in parts or (len(store),):
+            chosen, borders = best_fit_decreasing(store.lengths[first : first + count], capacity)
+            members.append(chosen + first)
+            starts.append(borders[1:] + starts[-1][-1])
+            sizes.append(len(borders) - 1)
+            first += count
+        return cls(store, np.concatenate(members), np.concatenate(starts), capacity, tuple(sizes))
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -64,7 +74,7 @@ def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> tuple[NDAr
     rooms = 0
     bin_of = np.empty(len(lengths), dtype=np.int64)
     num_bins = 0
-    for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+    for document, length in _numbers(order, lengths):
         enough = rooms >> length
         if enough:
             room = length + (enough & -enough).bit_length() - 1
@@ -84,3 +94,10 @@ def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> tuple[NDAr
     members = np.argsort(bin_of, kind="stable")
     counts = np.bincount(bin_of, minlength=num_bins)
     return members.astype(np.int64), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _numbers(order: NDArray[np.int64], lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """(document, length) as Python's numbers, which take ten times the room of an array's: some at a time."""
+    for start in range(0, len(order), 1 << 16):
+        some = order[start : start + (1 << 16)]
+        yield from zip(some.tolist(), lengths[some].tolist(), strict=True)

@@ -1,62 +1,63 @@
-"""Entries -> documents that fit, with every row accounted for."""
+"""Entries -> documents that fit, with every row accounted for, in memory that does not grow with the rows."""
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.chat import build_chat_renderer
-from finetuner.data.formats import (
-    Rendered,
-    render_alpaca,
-    render_completion,
-    render_instruction,
-    render_prompt_completion,
-    render_segments,
+from finetuner.data.documents import (
+    CUT,
+    DROPPED,
+    DUPLICATE,
+    SPLIT,
+    TOO_LONG,
+    Document,
+    DocumentMaker,
+    Made,
+    Outcome,
 )
-from finetuner.data.messages import MessageReader
+from finetuner.data.fetch import is_address
+from finetuner.data.mixing import mixed
 from finetuner.data.order import held_out_rows
 from finetuner.data.packing import Packs
-from finetuner.data.sources import Row, Source, load_source
+from finetuner.data.sources import Placed, Source, load_source
 from finetuner.data.store import Collector, FileCollector, MemoryCollector
-from finetuner.data.tokens import IGNORE, Ids, Rows, TokenStore, read_tokens, tokenize
+from finetuner.data.tokens import Rows, TokenStore
 from finetuner.errors import DataError
-from finetuner.recipe.sections import DataSection, DatasetEntry, InstructionFormat
+from finetuner.recipe.rules import looks_local
+from finetuner.recipe.sections import DataSection, DatasetEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Document = tuple[Ids, Ids]
 Report = Callable[[int, int], None]  # rows done, rows in all
-Renderer = Callable[[Row], Rendered]
 
 BATCH_ROWS = 512
-
-TOO_LONG = "longer than sequence_len"
-TOO_SHORT = "shorter than min_sample_len"
-UNTRAINED = "without a trained token"
-BAD = "that cannot become text"
-BLANK = "of blank text"
-CUT = "cut to sequence_len"
-SPLIT = "split into several documents"
-
-# What max_dropped_fraction speaks of: cut and split rows are learned, and blank lines of a text are none.
-DROPPED = (TOO_LONG, TOO_SHORT, UNTRAINED, BAD)
+BY_WEIGHT = "left out by the weights of the datasets"
 
 
-class Outcome(NamedTuple):
-    """A row that is not learned as it stands. `length`: its tokens, 0 if it has none."""
+class SourceShare(NamedTuple):
+    """How many documents of a source are trained on, and how many are held out. The stores hold them source by
+    source, in this order."""
 
-    source: str
-    row: int
-    reason: str
-    length: int
-    detail: str = ""
+    name: str
+    train: int
+    held_out: int
+
+
+class Part(NamedTuple):
+    """Rows [start, stop) of the held-out rows, which are of one source."""
+
+    name: str
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Prepared:
     held_out: TokenStore
     counts: Counter[str]
     num_rows: int
+    shares: tuple[SourceShare, ...]
     train_packs: Packs | None = None
     held_out_packs: Packs | None = None
     listed: Path | None = None  # the file that lists the rows of `counts`
@@ -78,6 +80,16 @@ class Prepared:
     @property
     def held_out_rows(self) -> Rows:
         return self.held_out_packs or self.held_out
+
+    @property
+    def held_out_parts(self) -> tuple[Part, ...]:
+        """Source by source, those without a held-out row left out."""
+        sizes = [share.held_out for share in self.shares]
+        if self.held_out_packs is not None:
+            sizes = list(self.held_out_packs.parts)
+        ends = np.cumsum(sizes).tolist()
+        parts = [Part(s.name, end - size, end) for s, size, end in zip(self.shares, sizes, ends, strict=True)]
+        return tuple(part for part in parts if part.stop > part.start)
 
     @property
     def notes(self) -> list[str]:
@@ -96,40 +108,125 @@ def prepare(
 
     Raises DataError if a row cannot be rendered (unless on_bad_row says to skip it), or nothing is left to train on.
     """
-    sources = [load_source(entry) for entry in section.datasets]
-    test_sources = [load_source(entry) for entry in section.test_datasets]
-    num_train_rows = sum(map(len, sources))
+    fetched = Path(section.dataset_prepared_path) / "fetched"
+    sources = [load_source(entry, fetched) for entry in section.datasets]
+    test_sources = [load_source(entry, fetched) for entry in section.test_datasets]
+    num_train_rows, num_test_rows = sum(map(len, sources)), sum(map(len, test_sources))
     held_out = held_out_rows(seed, num_train_rows, section.val_set_size)
-    held_out = np.concatenate([held_out, np.ones(sum(map(len, test_sources)), dtype=bool)])
-    stores: tuple[Collector, Collector] = (
-        (MemoryCollector(), MemoryCollector())
-        if into is None
-        else (FileCollector(into, "train"), FileCollector(into, "held_out"))
-    )
-    outcomes: list[Outcome] = []
-    number = 0
-    for source in [*sources, *test_sources]:
-        for documents in _documents(source, section, tokenizer, outcomes):
-            for ids, labels in documents:
-                stores[int(held_out[number])].add(ids, labels)
-            number += 1
-            if number % BATCH_ROWS == 0 or number == len(held_out):
-                report(number, len(held_out))
-    counts = Counter(outcome.reason for outcome in outcomes)
-    if into is not None:
-        with (into / "dropped.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(outcome._asdict()) + "\n" for outcome in outcomes)
-    prepared = Prepared(stores[0].finish(), stores[1].finish(), counts, len(held_out))
-    _require_documents(prepared, section, held_out[:num_train_rows])
+    num_rows = num_train_rows + num_test_rows
+
+    def collector(name: str) -> Collector:
+        return MemoryCollector() if into is None else FileCollector(into, name)
+
+    weighted = any(entry.weight is not None for entry in section.datasets)
+    train, held = collector("all" if weighted else "train"), collector("held_out")
+    sizes: list[tuple[int, int]] = []
+    done = 0
+    # Held-out sources first: of equal rows, the first one stays, and a row that is held out is not to be learned.
+    is_held_out = iter(np.concatenate([np.ones(num_test_rows, dtype=bool), held_out]))
+    with _outcomes(into) as log:
+        for source in [*test_sources, *sources]:
+            before = (len(train), len(held))
+            for batch, made in make_documents(source, section, tokenizer):
+                log.add(made.outcomes)
+                for placed, documents in zip(batch, made.documents, strict=True):
+                    target = held if next(is_held_out) else train
+                    if section.dataset_exact_deduplication and documents and not log.is_new(documents):
+                        log.add([Outcome(placed.file, placed.number, DUPLICATE, sum(len(ids) for ids, _ in documents))])
+                        continue
+                    for ids, labels in documents:
+                        target.add(ids, labels)
+                done += len(batch)
+                report(done, num_rows)
+            sizes.append((len(train) - before[0], len(held) - before[1]))
+    entries = [*section.test_datasets, *section.datasets]
+    shares = tuple(SourceShare(name, *size) for name, size in zip(source_names(entries), sizes, strict=True))
+    store = train.finish()
+    if weighted and len(store):
+        full = len(store)
+        store, shares = _by_weight(store, shares, section, seed, collector("train"))
+        log.counts[BY_WEIGHT] = full - len(store)
+    prepared = Prepared(store, held.finish(), log.counts, num_rows, shares)
+    _require_documents(prepared, section, held_out)
     return prepared
 
 
+def make_documents(
+    source: Source, section: DataSection, tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[list[Placed], Made]]:
+    """The rows of a source, in order, and what they become."""
+    maker = DocumentMaker(source.entry, section, tokenizer)
+    for batch in source.batches(BATCH_ROWS):
+        yield batch, maker.make(batch)
+
+
+class OutcomeLog:
+    """Counts rows by what became of them, and lists them in a file."""
+
+    def __init__(self, file: Any = None) -> None:
+        self.file, self.counts = file, Counter[str]()
+        self.seen: set[bytes] = set()
+
+    def add(self, outcomes: Iterable[Outcome]) -> None:
+        for outcome in outcomes:
+            self.counts[outcome.reason] += 1
+            if self.file is not None:
+                self.file.write(json.dumps(outcome._asdict()) + "\n")
+
+    def is_new(self, documents: Sequence[Document]) -> bool:
+        """Whether no row before had these tokens and labels."""
+        digest = hashlib.blake2b(digest_size=16)
+        for ids, labels in documents:
+            digest.update(ids.tobytes() + b"|" + labels.tobytes() + b"|")
+        before = len(self.seen)
+        self.seen.add(digest.digest())
+        return len(self.seen) > before
+
+
+@contextmanager
+def _outcomes(into: Path | None) -> Iterator[OutcomeLog]:
+    if into is None:
+        yield OutcomeLog()
+    else:
+        with (into / "dropped.jsonl").open("w", encoding="utf-8") as file:
+            yield OutcomeLog(file)
+
+
+def _by_weight(
+    store: TokenStore, shares: tuple[SourceShare, ...], section: DataSection, seed: int, into: Collector
+) -> tuple[TokenStore, tuple[SourceShare, ...]]:
+    """The documents that the weights leave, in their order, and how many of each source they are."""
+    num_tests = len(section.test_datasets)
+    lengths = np.split(store.lengths, np.cumsum([share.train for share in shares]))[num_tests : len(shares)]
+    for entry, one in zip(section.datasets, lengths, strict=True):
+        if len(one) == 0:
+            raise DataError(f"'{entry.path}' has a weight, and no row of it is left to train on. Remove it.")
+    weights = [entry.weight or 1.0 for entry in section.datasets]
+    chosen = mixed(lengths, weights, seed, by_tokens=section.mix_by == "tokens")
+    for i in np.flatnonzero(np.concatenate(chosen)).tolist():
+        into.add(*store.document(i))
+    counts = [*(0 for _ in range(num_tests)), *(int(mask.sum()) for mask in chosen)]
+    return into.finish(), tuple(s._replace(train=count) for s, count in zip(shares, counts, strict=True))
+
+
+def source_names(entries: Sequence[DatasetEntry]) -> list[str]:
+    """A short name for each entry, no two alike: the file's, or the hub id; with the split or a number where needed."""
+    names: list[str] = []
+    for entry in entries:
+        short = Path(entry.path).name if looks_local(entry.path) or is_address(entry.path) else entry.path
+        tries = [short, f"{short} {entry.split}", *(f"{short} #{i}" for i in range(2, len(entries) + 1))]
+        names.append(next(name for name in tries if name not in names))
+    return names
+
+
 def packed(prepared: Prepared, sequence_len: int, *, train: bool, held_out: bool) -> Prepared:
-    """The same, with packs of the one, the other or both."""
+    """The same, with packs of the one, the other or both. Packs of held-out rows are of one source each."""
+    parts = tuple(share.held_out for share in prepared.shares)
+    held = Packs.of(prepared.held_out, sequence_len, parts) if held_out and len(prepared.held_out) else None
     return replace(
         prepared,
-        train_packs=Packs.of(prepared.train, sequence_len) if train else None,
-        held_out_packs=Packs.of(prepared.held_out, sequence_len) if held_out and len(prepared.held_out) else None,
+        train_packs=Packs.of(prepared.train, sequence_len) if train and len(prepared.train) else None,
+        held_out_packs=held,
     )
 
 
@@ -147,100 +244,6 @@ def require_kept(prepared: Prepared, section: DataSection) -> None:
         f"Raise sequence_len (it is {section.sequence_len}), write `excess_length_strategy: truncate` or `split`, or "
         f"allow it: `max_dropped_fraction: {min(1.0, np.ceil(share * 20) / 20):g}`."
     )
-
-
-def _documents(
-    source: Source, section: DataSection, tokenizer: "PreTrainedTokenizerBase", outcomes: list[Outcome]
-) -> Iterator[list[Document]]:
-    """What each row of a source becomes: no document, one, or several."""
-    render = _renderer(source.entry, section, tokenizer) if source.entry.type is not None else None
-    for first, rows in source.batches(BATCH_ROWS):
-        texts: list[Rendered | Document | None] = []
-        for i, row in enumerate(rows):
-            try:
-                texts.append(render(row) if render is not None else read_tokens(row, len(tokenizer)))
-            except DataError as error:
-                if section.on_bad_row == "raise":
-                    raise DataError(f"{source.entry.path}: row {first + i}: {error}.") from None
-                outcomes.append(Outcome(source.entry.path, first + i, BAD, 0, str(error)))
-                texts.append(None)
-        tokenized = iter(tokenize([text for text in texts if isinstance(text, Rendered)], tokenizer))
-        for i, text in enumerate(texts):
-            if text is None:
-                yield []
-                continue
-            document = next(tokenized) if isinstance(text, Rendered) else text
-            if isinstance(text, Rendered) and source.entry.type == "completion" and not text.text.strip():
-                outcomes.append(Outcome(source.entry.path, first + i, BLANK, 0))
-                yield []
-                continue
-            yield _fit(document, section, outcomes, source.entry.path, first + i)
-
-
-def _renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
-    """How the rows of an entry become text. Raises DataError if the tokenizer cannot do it."""
-    render = _renderer_of_type(entry, section, tokenizer)
-    if not section.train_on_inputs:
-        return render
-
-    def render_all(row: Row) -> Rendered:
-        one = render(row)
-        return Rendered(one.text, ((0, len(one.text)),), one.wraps, one.contents)
-
-    return render_all
-
-
-def _renderer_of_type(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
-    form = entry.type
-    if isinstance(form, InstructionFormat):
-        return lambda row: render_instruction(row, form)
-    if form == "alpaca":
-        return render_alpaca
-    if form == "completion":
-        return lambda row: render_completion(row, entry.field)
-    if form == "input_output":
-        return render_segments
-    if form == "prompt_completion":
-        return render_prompt_completion
-    reader = MessageReader.of(entry)
-    chat = build_chat_renderer(
-        tokenizer,
-        kwargs=section.chat_template_kwargs,
-        eot_tokens=section.eot_tokens,
-        train_on_eos=entry.train_on_eos,
-        train_on_eot=entry.train_on_eot,
-    )
-    return lambda row: chat.render(reader.read(row))
-
-
-def _fit(document: Document, section: DataSection, outcomes: list[Outcome], source: str, row: int) -> list[Document]:
-    """The row's document as it is trained on: none, one, or, if it is split, several."""
-    ids, labels = document
-    limit, length = section.sequence_len, len(ids)
-
-    def outcome(reason: str) -> None:
-        outcomes.append(Outcome(source, row, reason, length))
-
-    if length < section.min_sample_len:
-        outcome(TOO_SHORT)
-        return []
-    pieces = [document]
-    if length > limit:
-        if section.excess_length_strategy == "raise":
-            raise DataError(
-                f"{source}: row {row}: {length} tokens, but sequence_len is {limit}.\n"
-                "Raise sequence_len, or write `excess_length_strategy: drop`, `truncate` or `split`."
-            )
-        if section.excess_length_strategy == "drop":
-            outcome(TOO_LONG)
-            return []
-        split = section.excess_length_strategy == "split"
-        outcome(SPLIT if split else CUT)
-        pieces = [(ids[at : at + limit], labels[at : at + limit]) for at in range(0, length if split else 1, limit)]
-    trained = [(ids, labels) for ids, labels in pieces if (labels[1:] != IGNORE).any()]
-    if not trained:
-        outcome(UNTRAINED)
-    return [(ids, labels) for ids, labels in trained if len(ids) >= section.min_sample_len]
 
 
 def _require_documents(prepared: Prepared, section: DataSection, held_out: NDArray[np.bool_]) -> None:

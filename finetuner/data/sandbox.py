@@ -135,6 +135,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         return len(json.dumps(self.given, default=str))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+            return self.measured(left + right)
         if operator == "*":
             for text, times in ((left, right), (right, left)):
                 if isinstance(text, str | list | tuple) and isinstance(times, int) and len(text) * times > MAX_NUMBER:

@@ -109,7 +109,8 @@ def mocked_plainly(messages: Messages, stand_in: str) -> Messages:
 def with_thoughts_apart(template: ChatTemplate, messages: Messages) -> Messages:
     """Answers that hold their thought in their text ("<think>...</think>answer"), as a template that knows of
     thoughts takes them apart."""
-    if "reasoning_content" not in template.text or THOUGHT_ENDS not in template.text:
+    knows = "reasoning_content" in template.text and THOUGHT_ENDS in template.text
+    if not knows or not any(THOUGHT_ENDS in message["content"] for message in messages):
         return messages
     out = []
     for message in messages:

@@ -17,6 +17,8 @@ class Collector(Protocol):
 
     def add(self, ids: Ids, labels: Ids) -> None: ...
 
+    def __len__(self) -> int: ...
+
     def finish(self) -> TokenStore: ...
 
 
@@ -28,6 +30,9 @@ class MemoryCollector:
 
     def add(self, ids: Ids, labels: Ids) -> None:
         self.pairs.append((ids, labels))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
 
     def finish(self) -> TokenStore:
         return TokenStore.of(self.pairs)
@@ -51,9 +56,15 @@ class FileCollector:
         self.offsets.append(self.offsets[-1] + len(ids))
         self.trained += int((labels[1:] != IGNORE).sum())
 
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
     def finish(self) -> TokenStore:
-        borders = self.offsets.tobytes()
-        (self.folder / f"{self.name}.offsets").write_bytes(borders)
+        borders = memoryview(self.offsets).cast("B")
+        with (self.folder / f"{self.name}.offsets").open("wb") as file_of_borders:
+            file_of_borders.write(borders)
+            file_of_borders.flush()
+            os.fsync(file_of_borders.fileno())
         for file in self.files:
             file.flush()
             os.fsync(file.fileno())

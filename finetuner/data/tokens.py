@@ -3,13 +3,13 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.formats import Rendered, Span
+from finetuner.data.formats import Rendered, Span, cell_of
 from finetuner.errors import DataError
 
 if TYPE_CHECKING:
@@ -119,10 +119,11 @@ def read_tokens(row: Mapping[str, Any], vocab_size: int) -> tuple[Ids, Ids]:
     padding, which is left out. Raises DataError if they are not token ids of this vocabulary, or differ in length."""
     columns = []
     for name in ("input_ids", "labels"):
+        cell = cell_of(row, name)
         try:
-            columns.append(np.array(row[name], dtype=np.int64).reshape(-1))
+            columns.append(np.array(cell, dtype=np.int64).reshape(-1))
         except (TypeError, ValueError, OverflowError):
-            raise DataError(f"column '{name}' must be a list of token ids; it is {row[name]!r:.60}") from None
+            raise DataError(f"column '{name}' must be a list of token ids; it is {cell!r:.60}") from None
     ids, labels = columns
     mask = row.get("attention_mask")
     kept = np.ones(len(ids), dtype=bool) if mask is None else np.array(mask, dtype=bool)
@@ -150,7 +151,7 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase")
         return []
     empty = np.zeros(0, dtype=np.int32)
     begin, end = _wrapping_ids(tokenizer) if any(one.wraps for one in rendered) else (empty, empty)
-    special = _special_ids(tokenizer)
+    special = _specials(tokenizer)
     out = []
     for one, encoded in zip(rendered, _encode([r.text for r in rendered], tokenizer), strict=True):
         words = _special_in(one.contents, encoded, special)
@@ -179,8 +180,11 @@ class _Encoded:
     most: NDArray[np.int64]
 
 
-def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    return [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+def _specials(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.bool_]:
+    """For each id, whether it is a special token."""
+    table = np.zeros(len(tokenizer) + 1, dtype=bool)
+    table[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i < len(table)]] = True
+    return table
 
 
 def _encode(
@@ -188,17 +192,25 @@ def _encode(
 ) -> Iterator[_Encoded]:
     """`as_words`: special tokens in the text are text."""
     encoded = tokenizer(
-        list(texts), add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=as_words
+        list(texts),
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        split_special_tokens=as_words,
     )
-    special = _special_ids(tokenizer)
+    special = _specials(tokenizer)
     for text, raw_ids, raw_offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         ids = np.array(raw_ids, dtype=np.int32)
-        offsets = np.array(raw_offsets, dtype=np.int64).reshape(-1, 2)
-        before = np.maximum.accumulate(np.concatenate([[0], offsets[:, 1]]))[:-1]
-        after = np.concatenate([offsets[1:, 0], [len(text)]])[: len(offsets)]
-        most = np.stack([np.minimum(offsets[:, 0], before), np.maximum(offsets[:, 1], after)], axis=1)
+        offsets = np.fromiter(chain.from_iterable(raw_offsets), dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
+        most = offsets.copy()
+        if len(ids):
+            reach = np.maximum.accumulate(offsets[:-1, 1])
+            most[1:, 0] = np.minimum(offsets[1:, 0], reach)
+            most[:-1, 1] = np.maximum(offsets[:-1, 1], offsets[1:, 0])
+            most[0, 0], most[-1, 1] = min(int(offsets[0, 0]), 0), max(int(offsets[-1, 1]), len(text))
         own = most.copy()
-        for i in np.flatnonzero(np.isin(ids, special)):
+        for i in np.flatnonzero(special[ids]):
             start, stop = offsets[i]
             if text[start:stop].strip():
                 own[i] = stop - len(text[start:stop].lstrip()), start + len(text[start:stop].rstrip())
@@ -220,9 +232,9 @@ def _straddled_borders(spans: tuple[Span, ...], encoded: _Encoded) -> list[int]:
     return sorted({*starts.tolist(), *stops.tolist()})
 
 
-def _special_in(contents: tuple[Span, ...], encoded: _Encoded, special: list[int]) -> list[Span]:
+def _special_in(contents: tuple[Span, ...], encoded: _Encoded, special: NDArray[np.bool_]) -> list[Span]:
     """Where special tokens stand within a row's own text."""
-    found = encoded.own[np.isin(encoded.ids, special)]
+    found = encoded.own[special[encoded.ids]]
     if not contents or not len(found):
         return []
     starts, stops = np.array(sorted(contents), dtype=np.int64).T

@@ -21,7 +21,7 @@ class PackedCache:
     def __init__(self, folder: Path, key: str, infos: Mapping[str, TensorInfo]) -> None:
         """Raises ModelError if the folder cannot be written to or the disk is too full for it."""
         self.path = folder / f"{key}.safetensors"
-        self.stored: dict[str, TensorInfo] = read_header(self.path) if self.path.exists() else {}
+        self.stored = self._header()
         self.file: TensorFile | None = None
         if self.stored:
             return
@@ -47,6 +47,13 @@ class PackedCache:
                 f"cannot write the quantised model to '{folder}': {error.strerror}.\n"
                 "Name a folder that you may write to (dataset_prepared_path), or write `quantized_cache: false`."
             ) from error
+
+    def _header(self) -> dict[str, TensorInfo]:
+        """What is there; nothing if there is no file, or a disk has lost its end."""
+        try:
+            return read_header(self.path)
+        except (OSError, ModelError):
+            return {}
 
     def read(self, name: str) -> torch.Tensor:
         return read_tensor(self.path, self.stored[name])

@@ -32,11 +32,11 @@ T = TypeVar("T")
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def build_accelerator(plan: Plan, world: World) -> Accelerator:
+def build_accelerator(plan: Plan, world: World, timeout_seconds: float) -> Accelerator:
     """Raises PlanError if the ranks cannot meet, or Accelerate did not set up those that the launcher started."""
     take_engine_from_launcher()
     try:
-        accelerator = _join_ranks(plan, world)
+        accelerator = _join_ranks(plan, world, timedelta(seconds=timeout_seconds))
     except distributed.DistNetworkError as error:
         first = str(error).splitlines()[0]
         raise PlanError(
@@ -62,7 +62,7 @@ def build_accelerator(plan: Plan, world: World) -> Accelerator:
     return accelerator
 
 
-def _join_ranks(plan: Plan, world: World) -> Accelerator:
+def _join_ranks(plan: Plan, world: World, timeout: timedelta) -> Accelerator:
     return Accelerator(
         # Without it, Accelerate on a machine with no GPU runs every rank as a world of its own.
         cpu=world.device == "cpu",
@@ -71,8 +71,7 @@ def _join_ranks(plan: Plan, world: World) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=plan.grad_accum, sync_with_dataloader=False),
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # the others wait while the main rank writes and hashes a checkpoint: 84 GB for 7B parameters
-            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+            InitProcessGroupKwargs(timeout=timeout),
         ],
     )
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from finetuner.data.batches import Batch, Layout, evaluation_batches, step_batches
 from finetuner.data.order import mix
+from finetuner.data.prepare import Part
 from finetuner.data.tokens import Rows
 from finetuner.errors import PreemptedError
 from finetuner.plan import Plan, Schedule
@@ -35,6 +36,7 @@ class Run:
     layout: Layout
     eval_layout: Layout
     guards: Guards
+    held_out_parts: tuple[Part, ...] = ()  # of held_out_rows, source by source; none: all are one part
 
 
 @dataclass(frozen=True)
@@ -141,20 +143,34 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     return model(batch.input_ids, batch.attention_mask, batch.positions, batch.targets, batch.position_ids)
 
 
+@dataclass(frozen=True)
+class Held:
+    """Summed loss over the trained tokens of some held-out rows."""
+
+    loss_sum: float
+    num_tokens: int
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.num_tokens
+
+
 @torch.no_grad()
-def evaluate(run: Run, progress: Callable[[int], None] = lambda rows: None) -> tuple[float, int]:
-    """(mean loss over all trained tokens of the held-out rows, their number); the same at every batch size."""
+def evaluate(run: Run, progress: Callable[[int], None] = lambda rows: None) -> dict[str, Held]:
+    """The loss on the held-out rows of each source, by its name; the same at every batch size."""
     device = run.accelerator.device
-    total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    count = 0
+    parts = run.held_out_parts or (Part("", 0, len(run.held_out_rows)),)
+    sums = torch.zeros((len(parts), 2), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     with _evaluating(run.engine.module):
-        for host_batch in evaluation_batches(run.held_out_rows, run.plan, run.eval_layout):
-            batch = host_batch.to(device)
-            total += loss_of(run.engine.module, batch)
-            count += batch.num_trained
-            progress(len(batch.input_ids))
-    sums = run.accelerator.reduce(torch.stack([total, torch.full_like(total, count)]), "sum")
-    return float(sums[0] / sums[1]), int(sums[1])
+        for place, part in zip(sums, parts, strict=True):
+            rows = range(part.start, part.stop)
+            for host_batch in evaluation_batches(run.held_out_rows, run.plan, run.eval_layout, numbers=rows):
+                batch = host_batch.to(device)
+                place[0] += loss_of(run.engine.module, batch)
+                place[1] += batch.num_trained
+                progress(len(batch.input_ids))
+    totals = run.accelerator.reduce(sums, "sum").tolist()
+    return {part.name: Held(loss, int(count)) for part, (loss, count) in zip(parts, totals, strict=True)}
 
 
 @contextmanager
@@ -179,6 +195,11 @@ def _log_row(run: Run, state: TrainState, stats: StepStats, tokens_per_second: f
 
 
 def _evaluation_row(run: Run, state: TrainState, events: Events) -> dict:
-    loss, _ = evaluate(run, events.eval_progress)
+    by_source = evaluate(run, events.eval_progress)
+    held = by_source.values()
+    loss = sum(one.loss_sum for one in held) / sum(one.num_tokens for one in held)
     # exp overflows a float above 709; a loss like that means a broken model, not a perplexity
-    return {"step": state.step, "eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
+    row = {"step": state.step, "eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
+    if len(by_source) > 1:
+        row |= {f"eval_loss/{name}": one.loss for name, one in by_source.items()}
+    return row

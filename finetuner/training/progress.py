@@ -146,7 +146,13 @@ class TrainingProgress:
 
     def evaluated(self, row: dict) -> None:
         self.evaluated_rows = 0
-        self.screen.line(
+        line = (
             f"step {row['step']}/{self.total_steps}  held-out loss {row['eval_loss']:.4f}  "
             f"perplexity {row['eval_perplexity']:.3f}"
         )
+        of_sources = [
+            f"{name.removeprefix('eval_loss/')} {loss:.4f}"
+            for name, loss in row.items()
+            if name.startswith("eval_loss/")
+        ]
+        self.screen.line(line + (f"  ({', '.join(of_sources)})" if of_sources else ""))

@@ -62,11 +62,10 @@ AXOLOTL: dict[str, Foreign] = {
     **spread("resize_token_embeddings_to_32x", blocked("a vocabulary of a multiple of 32", "Remove it.")),
     "gradient_checkpointing_kwargs": ignored("recomputing is never reentrant: the gradient is the same either way"),
     **spread(
-        "ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers",
-        ignored("every trained weight is used in each step, and ranks wait an hour for each other"),
+        "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers",
+        ignored("every trained weight is used in each step; buckets are those of PyTorch"),
     ),
     "shuffle_merged_datasets": ignored("the order of all rows is drawn anew in each epoch"),
-    "dataset_exact_deduplication": blocked("leaving out equal rows"),
     "data_seed": blocked("a seed of the data's own", "Set seed."),
     "loraplus_lr_embedding": ignored("LoRA adapts linear layers alone; embeddings are trained whole, at embedding_lr"),
     **spread("lr_decay_steps lr_decay_ratio", blocked("this detail of the schedule")),

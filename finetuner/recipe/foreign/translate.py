@@ -65,6 +65,8 @@ def translate(document: Document, meanings: Mapping[str, Foreign] = MEANINGS) ->
         for i, entry in enumerate(entries if isinstance(entries, list) else ()):
             for key in [k for k in entry if k in DATASET] if isinstance(entry, dict) else ():
                 translation.key((name, i), key, DATASET[key])
+            if isinstance(entry, dict):
+                translation.message_parts((name, i), entry)
         translation.row_types(name)
     translation.fsdp1()
     translation.values()
@@ -133,6 +135,8 @@ class Translation:
                 message = f"{key}: '{value}' is not supported yet: {refused[value]}."
                 self.document.problems.append(Problem(message, self.document.origin((key,))))
                 del self.document.values[key]
+                if key == "optimizer":
+                    self.document.values.pop("optim_args", None)  # they are that optimizer's
         self.fractions()
         for key, spellings in VALUES.items():
             value = self.document.values.get(key)
@@ -149,7 +153,7 @@ class Translation:
             kind = entry.get("type") if isinstance(entry, dict) else None
             if kind == "chat_template.default":
                 entry["type"] = "chat_template"
-            if isinstance(kind, str) and kind.partition(".")[0] == "sharegpt":
+            if isinstance(kind, str) and kind.startswith("sharegpt"):
                 self.chats(entry, kind, (name, i, "type"))
                 continue
             capability = _unsupported_rows(kind) if isinstance(kind, str) else None
@@ -166,6 +170,14 @@ class Translation:
         meant = "chat_template of the column `conversations`, with the keys `from` and `value`"
         self.notes.append(Note(("type",), f"'{kind}' is read as {meant}", self.document.origin(where)))
 
+    def message_parts(self, where: KeyPath, entry: dict[Any, Any]) -> None:
+        """`message_field_role` and `_content`: Axolotl's older spellings of message_property_mappings."""
+        for part in ("role", "content"):
+            key, block = f"message_field_{part}", entry.get("message_property_mappings")
+            if key in entry and (block is None or isinstance(block, dict)):
+                entry["message_property_mappings"] = {} if block is None else block
+                self._move((*where, key), (*where, "message_property_mappings", part))
+
     def blocks(self) -> None:
         """What stood at the top level, or in another block, in older recipes."""
         values = self.document.values
@@ -175,6 +187,10 @@ class Translation:
             for key in list(tokens):
                 self._move(("tokens", key), ("special_tokens", key))
             del values["tokens"]
+        arguments = values.get("optim_args")
+        for key, ours in (("eps", "adam_epsilon"), ("weight_decay", "weight_decay")):
+            if isinstance(arguments, dict) and key in arguments:
+                self._move(("optim_args", key), (ours,))
         for key, target in MOVED_INTO.items():
             block = values.get(target[0])
             if key in values and (block is None or isinstance(block, dict)):

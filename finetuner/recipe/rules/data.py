@@ -40,15 +40,6 @@ def _names_are_the_hubs(values: Values) -> Iterator[Finding]:
                 yield Finding((key, i, name), f"{name} chooses a part of a hub dataset; a file has none. Remove it.")
 
 
-def _one_spelling_of_a_property(values: Values) -> Iterator[Finding]:
-    for key, i, entry in _entries(values):
-        for name in entry.message_property_mappings.model_fields_set:
-            older, place = f"message_field_{name}", (key, i, "message_property_mappings", name)
-            if getattr(entry, older) is not None:
-                message = f"{older} is the older spelling of message_property_mappings.{name}. Keep one of the two."
-                yield Finding((key, i, older), message, (place,))
-
-
 def _shards_that_are(values: Values) -> Iterator[Finding]:
     for key, i, entry in _entries(values):
         if entry.shards_idx >= (entry.shards or 1):
@@ -56,6 +47,21 @@ def _shards_that_are(values: Values) -> Iterator[Finding]:
             yield Finding(
                 (key, i, "shards_idx"), f"there is no part {entry.shards_idx}: {count}, and parts count from 0."
             )
+
+
+def _weights_of_all_or_none(values: Values) -> Iterator[Finding]:
+    weighted = [i for i, entry in enumerate(values["datasets"]) if entry.weight is not None]
+    for i in range(len(values["datasets"]) if weighted else 0):
+        if i not in weighted:
+            message = "this dataset has no weight, and another has one. Give each a weight, or none."
+            yield Finding(("datasets", i), message, (("datasets", weighted[0], "weight"),))
+    for i, entry in enumerate(values["test_datasets"]):
+        if entry.weight is not None:
+            yield Finding(
+                ("test_datasets", i, "weight"), "weights mix training rows; held-out ones all count. Remove it."
+            )
+    if values["mix_by"] != "rows" and not weighted:
+        yield Finding(("mix_by",), "mix_by has no effect: no dataset has a weight. Remove it, or give each a weight.")
 
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -135,8 +141,8 @@ RULES: tuple[Rule, ...] = (
     (("val_set_size", "test_datasets"), _whole_rows_held_out),
     (_SOURCES, _keys_of_their_type),
     (_SOURCES, _names_are_the_hubs),
-    (_SOURCES, _one_spelling_of_a_property),
     (_SOURCES, _shards_that_are),
+    ((*_SOURCES, "mix_by"), _weights_of_all_or_none),
     (_SOURCES, _placeholders_of_a_format),
     ((*_SOURCES, "chat_template", "chat_template_jinja"), _one_chat_template),
     ((*_SOURCES, "chat_template"), _a_template_of_that_name),

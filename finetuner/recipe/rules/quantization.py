@@ -23,6 +23,9 @@ def _four_bits_are_qlora(values: Values) -> Iterator[Finding]:
     if values["quantized_cache"] and adapter != "qlora":
         message = "quantized_cache has no effect without `adapter: qlora`. Write that, or remove this line."
         yield Finding(("quantized_cache",), message, (("adapter",),))
+    if values["peft_use_dora"] and adapter == "qlora":
+        message = "DoRA measures the columns of full weights, which a 4-bit base has not. Write `adapter: lora`, or "
+        yield Finding(("peft_use_dora",), message + "remove this line.", (("adapter",),))
 
 
 def _eight_bits_are_loras(values: Values) -> Iterator[Finding]:
@@ -35,6 +38,6 @@ def _eight_bits_are_loras(values: Values) -> Iterator[Finding]:
 
 
 RULES: tuple[Rule, ...] = (
-    (("adapter", "load_in_4bit", "bnb_config_kwargs", "quantized_cache"), _four_bits_are_qlora),
+    (("adapter", "load_in_4bit", "bnb_config_kwargs", "quantized_cache", "peft_use_dora"), _four_bits_are_qlora),
     (("adapter", "load_in_8bit"), _eight_bits_are_loras),
 )

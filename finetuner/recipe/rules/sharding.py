@@ -50,7 +50,7 @@ def _one_version(values: Values) -> Iterator[Finding]:
         return
     if not values["fsdp"] and config is None:
         yield Finding(("fsdp_version",), "fsdp_version has no effect without `fsdp`. Add fsdp, or remove this line.")
-    elif config is not None and "version" in config.model_fields_set and config.version != version:
+    elif config is not None and config.version not in (None, version):
         message = f"fsdp_version is {version}, fsdp_config.version is {config.version}. Remove one."
         yield Finding(("fsdp_version",), message, (("fsdp_config",),))
 

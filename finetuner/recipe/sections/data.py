@@ -20,6 +20,10 @@ class DataSection(Section):
     val_set_size: NonNegative = Field(
         0.0, description="Training rows to hold out: a fraction below 1, or a number of rows."
     )
+    mix_by: Literal["rows", "tokens"] = Field("rows", description="What the weights of the datasets are shares of.")
+    dataset_exact_deduplication: bool = Field(
+        False, description="Of rows with equal tokens keep the first, and never learn one that is held out."
+    )
     sequence_len: TokenCount = Field(2048, description="Longest document, and size of a pack, in tokens.")
     excess_length_strategy: Literal["drop", "truncate", "split", "raise"] = Field(
         "drop", description="What happens to a longer document; split: it becomes several."

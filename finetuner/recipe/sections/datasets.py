@@ -2,10 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Strict, Tag
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Strict, Tag
 
-from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Names, Rows, Section
+from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Names, Positive, Rows, Section
 
 TypeName = Literal["alpaca", "completion", "chat_template", "input_output", "prompt_completion"]
 # Chat templates that come with finetuner, by name; data/templates.py holds them.
@@ -43,16 +42,6 @@ def _is_block(value: Any) -> str:
     return "block" if isinstance(value, dict | InstructionFormat) else "name"
 
 
-def _not_sharegpt(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith("sharegpt"):
-        raise PydanticCustomError(
-            "sharegpt",
-            "chat_template, with `field_messages: conversations` and "
-            "`message_property_mappings: {{role: from, content: value}}` beside it",
-        )
-    return value
-
-
 RowType = Annotated[
     Annotated[TypeName | None, Tag("name")] | Annotated[InstructionFormat, Tag("block")],
     Discriminator(_is_block),
@@ -64,7 +53,7 @@ class DatasetEntry(Section):
     """One source of rows."""
 
     path: DiskName = Field(min_length=1, description="A file, a folder, or a hub id.")
-    type: Annotated[RowType, BeforeValidator(_not_sharegpt)] = Field(
+    type: RowType = Field(
         None,
         description="alpaca: instruction, input (may be missing), output. completion: plain text. chat_template: a "
         "list of messages. input_output: segments of text with a label. prompt_completion: two texts. A block of "
@@ -80,6 +69,11 @@ class DatasetEntry(Section):
     shards: Count | None = Field(None, description="Cut the rows into so many parts and take one of them.")
     shards_idx: CountOrZero = Field(0, description="Which part, from 0, of the shards.")
     max_samples: Rows | None = Field(None, description="Take the first rows only, so many.")
+    weight: Positive | None = Field(
+        None,
+        description="How much of the mixture comes from here, beside the weights of the other datasets; the largest "
+        "mixture is made that repeats no row.",
+    )
     field: str = Field("text", min_length=1, description="Column that holds the text of a completion row.")
     field_messages: str = Field(
         "messages", min_length=1, description="Column that holds the messages of a chat_template row."
@@ -90,8 +84,6 @@ class DatasetEntry(Section):
     message_property_mappings: MessageProperties = Field(
         MessageProperties(), description="What a message calls its parts, where it is not role and content."
     )
-    message_field_role: str | None = Field(None, description="Older spelling of message_property_mappings.role.")
-    message_field_content: str | None = Field(None, description="Older spelling of message_property_mappings.content.")
     message_field_training: str | None = Field(
         None, description="Key of a message that says whether it is learned (true or false, 1 or 0), above its role."
     )
@@ -113,8 +105,8 @@ KEYS_OF_TYPE: dict[str, str] = {
     "field": "completion",
     **dict.fromkeys(
         (
-            "field_messages", "field_tools", "message_property_mappings", "message_field_role", "message_field_content",
-            "message_field_training", "roles", "roles_to_train", "train_on_eos", "train_on_eot", "chat_template",
+            "field_messages", "field_tools", "message_property_mappings", "message_field_training",
+            "roles", "roles_to_train", "train_on_eos", "train_on_eot", "chat_template",
             "chat_template_jinja",
         ),
         "chat_template",

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 
-from finetuner.recipe.sections.base import Count, DiskName, Section
+from finetuner.recipe.sections.base import Count, DiskName, Seconds, Section
 
 FsdpWord = Literal[
     "full_shard", "shard_grad_op", "hybrid_shard", "hybrid_shard_zero2", "no_shard", "auto_wrap", "offload"
@@ -38,7 +38,9 @@ StateDictType = Annotated[Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"], Befo
 class FsdpConfig(Section):
     """Details of FSDP. In a recipe every key may carry the prefix fsdp_, as accelerate writes them."""
 
-    version: Literal[1, 2] = Field(2, description="FSDP2 is used either way; 1 says that the keys are FSDP1's.")
+    version: Literal[1, 2] | None = Field(
+        None, description="FSDP2 is used either way; 1 says that the keys are FSDP1's."
+    )
     offload_params: bool = Field(False, description="Keep parameters, gradients and optimizer in the CPU's memory.")
     cpu_offload_pin_memory: bool = Field(True, description="Pin what is offloaded: faster copies, more locked memory.")
     cpu_ram_efficient_loading: bool = Field(
@@ -96,6 +98,10 @@ class ShardingSection(Section):
     )
     dp_shard_size: Count | None = Field(
         None, description="Ranks that share one copy; default: all, and with hybrid_shard those of a node."
+    )
+    # the others wait while the main rank writes and hashes a checkpoint: 84 GB for 7B parameters
+    ddp_timeout: Seconds = Field(
+        3600.0, description="How long a rank waits for the others before the run is given up; a checkpoint takes less."
     )
     deepspeed: DiskName | dict[str, Any] | None = Field(
         None, description='A DeepSpeed JSON file, or its contents as a block; "auto" in it is filled in from here.'

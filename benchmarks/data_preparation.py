@@ -1,0 +1,173 @@
+"""Rows -> tokens, labels and packs: rows per second and peak memory, beside TRL's SFTTrainer on the same rows.
+
+    python benchmarks/data_preparation.py TOKENIZER ALPACA_JSON [--copies 100] [--chats 20000] [--repeats 2]
+                                          [--trl-python PYTHON]
+
+Each measurement is a process of its own, the tools take turns, and nothing is cached between them. What is timed is
+everything from the file to the packs: for TRL that is the building of an SFTTrainer around a two-layer model (less the
+building of one for two rows), with the same roles trained: the completion of a prompt, the answers of a chat.
+"""
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SEQUENCE_LEN = 2048
+WORDS = ("model", "reads", "rows", "of", "text", "and", "learns", "which", "token", "comes", "next", "because", "each")
+# ChatML with the answers marked, which is how TRL knows them; ours finds them in either
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{{ '\n' }}{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)
+
+
+def write_rows(folder: Path, alpaca: Path, copies: int, chats: int) -> None:
+    rows = json.loads(alpaca.read_text(encoding="utf-8")) * copies
+    prompts = [{**row, "prompt": _prompt(row), "completion": row["output"]} for row in rows]
+    _write(folder / "single.jsonl", prompts)
+    chosen = random.Random(0)
+
+    def said() -> str:
+        return " ".join(chosen.choices(WORDS, k=chosen.randint(5, 40)))
+
+    turns = [[{"role": ("user", "assistant")[i % 2], "content": said()} for i in range(20)] for _ in range(chats)]
+    _write(folder / "multi.jsonl", [{"messages": messages} for messages in turns])
+    _write(folder / "none.jsonl", prompts[:2])
+
+
+def _prompt(row: dict[str, str]) -> str:
+    given = f"\n\n### Input:\n{row['input']}" if row["input"] else ""
+    return f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n"
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def ours(folder: Path, case: str, tokenizer_name: str) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    from finetuner.data.cache import prepare_once
+    from finetuner.recipe.sections import DataSection, PackingSection
+    from finetuner.world import World
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    tokenizer.chat_template = MARKED
+    entry = {
+        "path": str(folder / f"{case}.jsonl"),
+        "type": "prompt_completion" if case == "single" else "chat_template",
+    }
+    section = DataSection.model_validate(
+        {"datasets": [entry], "sequence_len": SEQUENCE_LEN, "dataset_prepared_path": str(folder / "prepared")}
+    )
+    start, cpu = time.perf_counter(), cpu_seconds()
+    prepared = prepare_once(section, PackingSection(sample_packing=True), tokenizer, 0, World())
+    seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
+    return {"seconds": seconds, "cpu": cpu, "tokens": prepared.train.num_tokens, "trained": prepared.train.num_trained}
+
+
+def trl(folder: Path, case: str, tokenizer_name: str) -> dict[str, Any]:
+    import datasets
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    tokenizer.chat_template = MARKED
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, vocab_size=64)
+    )
+
+    def prepared(name: str) -> tuple[float, float, Any]:
+        arguments = SFTConfig(
+            output_dir=str(folder / "trl"), max_length=SEQUENCE_LEN, packing=True, packing_strategy="bfd",
+            assistant_only_loss=name == "multi", completion_only_loss=None if name == "multi" else True,
+            report_to=[], use_cpu=True, bf16=False, dataset_num_proc=2,
+        )  # fmt: skip
+        start, cpu = time.perf_counter(), cpu_seconds()
+        rows = datasets.load_dataset("json", data_files=str(folder / f"{name}.jsonl"), split="train")
+        kept = ["messages"] if name == "multi" else ["prompt", "completion"]
+        rows = rows.remove_columns([column for column in rows.column_names if column not in kept])
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+        return time.perf_counter() - start, cpu_seconds() - cpu, trainer.train_dataset
+
+    alone, alone_cpu, _ = prepared("none")
+    whole, whole_cpu, packs = prepared(case)
+    return {
+        "seconds": whole - alone,
+        "cpu": whole_cpu - alone_cpu,
+        "tokens": sum(map(len, packs["input_ids"])),
+        "trained": None,
+    }
+
+
+def cpu_seconds() -> float:
+    """Of this process and those it waited for: what other work on the machine does not lengthen."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def measure(python: str, tool: str, folder: Path, case: str, tokenizer: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as cache:
+        command = [python, __file__, tokenizer, str(folder), "--worker", f"{tool}:{case}", "--cache", cache]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokenizer")
+    parser.add_argument("alpaca", type=Path)
+    parser.add_argument("--copies", type=int, default=100)
+    parser.add_argument("--chats", type=int, default=20_000)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--trl-python")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--cache", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        import datasets
+
+        datasets.config.HF_DATASETS_CACHE = Path(given.cache)
+        tool, case = given.worker.split(":")
+        facts = {"ours": ours, "trl": trl}[tool](given.alpaca, case, given.tokenizer)
+        kib = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        print(json.dumps(facts | {"peak_mib": kib[0] / 1024, "child_mib": kib[1] / 1024}))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder, given.alpaca, given.copies, given.chats)
+        for case in ("single", "multi"):
+            with (folder / f"{case}.jsonl").open("rb") as lines:
+                num_rows = sum(1 for _ in lines)
+            tools = {"ours": sys.executable} | ({"trl": given.trl_python} if given.trl_python else {})
+            found: dict[str, list[dict[str, Any]]] = {tool: [] for tool in tools}
+            for _ in range(given.repeats):
+                for tool, python in tools.items():
+                    subprocess.run(["rm", "-rf", str(folder / "prepared")], check=True)
+                    found[tool].append(measure(python, tool, folder, case, given.tokenizer))
+            for tool, runs in found.items():
+                seconds = statistics.median(run["seconds"] for run in runs)
+                cpu = statistics.median(run["cpu"] for run in runs)
+                one = runs[0]
+                print(
+                    f"{case:6} {tool:4} {num_rows:,} rows in {seconds:.1f} s ({cpu:.1f} s of CPU): "
+                    f"{num_rows / seconds:,.0f} rows/s, "
+                    f"{one['tokens']:,} tokens, peak {one['peak_mib']:,.0f} MiB (largest child "
+                    f"{one['child_mib']:,.0f})",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
