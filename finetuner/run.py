@@ -1,7 +1,5 @@
 """The composition root: one function per command, each builds the parts in order and hands them on."""
 
-import logging
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -65,7 +63,7 @@ from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
 from finetuner.training.optimizer import build_optimizer, own_rates
-from finetuner.training.progress import Screen, TrainingProgress, duration
+from finetuner.training.progress import Screen, TrainingProgress, duration, quiet_libraries
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
 from finetuner.training.trackers import Trackers, require_trackers
@@ -448,18 +446,3 @@ def merge(loaded: Loaded, recipe_name: str) -> None:
             f"{merged.num_dequantised} tensors rounded as the quantised base was that the adapter was trained on"
         )
     screen.line(f"done: {merged.folder}")
-
-
-def quiet_libraries(screen: Screen) -> None:
-    """Our own lines say what a user needs; the libraries' stay for errors."""
-    import datasets
-    import transformers
-
-    # Their deprecations among each other are not the user's to mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|datasets|peft|torch|transformers)\b")
-    transformers.logging.set_verbosity_error()
-    datasets.logging.set_verbosity_error()
-    # It says at import that a package of faster CPU kernels is not there; PEFT imports it wherever it is installed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if not (screen.speaks and screen.terminal):
-        transformers.logging.disable_progress_bar()
