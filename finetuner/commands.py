@@ -5,9 +5,9 @@ from pathlib import Path
 from finetuner.errors import ModelError
 from finetuner.export.merge import merge_adapter, require_same_base
 from finetuner.recipe import Loaded
-from finetuner.run import prepare_rows, quiet_libraries, special_ids
+from finetuner.run import prepare_rows, special_ids
 from finetuner.summary import rows_line
-from finetuner.training.progress import Screen, duration
+from finetuner.training.progress import Screen, duration, quiet_libraries
 from finetuner.world import World
 
 

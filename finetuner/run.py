@@ -1,7 +1,5 @@
 """The composition root of training: builds the parts in order and hands them on. commands.py has the other commands."""
 
-import logging
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -65,7 +63,7 @@ from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
 from finetuner.training.optimizer import build_optimizer, own_rates
-from finetuner.training.progress import Screen, TrainingProgress
+from finetuner.training.progress import Screen, TrainingProgress, quiet_libraries
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
 from finetuner.training.trackers import Trackers, require_trackers
@@ -406,18 +404,3 @@ def say_how_it_ended(section: GuardSection, state: TrainState, total_steps: int,
     if section.load_best_model_at_end:
         loss = "no evaluation was finite" if state.best_eval_loss is None else f"loss {state.best_eval_loss:.4f}"
         screen.line(f"the result is of step {state.best_step or state.step}, the best on held-out rows ({loss})")
-
-
-def quiet_libraries(screen: Screen) -> None:
-    """Our own lines say what a user needs; the libraries' stay for errors."""
-    import datasets
-    import transformers
-
-    # Their deprecations among each other are not the user's to mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|datasets|peft|torch|transformers)\b")
-    transformers.logging.set_verbosity_error()
-    datasets.logging.set_verbosity_error()
-    # It says at import that a package of faster CPU kernels is not there; PEFT imports it wherever it is installed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if not (screen.speaks and screen.terminal):
-        transformers.logging.disable_progress_bar()

@@ -625,6 +625,11 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"lr_scheduler": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 5}},
     ),
     ("hub_private_repo", {"hub_private_repo": False}, {"hub_private_repo": False, "hub_model_id": "me/x"}),
+    (
+        "torch_compile_backend",
+        {"torch_compile_backend": "eager"},
+        {"torch_compile_backend": "eager", "torch_compile": True},
+    ),
     ("logging_dir", {"logging_dir": "x"}, {"logging_dir": "x", "use_tensorboard": True}),
     ("embedding_lr_scale", {"embedding_lr": 1e-5, "embedding_lr_scale": 2.0}, {"embedding_lr": 1e-5}),
     ("saves_per_epoch", {"save_steps": 5, "saves_per_epoch": 2}, {"saves_per_epoch": 2}),

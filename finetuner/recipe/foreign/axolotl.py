@@ -82,7 +82,6 @@ AXOLOTL: dict[str, Foreign] = {
     "data_seed": blocked("a seed of the data's own", "Set seed."),
     "loraplus_lr_embedding": ignored("LoRA adapts linear layers alone; embeddings are trained whole, at embedding_lr"),
     **spread("lr_decay_steps lr_decay_ratio", blocked("this detail of the schedule")),
-    **spread("torch_compile_backend torch_compile", blocked("compilation", says_nothing=("auto",))),
     # attention
     "flash_attention": translated(_flash),
     "sdp_attention": _attention("sdpa"),
@@ -267,7 +266,6 @@ AXOLOTL: dict[str, Foreign] = {
     "accelerator_config": blocked("free-form settings of Accelerate"),
     "push_dataset_to_hub": blocked("uploading the prepared dataset"),
     "hub_revision": blocked("uploading to a branch"),
-    "torch_compile_mode": blocked("modes of torch.compile"),
     "dynamic_checkpoint": blocked("saving when a file appears"),
     "generate_samples": blocked("samples of text while training"),
     "diffusion": blocked("diffusion language models"),
@@ -379,6 +377,9 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
     },
     "lr_scheduler": dict.fromkeys(
         ("one_cycle", "rex", "reduce_lr_on_plateau", "greedy"), "this schedule. Write cosine"
+    ),
+    "torch_compile_mode": dict.fromkeys(
+        ("reduce-overhead", "max-autotune"), "CUDA graphs. Write default or max-autotune-no-cudagraphs"
     ),
     "hub_strategy": dict.fromkeys(
         ("every_save", "checkpoint", "all_checkpoints"), "uploading while training. Write end"
