@@ -23,6 +23,7 @@ from finetuner.checkpoint import (
     set_aside_after,
 )
 from finetuner.data.batches import Layout
+from finetuner.data.bytes import token_bytes
 from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
 from finetuner.data.feed import Feed, build_feed, prefetched
 from finetuner.data.prepare import Prepared, held_out_only
@@ -138,7 +139,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         require_fit(recipe, plan, world, attention, config)
         base = begun_model(config, recipe.data.dataset_prepared_path, plan.seed, world)
     streams = recipe.data.streaming
-    schedule = plan.schedule(recipe, len(prepared.train_rows))
+    schedule = plan.schedule(recipe, len(prepared.train_rows), prepared.train.num_tokens)
     accelerator = build_accelerator(plan, world, recipe.sharding.ddp_timeout)
     output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter is not None
 
@@ -232,6 +233,7 @@ def assemble(
         schedule=schedule,
         held_out_rows=prepared.held_out_rows,
         held_out_parts=prepared.held_out_parts,
+        token_bytes=token_bytes(vocabulary.tokenizer) if len(prepared.held_out_rows) else None,
         max_grad_norm=recipe.optimizer.max_grad_norm,
         layout=layout_of(recipe, bare.bare, packed=recipe.packing.sample_packing),
         eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),

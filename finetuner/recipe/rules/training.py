@@ -56,6 +56,7 @@ def _private_where(values: Values) -> Iterator[Finding]:
 
 
 RULES: tuple[Rule, ...] = (
+    one_of("max_steps", "max_tokens", "both say how long to train"),
     one_of("warmup_steps", "warmup_ratio", "both say how long the warmup is"),
     one_of("eval_steps", "evals_per_epoch", "both say when to evaluate"),
     one_of("save_steps", "saves_per_epoch", "both say when to save"),
