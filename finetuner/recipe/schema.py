@@ -77,6 +77,5 @@ assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values
 
 # What people write for capabilities that are not built yet: named, so that nobody wonders about the spelling.
 NOT_YET = {
-    "pretraining_dataset": "streaming corpora",
     "rl": "preference and reinforcement learning",
 }
