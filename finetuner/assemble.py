@@ -21,6 +21,7 @@ from finetuner.models.build import (
     train_in_fp32,
     train_only,
 )
+from finetuner.models.compile import compile_layers, wants_compilation
 from finetuner.models.loss import Regularisers, TokenLoss, head_is_composable
 from finetuner.models.packing import require_isolation
 from finetuner.models.quantized import choose_format, record_of, require_same_record
@@ -72,6 +73,7 @@ def build_model(
         train_only(model, recipe.adapter.unfrozen_parameters)
         if checkpoint is not None and in_parts:
             read_parts(model, checkpoint, trained_only=False)
+        _compile(recipe, plan, model, accelerator)
         return Assembled(TokenLoss(model, regularisers=regularisers_of(recipe.regularisation)), promises)
     adapted = add_lora(
         model,
@@ -90,7 +92,16 @@ def build_model(
     elif recipe.adapter.lora_model_dir is not None:
         require_same_base(Path(recipe.adapter.lora_model_dir), recipe.model.base_model)
         start_from_adapter(adapted, Path(recipe.adapter.lora_model_dir))
+    _compile(recipe, plan, model, accelerator)
     return Assembled(TokenLoss(adapted, regularisers=regularisers_of(recipe.regularisation)), promises)
+
+
+def _compile(recipe: Recipe, plan: Plan, model: "PreTrainedModel", accelerator: Accelerator) -> None:
+    """The layers with what is adapted in them, before they are spread: each is gathered around its compiled code."""
+    engine = None if plan.engine is None else "fsdp" if isinstance(plan.engine, FsdpPlan) else "deepspeed"
+    quantised = record_of(model) is not None
+    if wants_compilation(recipe.compilation, accelerator.device, engine=engine, quantised=quantised):
+        compile_layers(model, recipe.compilation)
 
 
 def regularisers_of(section: RegularisationSection) -> Regularisers:

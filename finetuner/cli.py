@@ -45,9 +45,9 @@ def merge(recipe: RecipePath, overrides: Overrides = None) -> None:
     from finetuner.recipe import load
 
     loaded = load(recipe, overrides or [])
-    from finetuner import run
+    from finetuner import commands
 
-    run.merge(loaded, recipe)
+    commands.merge(loaded, recipe)
 
 
 @app.command()
@@ -109,9 +109,9 @@ def data(recipe: RecipePath, overrides: Overrides = None) -> None:
     from finetuner.recipe import load
 
     loaded = load(recipe, overrides or [])
-    from finetuner import run
+    from finetuner import commands
 
-    run.prepare_data(loaded, recipe)
+    commands.prepare_data(loaded, recipe)
 
 
 @app.command()

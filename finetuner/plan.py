@@ -75,7 +75,10 @@ class Plan:
         )
 
     def schedule(self, recipe: Recipe, num_rows: int) -> "Schedule":
-        """Steps and learning rates for `num_rows` training rows (at least 1)."""
+        """Steps and learning rates for `num_rows` training rows (at least 1). The rows of a stream are those of
+        max_steps, so that the run is one epoch."""
+        if recipe.data.streaming:
+            num_rows = (recipe.schedule.max_steps or 1) * self.global_batch
         return Schedule.from_sections(
             recipe.schedule, recipe.evaluation, recipe.output, num_rows=num_rows, global_batch=self.global_batch
         )

@@ -8,7 +8,7 @@ from finetuner.errors import CheckpointError
 # Without these equal, the weights would not fit or the order of the rows would not be the same.
 MUST_MATCH = (
     "base_model", "tokenizer", "special_tokens", "tokens", "datasets", "test_datasets", "val_set_size", "sequence_len",
-    "mix_by", "dataset_exact_deduplication",
+    "mix_by", "dataset_exact_deduplication", "streaming", "streaming_multipack_buffer_size",
     "excess_length_strategy", "train_on_inputs", "adapter", "lora_r", "lora_alpha", "lora_target_linear",
     "lora_target_modules", "lora_modules_to_save", "lora_fan_in_fan_out", "lora_model_dir", "peft_use_rslora",
     "peft_use_dora", "peft_init_lora_weights", "peft_layers_to_transform", "peft_layers_pattern",
@@ -26,7 +26,8 @@ NO_MATTER = (
     "eval_sample_packing", "quantized_cache", "ddp_timeout",
     "eval_strategy", "save_strategy", "save_first_step", "save_only_model", "max_skipped_steps",
     "loss_watchdog_threshold", "loss_watchdog_patience", "early_stopping_patience", "early_stopping_threshold",
-    "load_best_model_at_end", "hub_model_id", "hub_strategy", "hub_private_repo", "use_tensorboard", "logging_dir",
+    "load_best_model_at_end", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "hub_model_id", "hub_strategy", "hub_private_repo", "use_tensorboard", "logging_dir",
     "use_wandb", "wandb_project", "wandb_entity",
     "wandb_name", "wandb_run_id", "wandb_mode", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name",
     "mlflow_run_name",

@@ -1,7 +1,5 @@
-"""The composition root: one function per command, each builds the parts in order and hands them on."""
+"""The composition root of training: builds the parts in order and hands them on. commands.py has the other commands."""
 
-import logging
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,11 +19,11 @@ from finetuner.checkpoint import (
     set_aside_after,
 )
 from finetuner.data.batches import Layout
-from finetuner.data.cache import packs_held_out, prepare_once
-from finetuner.data.prepare import Prepared
+from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
+from finetuner.data.feed import Feed, build_feed, prefetched
+from finetuner.data.prepare import Prepared, held_out_only
 from finetuner.data.templates import chosen_template
-from finetuner.errors import FinetunerError, ModelError, PreemptedError
-from finetuner.export.merge import merge_adapter, require_same_base
+from finetuner.errors import FinetunerError, PreemptedError
 from finetuner.export.upload import require_hub, upload_result
 from finetuner.footprint import require_fit
 from finetuner.models.attention import choose_attention
@@ -49,7 +47,7 @@ from finetuner.recipe.sections import GuardSection, TrackingSection
 from finetuner.resume import resume_facts
 from finetuner.sharding import FsdpPlan
 from finetuner.starting import choose_checkpoint, require_same_rows, state_of
-from finetuner.summary import print_plan, rows_line
+from finetuner.summary import print_plan
 from finetuner.training.accelerator import (
     build_accelerator,
     build_engine,
@@ -62,7 +60,7 @@ from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
 from finetuner.training.optimizer import build_optimizer, own_rates
-from finetuner.training.progress import Screen, TrainingProgress, duration
+from finetuner.training.progress import Screen, TrainingProgress, quiet_libraries
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
 from finetuner.training.trackers import Trackers, require_trackers
@@ -126,6 +124,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         require_bitsandbytes()
     require_fit(recipe, plan, world, attention)
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
+    streams = recipe.data.streaming
     schedule = plan.schedule(recipe, len(prepared.train_rows))
     accelerator = build_accelerator(plan, world, recipe.sharding.ddp_timeout)
     output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter is not None
@@ -134,7 +133,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     facts = resume_facts(
         flat_values(recipe),
         num_rows=len(prepared.train_rows),
-        rows_sha256=prepared.train_rows.sha256,
+        rows_sha256=tokenizer_digest(vocabulary.tokenizer) if streams else prepared.train_rows.sha256,
         global_batch=plan.global_batch,
     )
     checkpoint = choose_checkpoint(recipe, accelerator, screen)
@@ -155,7 +154,9 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
     print_plan(recipe, weights, counted, prepared, recipe_name, screen)
     by_main_rank(accelerator, lambda: make_room(recipe, recipe_name, counted[0], state, screen))
-    state = fit(recipe, weights, facts, state, screen)
+    layout = weights.run.layout
+    feed = build_feed(recipe.data, vocabulary.tokenizer, prepared.train_rows, plan, schedule, layout, checkpoint)
+    state = fit(recipe, weights, feed, facts, state, screen)
     say_how_it_ended(recipe.guards, state, schedule.total_steps, screen)
     if recipe.guards.load_best_model_at_end and state.best_step not in (None, state.step):
         best = state.best_step or 0
@@ -190,7 +191,7 @@ def assemble(
     with screen.work("loading the model", "MB") as work:
         built = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator, work.at_bytes)
         bare = built.loss
-        for note in length_notes(bare.bare, prepared.train.longest):
+        for note in length_notes(bare.bare, prepared.train.longest or recipe.data.sequence_len):
             screen.line(f"note: {note}")
         counted = count_parameters(bare)
         tables = vocabulary_parameters(bare, bare.bare)
@@ -213,11 +214,10 @@ def assemble(
         engine=engine,
         plan=plan,
         schedule=schedule,
-        train_rows=prepared.train_rows,
         held_out_rows=prepared.held_out_rows,
         held_out_parts=prepared.held_out_parts,
         max_grad_norm=recipe.optimizer.max_grad_norm,
-        layout=layout_of(recipe, bare.bare, packed=prepared.train_packs is not None),
+        layout=layout_of(recipe, bare.bare, packed=recipe.packing.sample_packing),
         eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
         guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
     )
@@ -231,7 +231,8 @@ def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tup
     tokenizer = vocabulary.tokenizer
     tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)  # saved with the result
     with screen.work("tokenising", "rows") as work:
-        return vocabulary, prepare_once(recipe.data, recipe.packing, tokenizer, seed, world, work.at)
+        section = held_out_only(recipe.data) if recipe.data.streaming else recipe.data
+        return vocabulary, prepare_once(section, recipe.packing, tokenizer, seed, world, work.at)
 
 
 def layout_of(recipe: Recipe, model: "PreTrainedModel", *, packed: bool) -> Layout:
@@ -266,7 +267,9 @@ def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[st
     return {f"{role}_id": token_id for role, token_id in zip(named, ids, strict=True)}
 
 
-def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainState, screen: Screen) -> TrainState:
+def fit(
+    recipe: Recipe, weights: Weights, feed: Feed, facts: dict[str, Any], state: TrainState, screen: Screen
+) -> TrainState:
     """Run the loop with its events wired to files and screen."""
     run, output_dir = weights.run, Path(recipe.output.output_dir)
     main = run.accelerator.is_main_process
@@ -300,15 +303,20 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
             if model_only:
                 write = partial(write_model, weights, gathered.model)
 
+        def write_all(aside: Path) -> None:
+            write(aside)
+            feed.write_position(state.step, aside)
+
         def seal_and_prune() -> None:
-            save_checkpoint(folder, state, facts | {"model_only": model_only}, write)
+            save_checkpoint(folder, state, facts | {"model_only": model_only}, write_all)
             prune(output_dir, recipe.output.save_total_limit, state.best_step if run.guards.saves_best else None)
 
         by_main_rank(run.accelerator, seal_and_prune)
 
     mine = -(-len(run.held_out_rows) // run.plan.data_parallel)
     bar = TrainingProgress(screen, run.schedule.total_steps, state.step, eval_rows=mine)
-    with bar as progress, stop_wishes(screen.line) as wish:
+    ahead = prefetched(feed, run.schedule.total_steps, pin=run.accelerator.device.type == "cuda")
+    with bar as progress, stop_wishes(screen.line) as wish, ahead as batches:
         events = Events(
             stepped=stepped,
             logged=partial(record, progress.logged),
@@ -319,7 +327,7 @@ def fit(recipe: Recipe, weights: Weights, facts: dict[str, Any], state: TrainSta
         )
         well = False
         try:
-            state = train_loop(run, state, events)
+            state = train_loop(run, batches, state, events)
             well = True
         finally:
             trackers.close(well=well)
@@ -337,70 +345,3 @@ def say_how_it_ended(section: GuardSection, state: TrainState, total_steps: int,
     if section.load_best_model_at_end:
         loss = "no evaluation was finite" if state.best_eval_loss is None else f"loss {state.best_eval_loss:.4f}"
         screen.line(f"the result is of step {state.best_step or state.step}, the best on held-out rows ({loss})")
-
-
-def prepare_data(loaded: Loaded, recipe_name: str) -> None:
-    """Prepare the recipe's rows, so that training finds them ready. Raises FinetunerError."""
-    recipe, screen = loaded.recipe, Screen(speaks=True)
-    for note in loaded.notes:
-        screen.line(f"note: {note}")
-    quiet_libraries(screen)
-    _, prepared = prepare_rows(recipe, World(), recipe.output.seed, screen)
-    rows = [("recipe", recipe_name), ("rows", rows_line(prepared)), ("longest", f"{prepared.train.longest:,} tokens")]
-    screen.table(rows)
-    for line in prepared.notes:
-        screen.line(f"note: {line}")
-    if prepared.listed is not None:
-        if prepared.counts:
-            screen.line(f"note: these rows are listed in {prepared.listed}")
-        screen.line(f"done: {prepared.listed.parent}")
-
-
-def merge(loaded: Loaded, recipe_name: str) -> None:
-    """Merge the adapter in output_dir into its base, to output_dir/merged. Raises FinetunerError."""
-    recipe = loaded.recipe
-    screen = Screen(speaks=True)
-    for note in loaded.notes:
-        screen.line(f"note: {note}")
-    output_dir = Path(recipe.output.output_dir)
-    if recipe.adapter.adapter is None:
-        raise ModelError(
-            "this recipe trains the whole model: there is no adapter to merge. "
-            f"The trained weights are in {output_dir} as they are."
-        )
-    if not (output_dir / "adapter_config.json").exists():
-        raise ModelError(
-            f"there is no trained adapter in {output_dir}. Train it first:\n"
-            f"  accelerate launch -m finetuner.train {recipe_name}"
-        )
-    quiet_libraries(screen)
-    require_same_base(output_dir, recipe.model.base_model)
-    from transformers import AutoTokenizer
-
-    token_ids = special_ids(recipe, AutoTokenizer.from_pretrained(output_dir))
-    with screen.work("merging", "MB") as work:
-        merged = merge_adapter(output_dir, recipe.model.base_model, output_dir / "merged", work.at, token_ids)
-    screen.line(
-        f"merged {merged.num_merged} of {merged.num_tensors} tensors ({merged.num_bytes / 1e6:,.0f} MB) in "
-        f"{duration(merged.seconds)}"
-    )
-    if merged.num_dequantised:
-        screen.line(
-            f"{merged.num_dequantised} tensors rounded as the quantised base was that the adapter was trained on"
-        )
-    screen.line(f"done: {merged.folder}")
-
-
-def quiet_libraries(screen: Screen) -> None:
-    """Our own lines say what a user needs; the libraries' stay for errors."""
-    import datasets
-    import transformers
-
-    # Their deprecations among each other are not the user's to mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|datasets|peft|torch|transformers)\b")
-    transformers.logging.set_verbosity_error()
-    datasets.logging.set_verbosity_error()
-    # It says at import that a package of faster CPU kernels is not there; PEFT imports it wherever it is installed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if not (screen.speaks and screen.terminal):
-        transformers.logging.disable_progress_bar()

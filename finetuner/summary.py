@@ -40,7 +40,7 @@ def print_plan(
         ("engine", weights.run.engine.name),
         ("each rank holds", _held_line(weights.run)),
         *_base_rows(base),
-        ("rows", rows_line(prepared)),
+        ("rows", rows_line(prepared, recipe)),
         ("batches", _padding_line(weights.run, prepared)),
         ("global batch", plan.batch_equation),
         ("steps", _steps_line(schedule)),
@@ -82,17 +82,22 @@ def _base_rows(base: "PreTrainedModel") -> list[tuple[str, str]]:
     return [("base", f"{record.format}: {of}; {held / 1e6:,.1f} MB in all")]
 
 
-def rows_line(prepared: Prepared) -> str:
+def rows_line(prepared: Prepared, recipe: Recipe) -> str:
     store = prepared.train
+    held_out = f", {len(prepared.held_out):,} held out" if len(prepared.held_out) else ""
+    if recipe.data.streaming:
+        return f"streamed from {', '.join(entry.path for entry in recipe.data.datasets)}{held_out}"
     line = f"{len(store):,} to train on ({store.num_tokens:,} tokens, {store.num_trained:,} trained)"
     if prepared.train_packs is not None:
         line += f" in {len(prepared.train_packs):,} packs, {prepared.train_packs.fill:.1%} full"
-    return line + (f", {len(prepared.held_out):,} held out" if len(prepared.held_out) else "")
+    return line + held_out
 
 
 def _padding_line(run: Run, prepared: Prepared) -> str:
-    share = padding_share(run.train_rows, run.plan, run.schedule, run.layout)
     what = "packed rows, documents apart" if run.layout.packed else "padded rows"
+    if not len(prepared.train_rows):
+        return what
+    share = padding_share(prepared.train_rows, run.plan, run.schedule, run.layout)
     return f"{what}; {share:.1%} of the tokens computed are padding"
 
 

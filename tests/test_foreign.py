@@ -196,6 +196,26 @@ def test_a_trl_recipe_becomes_ours(recipe, tmp_path: Path) -> None:
     assert (made.schedule.lr_scheduler, made.data.sequence_len) == ("linear", 512)
 
 
+@pytest.mark.parametrize(
+    ("given", "entries"),
+    [
+        ("org/corpus", [{"path": "org/corpus"}]),
+        ("{path: org/corpus, name: en, type: pretrain}", [{"path": "org/corpus", "name": "en"}]),
+        ("[{path: a/b, text_column: body}, c/d]", [{"path": "a/b", "field": "body"}, {"path": "c/d"}]),
+    ],
+)  # fmt: skip
+def test_a_corpus_to_pretrain_on_is_streamed_as_plain_text(
+    tmp_path: Path, given: str, entries: list[dict[str, str]]
+) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_text(f"base_model: org/model\nlearning_rate: 2e-4\nmax_steps: 7\npretraining_dataset: {given}\n")
+    data = load(path).recipe.data
+    assert data.streaming
+    assert [entry.model_dump(exclude_unset=True) for entry in data.datasets] == [
+        entry | {"type": "completion"} for entry in entries
+    ]
+
+
 def test_an_axolotl_recipe_converts_to_the_recipe_it_is_read_as(recipe, tmp_path: Path) -> None:
     path = recipe(BASE + BOILERPLATE + "sequence_length: 512\nflash_attention: true\n")
     result = convert(path)

@@ -551,7 +551,7 @@ def _recipe_of(given_keys: dict[str, dict[str, Any]]) -> Recipe:
             return Recipe.model_validate(sections)
         if wrong & {"datasets", "test_datasets"}:  # the rule speaks of some key of one entry
             for entry in [*given_keys["data"].get("datasets", []), *given_keys["data"].get("test_datasets", [])]:
-                for key in entry.keys() - {"path", "split", "max_samples"}:
+                for key in entry.keys() - {"path"}:
                     del entry[key]
         for name, keys in given_keys.items():
             given_keys[name] = {k: v for k, v in keys.items() if k not in wrong - {"datasets", "test_datasets"}}
@@ -625,6 +625,11 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"lr_scheduler": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 5}},
     ),
     ("hub_private_repo", {"hub_private_repo": False}, {"hub_private_repo": False, "hub_model_id": "me/x"}),
+    (
+        "torch_compile_backend",
+        {"torch_compile_backend": "eager"},
+        {"torch_compile_backend": "eager", "torch_compile": True},
+    ),
     ("logging_dir", {"logging_dir": "x"}, {"logging_dir": "x", "use_tensorboard": True}),
     ("embedding_lr_scale", {"embedding_lr": 1e-5, "embedding_lr_scale": 2.0}, {"embedding_lr": 1e-5}),
     ("saves_per_epoch", {"save_steps": 5, "saves_per_epoch": 2}, {"saves_per_epoch": 2}),
@@ -657,6 +662,43 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"datasets": [{"path": "a/b", "type": "chat_template", "field_messages": "chat"}]},
     ),
     ("field", {"datasets": [{"path": "a/b", "field": "t"}]}, {"datasets": [COMPLETION | {"field": "t"}]}),
+    (
+        "weight",
+        {"test_datasets": [COMPLETION | {"weight": 2.0}]},
+        {"datasets": [COMPLETION | {"weight": 2.0}]},
+    ),
+    (
+        "weight",
+        {"datasets": [COMPLETION | {"weight": 2.0}, COMPLETION]},
+        {"datasets": [COMPLETION | {"weight": 2.0}, COMPLETION | {"weight": 1.0}]},
+    ),
+    ("mix_by", {"mix_by": "tokens"}, {"mix_by": "tokens", "datasets": [COMPLETION | {"weight": 2.0}]}),
+    ("streaming", {"streaming": True}, {"streaming": True, "max_steps": 5}),
+    (
+        "val_set_size",
+        {"streaming": True, "max_steps": 5, "val_set_size": 0.1},
+        {"streaming": True, "max_steps": 5, "test_datasets": [COMPLETION]},
+    ),
+    (
+        "saves_per_epoch",
+        {"streaming": True, "max_steps": 5, "saves_per_epoch": 2},
+        {"streaming": True, "max_steps": 5, "save_steps": 2},
+    ),
+    (
+        "split",
+        {"streaming": True, "max_steps": 5, "datasets": [COMPLETION | {"split": "train[:5]"}]},
+        {"streaming": True, "max_steps": 5, "datasets": [COMPLETION | {"split": "train_sft"}]},
+    ),
+    (
+        "max_samples",
+        {"streaming": True, "max_steps": 5, "datasets": [COMPLETION | {"max_samples": 5}]},
+        {"max_steps": 5, "datasets": [COMPLETION | {"max_samples": 5}]},
+    ),
+    (
+        "streaming_multipack_buffer_size",
+        {"streaming_multipack_buffer_size": 5},
+        {"streaming_multipack_buffer_size": 5, "streaming": True, "max_steps": 5},
+    ),
     ("shards_idx", {"datasets": [CHAT | {"shards_idx": 1}]}, {"datasets": [CHAT | {"shards_idx": 1, "shards": 2}]}),
     (
         "format",

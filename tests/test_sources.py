@@ -5,7 +5,10 @@ import gzip
 import http.server
 import importlib.util
 import json
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
-from conftest import alpaca_rows, write_rows
+from conftest import ROOT, alpaca_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -241,6 +244,45 @@ def test_bad_rows_are_skipped_and_listed_with_their_file_and_row(
     assert "45.5% of the 11 rows would be dropped, and max_dropped_fraction allows 20%" in str(caught.value)
     assert "5 rows that cannot become text" in str(caught.value)
     assert str(prepared.listed) in str(caught.value)
+
+
+_PREPARE = """
+import sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from finetuner.data.cache import prepare_once
+from finetuner.recipe.sections import DataSection, PackingSection
+from finetuner.world import World
+section = DataSection.model_validate_json(Path(sys.argv[1]).read_text())
+print("begin", flush=True)
+prepare_once(section, PackingSection(), AutoTokenizer.from_pretrained(sys.argv[2]), 0, World())
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_preparation_leaves_nothing_that_is_used_and_the_next_one_is_mapped(
+    tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared_path = tmp_path / "prepared"
+    entry = {"path": str(texts(tmp_path / "a.jsonl", 60_000)), "type": "completion"}
+    section = DataSection.model_validate({"datasets": [entry], "dataset_prepared_path": str(prepared_path)})
+    (tmp_path / "section.json").write_text(section.model_dump_json())
+    command = [sys.executable, "-c", _PREPARE, str(tmp_path / "section.json"), str(tokenizer_folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begin\n"
+        while not list(prepared_path.glob("*.tmp/train.ids")):
+            assert process.poll() is None, "it was done before it could be killed"
+            time.sleep(0.005)
+        process.kill()
+    assert not list(prepared_path.glob("*/prepared.json"))
+    short = section.model_copy(update={"datasets": (section.datasets[0].model_copy(update={"max_samples": 50}),)})
+    first = prepare_once(short, PackingSection(), tokenizer, 0, World())
+    assert first.train.sha256 == prepare(short, tokenizer, 0).train.sha256
+    monkeypatch.setattr("finetuner.data.cache.prepare", None)  # a second start prepares nothing
+    assert prepare_once(short, PackingSection(), tokenizer, 0, World()).train.sha256 == first.train.sha256
+    with pytest.raises(TypeError):
+        prepare_once(section, PackingSection(), tokenizer, 0, World())
 
 
 # --- mixtures ---

@@ -69,6 +69,17 @@ class Batch:
             position_ids=None if self.position_ids is None else moved(self.position_ids),
         )
 
+    def pinned(self) -> "Batch":
+        """In memory that a GPU copies from without the CPU's help."""
+        return Batch(
+            input_ids=self.input_ids.pin_memory(),
+            attention_mask=None if self.attention_mask is None else self.attention_mask.pin_memory(),
+            positions=self.positions.pin_memory(),
+            targets=self.targets.pin_memory(),
+            num_tokens=self.num_tokens,
+            position_ids=None if self.position_ids is None else self.position_ids.pin_memory(),
+        )
+
 
 def step_batches(rows: Rows, plan: Plan, schedule: Schedule, step: int, layout: Layout = PADDED) -> list[Batch]:
     """This rank's `grad_accum` micro-batches of a step, of nearly equal length across ranks.
@@ -77,7 +88,11 @@ def step_batches(rows: Rows, plan: Plan, schedule: Schedule, step: int, layout: 
     normalised by the whole global batch, so the dealing changes the padding and not the result. Where an epoch's last
     step has too few rows for all, a filler row without a trained token keeps the ranks in step.
     """
-    of_step = _rows_of_step(rows, plan, schedule, step, layout)
+    return dealt(rows, _rows_of_step(rows, plan, schedule, step, layout), plan, layout)
+
+
+def dealt(rows: Rows, of_step: list[int], plan: Plan, layout: Layout) -> list[Batch]:
+    """This rank's micro-batches of these rows, which are ordered longest first."""
     per_pass = plan.data_parallel * plan.micro_batch
     batches = []
     for accum in range(plan.grad_accum):

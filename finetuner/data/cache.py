@@ -81,7 +81,7 @@ def cache_key(section: DataSection, packing: PackingSection, tokenizer: "PreTrai
         "data": section.model_dump(mode="json", exclude=_NO_MATTER),
         "packing": [packing.sample_packing, packs_held_out(packing)],
         "seed": seed,
-        "tokenizer": _tokenizer_facts(tokenizer),
+        "tokenizer": tokenizer_facts(tokenizer),
         "sources": [_source_facts(entry, section) for entry in (*section.datasets, *section.test_datasets)],
         "code": _code_facts(),
     }
@@ -175,7 +175,12 @@ def _lock(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def _tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Equal only if a text becomes the same tokens."""
+    return hashlib.sha256(json.dumps(tokenizer_facts(tokenizer), sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
     backend: Any = tokenizer.backend_tokenizer
     return [
         hashlib.sha256(backend.to_str().encode()).hexdigest(),

@@ -79,10 +79,9 @@ def local_file(path: Path, kind: Kind) -> RowFile:
 
 
 def _begins_with_bracket(file: IO[bytes]) -> bool:
-    """Whether the first character is that of a list; the file is back at its start."""
-    head = file.read(4096).removeprefix(BOM).lstrip()
-    file.seek(0)
-    return head.startswith(b"[")
+    """Whether the first character is that of a list. Nothing is taken from the file, which may be a connection."""
+    head: bytes = file.peek(4096)  # type: ignore[attr-defined]
+    return head.removeprefix(BOM).lstrip().startswith(b"[")
 
 
 def _lines(file: IO[bytes], *, blank: bool) -> Iterator[Record]:

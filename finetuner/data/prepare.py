@@ -219,6 +219,11 @@ def source_names(entries: Sequence[DatasetEntry]) -> list[str]:
     return names
 
 
+def held_out_only(section: DataSection) -> DataSection:
+    """What is prepared where training rows are streamed."""
+    return section.model_copy(update={"datasets": ()})
+
+
 def packed(prepared: Prepared, sequence_len: int, *, train: bool, held_out: bool) -> Prepared:
     """The same, with packs of the one, the other or both. Packs of held-out rows are of one source each."""
     parts = tuple(share.held_out for share in prepared.shares)
@@ -233,7 +238,7 @@ def packed(prepared: Prepared, sequence_len: int, *, train: bool, held_out: bool
 def require_kept(prepared: Prepared, section: DataSection) -> None:
     """Raises DataError with the table of reasons if more rows are dropped than the recipe allows."""
     counts = {reason: prepared.counts[reason] for reason in DROPPED if prepared.counts[reason]}
-    share = sum(counts.values()) / prepared.num_rows
+    share = sum(counts.values()) / max(1, prepared.num_rows)
     if share <= section.max_dropped_fraction:
         return
     table = "\n".join(f"  {count:>9,} rows {reason}" for reason, count in counts.items())
@@ -251,7 +256,7 @@ def _require_documents(prepared: Prepared, section: DataSection, held_out: NDArr
     advice = f"Raise sequence_len (it is {section.sequence_len})"
     if not any(prepared.counts[reason] for reason in (TOO_LONG, CUT, SPLIT)):
         advice = "Rows need an answer: a message with role 'assistant', or an output"
-    if len(prepared.train) == 0:
+    if len(prepared.train) == 0 and section.datasets:
         if held_out.all():
             raise DataError(
                 f"val_set_size: {section.val_set_size} holds out all {len(held_out)} rows. Make it smaller."

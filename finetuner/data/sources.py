@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import datasets
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
-_ROW_KINDS = ("json", "csv", "text")
+ROW_KINDS = ("json", "csv", "text")
 _SAMPLE = 100  # rows that are asked for their columns
 
 
@@ -152,11 +152,11 @@ def row_files(entry: DatasetEntry, fetched: Path) -> dict[str, tuple[RowFile, ..
 
     path = Path(entry.path).expanduser()
     if path.is_file() or is_address(entry.path):
-        kind = entry.ds_type or _kind_of_name(entry, entry.path)
-        if kind not in _ROW_KINDS:
+        kind = entry.ds_type or kind_of_name(entry, entry.path)
+        if kind not in ROW_KINDS:
             return None
         files = [path] if path.is_file() else fetch(entry.path, fetched)
-        return {_split_name(entry): tuple(_checked_file(entry, file, kind) for file in files)}
+        return {split_name(entry): tuple(_checked_file(entry, file, kind) for file in files)}
     if not path.is_dir() or _is_saved_to_disk(path):
         return None
     names: Any = list(entry.data_files) if isinstance(entry.data_files, tuple) else entry.data_files
@@ -166,7 +166,7 @@ def row_files(entry: DatasetEntry, fetched: Path) -> dict[str, tuple[RowFile, ..
         builder = datasets.load_dataset_builder(str(path), entry.name, data_files=names)
     kind = type(builder).__module__.rpartition(".")[2]
     found = builder.config.data_files or {}
-    if kind not in _ROW_KINDS or not all(Path(file).is_file() for files in found.values() for file in files):
+    if kind not in ROW_KINDS or not all(Path(file).is_file() for files in found.values() for file in files):
         return None
     return {str(name): tuple(_checked_file(entry, Path(file), kind) for file in files) for name, files in found.items()}
 
@@ -217,7 +217,7 @@ def _split_names(entry: DatasetEntry) -> list[str]:
     return [re.split(r"[\[(]", part.strip())[0] for part in entry.split.split("+")]
 
 
-def _split_name(entry: DatasetEntry) -> str:
+def split_name(entry: DatasetEntry) -> str:
     return _split_names(entry)[0]
 
 
@@ -228,10 +228,10 @@ def _load(entry: DatasetEntry, fetched: Path) -> "datasets.Dataset":
     if path.is_file() or is_address(entry.path):
         files = [path] if path.is_file() else fetch(entry.path, fetched)
         return datasets.load_dataset(
-            entry.ds_type or _kind_of_name(entry, entry.path),
+            entry.ds_type or kind_of_name(entry, entry.path),
             # A part of the cache's key: a copy may keep the time of the last edit, but not that of the copying.
             name=f"changed-{files[0].stat().st_ctime_ns}",
-            data_files={_split_name(entry): [glob.escape(str(file)) for file in files]},
+            data_files={split_name(entry): [glob.escape(str(file)) for file in files]},
             split=entry.split,
         )
     if _is_saved_to_disk(path):
@@ -255,7 +255,7 @@ def at_hub(entry: DatasetEntry, files: list[str] | str) -> list[str]:
     return [f"hf://datasets/{entry.path}{revision}/{file}" for file in ([files] if isinstance(files, str) else files)]
 
 
-def _kind_of_name(entry: DatasetEntry, name: str) -> str:
+def kind_of_name(entry: DatasetEntry, name: str) -> str:
     plain = name.partition("?")[0] if is_address(name) else name
     suffix = Path(plain.lower().removesuffix(".gz")).suffix
     if suffix not in _BUILDERS and (looks_local(name) or Path(entry.path).expanduser().is_file()):
@@ -275,7 +275,7 @@ def _saved_to_disk(entry: DatasetEntry, path: Path) -> "datasets.Dataset":
     import datasets
 
     found = datasets.load_from_disk(str(path))
-    splits = found if isinstance(found, datasets.DatasetDict) else {_split_name(entry): found}
+    splits = found if isinstance(found, datasets.DatasetDict) else {split_name(entry): found}
     parts = datasets.ReadInstruction.from_spec(entry.split).to_absolute({n: len(rows) for n, rows in splits.items()})
     chosen = [splits[part.splitname].select(range(part.from_ or 0, part.to)) for part in parts]
     return datasets.concatenate_datasets(chosen)

@@ -5,6 +5,7 @@ from pydantic.fields import FieldInfo
 from finetuner.recipe.sections import (
     AdapterSection,
     BatchSection,
+    CompileSection,
     DataSection,
     EvaluationSection,
     GuardSection,
@@ -39,6 +40,7 @@ class Recipe(Section):
     rates: RatesSection
     regularisation: RegularisationSection
     precision: PrecisionSection
+    compilation: CompileSection
     sharding: ShardingSection
     evaluation: EvaluationSection
     guards: GuardSection
@@ -59,6 +61,7 @@ SECTIONS: dict[str, type[Section]] = {
     "rates": RatesSection,
     "regularisation": RegularisationSection,
     "precision": PrecisionSection,
+    "compilation": CompileSection,
     "sharding": ShardingSection,
     "evaluation": EvaluationSection,
     "guards": GuardSection,
@@ -74,7 +77,5 @@ assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values
 
 # What people write for capabilities that are not built yet: named, so that nobody wonders about the spelling.
 NOT_YET = {
-    "pretraining_dataset": "streaming corpora",
     "rl": "preference and reinforcement learning",
-    "torch_compile": "compilation",
 }

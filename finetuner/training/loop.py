@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetuner.data.batches import Batch, Layout, evaluation_batches, step_batches
+from finetuner.data.batches import Batch, Layout, evaluation_batches
 from finetuner.data.order import mix
 from finetuner.data.prepare import Part
 from finetuner.data.tokens import Rows
@@ -30,7 +30,6 @@ class Run:
     engine: Engine
     plan: Plan
     schedule: Schedule
-    train_rows: Rows
     held_out_rows: Rows
     max_grad_norm: float
     layout: Layout
@@ -63,8 +62,8 @@ class Events:
     stop_wished: Callable[[], bool]  # of this rank
 
 
-def train(run: Run, state: TrainState, events: Events) -> TrainState:
-    """Go on from `state` to the last step, or until the guards stop it.
+def train(run: Run, batches: Callable[[int], list[Batch]], state: TrainState, events: Events) -> TrainState:
+    """Go on from `state` to the last step, or until the guards stop it. `batches` gives this rank's of a step.
 
     Raises TrainingError if the run goes wrong, and PreemptedError, after saving, if any rank was asked to stop.
     """
@@ -81,7 +80,7 @@ def train(run: Run, state: TrainState, events: Events) -> TrainState:
                 events.save(state, True)
             raise PreemptedError(f"stopped by a signal after step {state.step} of {schedule.total_steps}.")
         started = time.perf_counter()
-        stats = train_step(run, state.step)
+        stats = train_step(run, batches(state.step), state.step)
         state = replace(state, step=state.step + 1, trained_tokens=state.trained_tokens + stats.num_tokens)
         state = guards.after_step(state, updated=stats.updated, loss=stats.loss)
         elapsed = time.perf_counter() - started
@@ -112,14 +111,14 @@ def _stop_is_wished(run: Run, events: Events) -> bool:
     return bool(run.accelerator.reduce(anyone, "sum"))
 
 
-def train_step(run: Run, step: int) -> StepStats:
+def train_step(run: Run, batches: list[Batch], step: int) -> StepStats:
     """Descend along d(summed loss / trained tokens), over all ranks and micro-batches at once."""
     accelerator, plan, engine = run.accelerator, run.plan, run.engine
     lr = run.schedule.lr_at(step)
     engine.set_learning_rate(lr)
     # Dropout is a function of (seed, step, rank), so that a resumed run needs no generator's state.
     torch.manual_seed(mix(plan.seed, step, plan.rank) >> 1)
-    group = [b.to(accelerator.device) for b in step_batches(run.train_rows, plan, run.schedule, step, run.layout)]
+    group = [b.to(accelerator.device) for b in batches]
     counts = torch.tensor(
         [sum(b.num_trained for b in group), sum(b.num_tokens for b in group)], device=accelerator.device
     )

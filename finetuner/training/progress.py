@@ -1,7 +1,9 @@
 """What a person sees of a long run: a bar on a terminal, plain lines elsewhere; only on one rank."""
 
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -156,3 +158,18 @@ class TrainingProgress:
             if name.startswith("eval_loss/")
         ]
         self.screen.line(line + (f"  ({', '.join(of_sources)})" if of_sources else ""))
+
+
+def quiet_libraries(screen: Screen) -> None:
+    """Our own lines say what a user needs; the libraries' stay for errors."""
+    import datasets
+    import transformers
+
+    # Their deprecations among each other are not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|datasets|peft|torch|transformers)\b")
+    transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()
+    # It says at import that a package of faster CPU kernels is not there; PEFT imports it wherever it is installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not (screen.speaks and screen.terminal):
+        transformers.logging.disable_progress_bar()

@@ -33,6 +33,19 @@ def _flash(on: Any) -> Mapping[str, Any]:
     return {"attn_implementation": "auto" if on else "sdpa"}
 
 
+def _pretraining(given: Any) -> Mapping[str, Any]:
+    """Plain texts that are read while training; one entry, a list of them, or a path alone."""
+    entries: list[Any] = []
+    for entry in given if isinstance(given, list) else [given]:
+        values = {"path": entry} if isinstance(entry, str) else entry
+        if isinstance(values, dict):  # anything else is refused as an entry of datasets
+            values = {"field" if key == "text_column" else key: value for key, value in values.items()}
+            if values.get("type") in (None, "pretrain"):
+                values["type"] = "completion"
+        entries.append(values)
+    return {"datasets": entries, "streaming": True}
+
+
 def _plain_precision(key: str) -> Foreign:
     return translated(lambda on: {key: True} if on else {})
 
@@ -69,7 +82,6 @@ AXOLOTL: dict[str, Foreign] = {
     "data_seed": blocked("a seed of the data's own", "Set seed."),
     "loraplus_lr_embedding": ignored("LoRA adapts linear layers alone; embeddings are trained whole, at embedding_lr"),
     **spread("lr_decay_steps lr_decay_ratio", blocked("this detail of the schedule")),
-    **spread("torch_compile_backend torch_compile", blocked("compilation", says_nothing=("auto",))),
     # attention
     "flash_attention": translated(_flash),
     "sdp_attention": _attention("sdpa"),
@@ -167,8 +179,7 @@ AXOLOTL: dict[str, Foreign] = {
         blocked(_RL),
     ),
     **spread("max_prompt_len", Foreign(without_effect="it belongs to preference learning")),
-    "pretraining_dataset": blocked("streaming corpora", "Name local files under datasets, with `type: completion`."),
-    "streaming": blocked("streaming corpora"),
+    "pretraining_dataset": translated(_pretraining),
     **spread("pretraining_sample_concatenation pretrain_multipack_attn", ignored("it belongs to pretraining_dataset")),
     **spread(
         "qat quantization ptq torchao_quantization fp8 fp8_enable_fsdp_float8_all_gather nvfp4",
@@ -255,7 +266,6 @@ AXOLOTL: dict[str, Foreign] = {
     "accelerator_config": blocked("free-form settings of Accelerate"),
     "push_dataset_to_hub": blocked("uploading the prepared dataset"),
     "hub_revision": blocked("uploading to a branch"),
-    "torch_compile_mode": blocked("modes of torch.compile"),
     "dynamic_checkpoint": blocked("saving when a file appears"),
     "generate_samples": blocked("samples of text while training"),
     "diffusion": blocked("diffusion language models"),
@@ -271,7 +281,6 @@ AXOLOTL: dict[str, Foreign] = {
     "adam_eps": renamed("adam_epsilon"),
     "eta_min": blocked("the schedule's end as a rate", "Write cosine_min_lr_ratio, as a fraction of learning_rate."),
     "torch_dtype": ignored("bf16 and fp16 say what is computed in"),
-    "streaming_multipack_buffer_size": ignored(_PACKER),
     **spread(
         "sample_packing_eff_est sample_packing_seq_len_multiplier total_num_tokens total_supervised_tokens "
         "is_preprocess",
@@ -368,6 +377,9 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
     },
     "lr_scheduler": dict.fromkeys(
         ("one_cycle", "rex", "reduce_lr_on_plateau", "greedy"), "this schedule. Write cosine"
+    ),
+    "torch_compile_mode": dict.fromkeys(
+        ("reduce-overhead", "max-autotune"), "CUDA graphs. Write default or max-autotune-no-cudagraphs"
     ),
     "hub_strategy": dict.fromkeys(
         ("every_save", "checkpoint", "all_checkpoints"), "uploading while training. Write end"

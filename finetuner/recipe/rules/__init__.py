@@ -2,7 +2,17 @@
 
 from collections.abc import Iterator
 
-from finetuner.recipe.rules import adapter, data, guards, optimizer, quantization, sharding, tracking, training
+from finetuner.recipe.rules import (
+    adapter,
+    data,
+    guards,
+    optimizer,
+    quantization,
+    sharding,
+    streaming,
+    tracking,
+    training,
+)
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.rules.files import DATA_SUFFIXES, file_findings, looks_local
 from finetuner.recipe.rules.given import given_findings, given_notes
@@ -26,6 +36,7 @@ RULES: tuple[Rule, ...] = (
     *adapter.RULES,
     *quantization.RULES,
     *data.RULES,
+    *streaming.RULES,
     *guards.RULES,
     *sharding.RULES,
     *tracking.RULES,

@@ -51,10 +51,10 @@ def _shards_that_are(values: Values) -> Iterator[Finding]:
 
 def _weights_of_all_or_none(values: Values) -> Iterator[Finding]:
     weighted = [i for i, entry in enumerate(values["datasets"]) if entry.weight is not None]
-    for i in range(len(values["datasets"]) if weighted else 0):
-        if i not in weighted:
-            message = "this dataset has no weight, and another has one. Give each a weight, or none."
-            yield Finding(("datasets", i), message, (("datasets", weighted[0], "weight"),))
+    others = [i for i, entry in enumerate(values["datasets"]) if entry.weight is None]
+    if weighted and others:
+        message = f"'{values['datasets'][others[0]].path}' has no weight beside it. Give each dataset one, or none."
+        yield Finding(("datasets", weighted[0], "weight"), message, (("datasets", others[0]),))
     for i, entry in enumerate(values["test_datasets"]):
         if entry.weight is not None:
             yield Finding(

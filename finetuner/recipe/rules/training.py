@@ -43,6 +43,12 @@ def _fresh_or_resumed(values: Values) -> Iterator[Finding]:
         )
 
 
+def _compiled_how(values: Values) -> Iterator[Finding]:
+    for key in ("torch_compile_backend", "torch_compile_mode"):
+        if not values["torch_compile"] and values[key] not in (None, "inductor", "default"):
+            yield Finding((key,), f"{key} has no effect without `torch_compile: true`. Add that, or remove this line.")
+
+
 def _private_where(values: Values) -> Iterator[Finding]:
     if not values["hub_private_repo"] and values["hub_model_id"] is None:
         message = "hub_private_repo has no effect without hub_model_id. Add that, or remove this line."
@@ -57,6 +63,7 @@ RULES: tuple[Rule, ...] = (
     one_of("embedding_lr", "embedding_lr_scale", "both say how fast embeddings learn"),
     (("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_scheduler"), _floor_is_cosines),
     (("lr_scheduler", "lr_scheduler_kwargs", "learning_rate"), _shape_takes_its_options),
+    (("torch_compile", "torch_compile_backend", "torch_compile_mode"), _compiled_how),
     (("hub_model_id", "hub_private_repo"), _private_where),
     (("overwrite_output_dir", "resume_from_checkpoint"), _fresh_or_resumed),
 )

@@ -16,6 +16,7 @@ from finetuner.recipe.sections.sharding import FsdpConfig, ShardingSection
 from finetuner.recipe.sections.tracking import TrackingSection
 from finetuner.recipe.sections.training import (
     BatchSection,
+    CompileSection,
     OptimizerSection,
     PrecisionSection,
     RateGroup,
@@ -25,7 +26,8 @@ from finetuner.recipe.sections.training import (
 )
 
 __all__ = [
-    "AdapterSection", "BatchSection", "DataSection", "DatasetEntry", "EvaluationSection", "FourBitSection",
+    "AdapterSection", "BatchSection", "CompileSection", "DataSection", "DatasetEntry", "EvaluationSection",
+    "FourBitSection",
     "FsdpConfig", "GuardSection", "InstructionFormat", "MessageProperties",
     "ModelSection", "OptimizerSection", "OutputSection",
     "PackingSection", "PrecisionSection", "QuantizationSection",

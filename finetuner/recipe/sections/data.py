@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from finetuner.recipe.sections.base import Count, DiskName, Names, NonNegative, Section, Share, TokenCount
+from finetuner.recipe.sections.base import Count, DiskName, Names, NonNegative, Rows, Section, Share, TokenCount
 from finetuner.recipe.sections.datasets import DatasetEntry
 
 
@@ -21,6 +21,14 @@ class DataSection(Section):
         0.0, description="Training rows to hold out: a fraction below 1, or a number of rows."
     )
     mix_by: Literal["rows", "tokens"] = Field("rows", description="What the weights of the datasets are shares of.")
+    streaming: bool = Field(
+        False,
+        description="Read rows while training, without preparing them: for a corpus that fits no disk. Rows of "
+        "`type: completion` are joined and cut into full rows; others stay whole.",
+    )
+    streaming_multipack_buffer_size: Rows = Field(
+        10_000, description="Documents that are read, shuffled and packed together when streaming."
+    )
     dataset_exact_deduplication: bool = Field(
         False, description="Of rows with equal tokens keep the first, and never learn one that is held out."
     )

@@ -105,6 +105,20 @@ class RegularisationSection(Section):
     )
 
 
+class CompileSection(Section):
+    """Compilation by PyTorch: a slow first step, then faster ones, with the same numbers but for rounding."""
+
+    torch_compile: Literal["auto"] | bool = Field(
+        False, description="Compile each decoder layer; auto: on a GPU, where nothing is in the way."
+    )
+    torch_compile_backend: Literal["inductor", "aot_eager", "eager"] = Field(
+        "inductor", description="What compiles; aot_eager and eager only trace, to look for errors."
+    )
+    torch_compile_mode: Literal["default", "max-autotune-no-cudagraphs"] | None = Field(
+        None, description="How long inductor looks for faster kernels."
+    )
+
+
 class PrecisionSection(Section):
     """Number formats and memory. Trainable weights are always fp32."""
 

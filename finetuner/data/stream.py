@@ -1,0 +1,240 @@
+"""A corpus that fits no disk -> rows of a batch, without an end, from any place on.
+
+The stream is made block by block, and a block is a pure function of the state at its start, which is a small value: a
+checkpoint keeps it, and the run that goes on makes the same block again. Every rank makes the same rows and learns its
+share of them, so that the order does not depend on the number of ranks.
+
+Documents are drawn so that each source keeps to its weight: always the one that is furthest behind. They are shuffled
+within the block. Plain texts (all sources `type: completion`) are joined, with their end-of-text between them, and cut
+into rows of exactly sequence_len: a text that does not fit goes on in the next row, so that no token is left out, none
+comes twice and no row is padded. Other rows stay whole, in packs with sample_packing and alone without.
+"""
+
+import hashlib
+import json
+import threading
+from collections import Counter, deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetuner.data.documents import DROPPED, Document, DocumentMaker
+from finetuner.data.endless import START, EndlessRows, Place
+from finetuner.data.order import mix, row_order
+from finetuner.data.packing import best_fit_decreasing
+from finetuner.errors import DataError
+from finetuner.recipe.sections import DataSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = list[Document]
+_READ_ROWS = 64
+_NO_LIMIT = 1 << 40
+_STEPS_BACK = 4  # a checkpoint is of the step that is done, and the next ones are made by then
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a block begins. `taken`: rows or tokens of each source so far; `carry`: tokens and labels that filled no
+    row of the block before, document by document."""
+
+    first_row: int = 0
+    block: int = 0
+    places: list[Place] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
+    carry: list[list[list[int]]] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "StreamState":
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedRows:
+    """Some rows of a stream, numbered from 0."""
+
+    rows: list[Row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def documents(self, i: int) -> Row:
+        return self.rows[i]
+
+    def length(self, i: int) -> int:
+        return sum(len(ids) for ids, _ in self.rows[i])
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.array([self.length(i) for i in range(len(self.rows))], dtype=np.int64)
+
+    @property
+    def sha256(self) -> str:
+        parts = [part.tobytes() for row in self.rows for document in row for part in document]
+        return hashlib.sha256(b"|".join(parts)).hexdigest()
+
+
+class _Drawn:
+    """Rows of one source, made into documents some at a time, each with the place behind it."""
+
+    def __init__(self, maker: DocumentMaker, place: Place, fetched: Path, counts: Counter[str]) -> None:
+        self.maker, self.rows, self.counts = maker, EndlessRows(maker.entry, place, fetched), counts
+        self.place = list(place)
+        self.ready: deque[tuple[list[Document], Place]] = deque()
+        self.found_nothing_since = place[0]
+
+    def draw(self) -> list[Document]:
+        """The documents of the next row that gives any."""
+        while True:
+            while self.ready:
+                documents, self.place = self.ready.popleft()
+                if documents:
+                    self.found_nothing_since = self.place[0]
+                    return documents
+            if self.rows.place[0] > self.found_nothing_since + 1:
+                lost = "; ".join(f"{count:,} rows {reason}" for reason, count in sorted(self.counts.items()))
+                raise DataError(f"no row of '{self.maker.entry.path}' is left to train on: {lost}.")
+            taken = self.rows.take(_READ_ROWS)
+            made = self.maker.make([placed for placed, _ in taken])
+            self.counts.update(outcome.reason for outcome in made.outcomes)
+            self.counts["read"] += len(taken)
+            places = (place for _, place in taken)
+            self.ready.extend(zip(made.documents, places, strict=True))
+
+
+class RowStream:
+    """Rows by their number, in order; a little way back as well, which is what a checkpoint asks for."""
+
+    def __init__(
+        self,
+        section: DataSection,
+        tokenizer: "PreTrainedTokenizerBase",
+        seed: int,
+        *,
+        packing: bool,
+        state: StreamState | None = None,
+    ) -> None:
+        """`packing`: whole documents share a row; where documents are joined, they do not see each other.
+
+        Raises DataError if a source cannot be read.
+        """
+        self.section, self.seed, self.packing = section, seed, packing
+        self.joined = all(entry.type == "completion" for entry in section.datasets)
+        self.counts: Counter[str] = Counter()
+        count = len(section.datasets)
+        start = state or StreamState(places=[list(START) for _ in range(count)], taken=[0] * count)
+        # A text that is cut into rows has no length that would be too long.
+        of_maker = section.model_copy(update={"sequence_len": _NO_LIMIT}) if self.joined else section
+        fetched = Path(section.dataset_prepared_path) / "fetched"
+        self.sources = [
+            _Drawn(DocumentMaker(entry, of_maker, tokenizer), place, fetched, self.counts)
+            for entry, place in zip(section.datasets, start.places, strict=True)
+        ]
+        self.next = start
+        self.blocks: deque[tuple[StreamState, list[Row]]] = deque()
+        self.lock = threading.Lock()  # a thread makes rows ahead while another asks for the position
+
+    def rows(self, first: int, count: int) -> StreamedRows:
+        """Rows first .. first + count - 1. Raises DataError at a row that cannot be used."""
+        with self.lock:
+            return self._rows(first, count)
+
+    def _rows(self, first: int, count: int) -> StreamedRows:
+        while self.next.first_row < first + count:
+            state = self.next
+            rows, self.next = self._block(state)
+            self.blocks.append((state, rows))
+        while len(self.blocks) > 1 and self.blocks[1][0].first_row <= first - _STEPS_BACK * count:
+            self.blocks.popleft()
+        some: list[Row] = []
+        for state, rows in self.blocks:
+            some += rows[max(0, first - state.first_row) : max(0, first + count - state.first_row)]
+        assert len(some) == count, "rows are asked for in order"
+        return StreamedRows(some)
+
+    def state_at(self, row: int) -> StreamState:
+        """The state from which a new stream comes to this row."""
+        with self.lock:
+            if row >= self.next.first_row:
+                return self.next
+            return next(state for state, rows in self.blocks if row < state.first_row + len(rows))
+
+    @property
+    def notes(self) -> list[str]:
+        """Rows that were read by this process and are not learned as they stand."""
+        return [f"{count:,} rows {reason}" for reason, count in sorted(self.counts.items()) if reason != "read"]
+
+    def _block(self, state: StreamState) -> tuple[list[Row], StreamState]:
+        taken = list(state.taken)
+        weights = [entry.weight or 1.0 for entry in self.section.datasets]
+        documents: list[Document] = []
+        while len(documents) < self.section.streaming_multipack_buffer_size:
+            behind = min(range(len(taken)), key=lambda s: taken[s] / weights[s])
+            drawn = self.sources[behind].draw()
+            documents += drawn
+            taken[behind] += sum(len(ids) for ids, _ in drawn) if self.section.mix_by == "tokens" else 1
+        self._require_kept()
+        order = row_order(mix(self.seed, 0x57E4, state.block), 0, len(documents))
+        documents = [documents[i] for i in order]
+        carry: list[Document] = []
+        if self.joined:
+            before = [(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)) for ids, labels in state.carry]
+            rows, carry = cut_into_rows([*before, *documents], self.section.sequence_len)
+            rows = rows if self.packing else [[_as_one(row)] for row in rows]
+        elif self.packing:
+            rows = self._packs(documents, state.block)
+        else:
+            rows = [[document] for document in documents]
+        return rows, StreamState(
+            first_row=state.first_row + len(rows),
+            block=state.block + 1,
+            places=[source.place for source in self.sources],
+            taken=taken,
+            carry=[[ids.tolist(), labels.tolist()] for ids, labels in carry],
+        )
+
+    def _packs(self, documents: list[Document], block: int) -> list[Row]:
+        lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
+        members, starts = best_fit_decreasing(lengths, self.section.sequence_len)
+        order = row_order(mix(self.seed, 0xB14C, block), 0, len(starts) - 1)
+        return [[documents[m] for m in members[starts[i] : starts[i + 1]]] for i in order]
+
+    def _require_kept(self) -> None:
+        dropped = sum(self.counts[reason] for reason in DROPPED)
+        share = dropped / max(1, self.counts["read"])
+        if share > self.section.max_dropped_fraction:
+            raise DataError(
+                f"{share:.1%} of the {self.counts['read']:,} rows read so far are dropped, and max_dropped_fraction "
+                f"allows {self.section.max_dropped_fraction:.0%}: {'; '.join(self.notes)}."
+            )
+
+
+def cut_into_rows(documents: list[Document], length: int) -> tuple[list[Row], list[Document]]:
+    """(rows of exactly `length` tokens, what fills none): the documents end to end; one that crosses a border goes on
+    in the next row."""
+    rows: list[Row] = []
+    row: Row = []
+    room = length
+    for ids, labels in documents:
+        at = 0
+        while at < len(ids):
+            part = slice(at, at + room)
+            row.append((ids[part], labels[part]))
+            at += len(ids[part])
+            room -= len(ids[part])
+            if room == 0:
+                rows.append(row)
+                row, room = [], length
+    return rows, row
+
+
+def _as_one(row: Row) -> Document:
+    """Documents that see each other are one."""
+    return np.concatenate([ids for ids, _ in row]), np.concatenate([labels for _, labels in row])
