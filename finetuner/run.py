@@ -30,6 +30,7 @@ from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
     count_parameters,
     length_notes,
+    reading_notes,
     trainable_parameters,
     vocabulary_parameters,
 )
@@ -44,7 +45,9 @@ from finetuner.plan import Plan, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.recipe.secrets import without_secrets
 from finetuner.recipe.sections import GuardSection, TrackingSection
+from finetuner.recipe.shapes import FROM_SCRATCH
 from finetuner.resume import resume_facts
+from finetuner.scratch import begun_model, scratch_config, tokenizer_name
 from finetuner.sharding import FsdpPlan
 from finetuner.starting import choose_checkpoint, require_same_rows, state_of
 from finetuner.summary import print_plan
@@ -122,8 +125,15 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
     if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
         require_bitsandbytes()
-    require_fit(recipe, plan, world, attention)
+    begun = recipe.model.base_model == FROM_SCRATCH  # its size is known with its vocabulary
+    if not begun:
+        require_fit(recipe, plan, world, attention)
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
+    base = recipe.model.base_model
+    if begun:
+        config = scratch_config(recipe.model.model, vocabulary.tokenizer)
+        require_fit(recipe, plan, world, attention, config)
+        base = begun_model(config, recipe.data.dataset_prepared_path, plan.seed, world)
     streams = recipe.data.streaming
     schedule = plan.schedule(recipe, len(prepared.train_rows))
     accelerator = build_accelerator(plan, world, recipe.sharding.ddp_timeout)
@@ -147,7 +157,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
             return
 
     weights, counted = assemble(
-        recipe, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen
+        recipe, base, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen
     )
     if checkpoint is not None:
         read_optimizer(weights, checkpoint)
@@ -172,11 +182,14 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         screen.line(f"merge it into the base: python -m finetuner.merge {recipe_name}")
     else:
         screen.line(f"done: the model is in {output_dir}")
+        for note in reading_notes(weights.bare.bare):
+            screen.line(f"note: {note}")
     leave_ranks(accelerator)
 
 
 def assemble(
     recipe: Recipe,
+    base: str,
     plan: Plan,
     schedule: Schedule,
     vocabulary: Vocabulary,
@@ -189,7 +202,7 @@ def assemble(
     """The model in its engine, ready to train; and its parameters, counted before they were spread."""
     is_lora = recipe.adapter.adapter is not None
     with screen.work("loading the model", "MB") as work:
-        built = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator, work.at_bytes)
+        built = build_model(recipe, base, plan, vocabulary, attention, checkpoint, accelerator, work.at_bytes)
         bare = built.loss
         for note in length_notes(bare.bare, prepared.train.longest or recipe.data.sequence_len):
             screen.line(f"note: {note}")
@@ -227,7 +240,9 @@ def assemble(
 
 def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tuple[Vocabulary, Prepared]:
     """The tokenizer with the recipe's chat template, and the documents that it makes of the rows."""
-    vocabulary = load_tokenizer(recipe.tokenizer, recipe.model.base_model, recipe.model.trust_remote_code)
+    with screen.work("making the tokenizer", "rows") as work:
+        name = tokenizer_name(recipe, world, work.at)
+    vocabulary = load_tokenizer(recipe.tokenizer, name or recipe.model.base_model, recipe.model.trust_remote_code)
     tokenizer = vocabulary.tokenizer
     tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)  # saved with the result
     with screen.work("tokenising", "rows") as work:

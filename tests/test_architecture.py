@@ -28,6 +28,8 @@ MAY_IMPORT = {
     "data": {"recipe", "plan"},
     "models": {"recipe", "plan"},
     "training": {"recipe", "plan", "sharding", "data", "models"},
+    "once": {"errors"},
+    "scratch": {"recipe", "data", "models", "once"},
     "output": {"errors"},
     "resume": {"errors"},
     "checkpoint": {"training"},
