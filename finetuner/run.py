@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from finetuner import __version__
 from finetuner.assemble import DTYPES, build_model, probe
@@ -15,10 +14,7 @@ from finetuner.checkpoint import (
     aside_of,
     checkpoint_folder,
     list_checkpoints,
-    newest_whole,
     prune,
-    read_saved,
-    require_whole,
     save_checkpoint,
     set_aside_after,
 )
@@ -28,7 +24,7 @@ from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
 from finetuner.data.feed import Feed, build_feed, prefetched
 from finetuner.data.prepare import Prepared, held_out_only
 from finetuner.data.templates import chosen_template
-from finetuner.errors import CheckpointError, DataError, FinetunerError, PreemptedError
+from finetuner.errors import FinetunerError, PreemptedError
 from finetuner.export.upload import require_hub, upload_result
 from finetuner.footprint import require_fit
 from finetuner.models.attention import choose_attention
@@ -51,9 +47,10 @@ from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.recipe.secrets import without_secrets
 from finetuner.recipe.sections import GuardSection, TrackingSection
 from finetuner.recipe.shapes import FROM_SCRATCH
-from finetuner.resume import check_resume, resume_facts
+from finetuner.resume import resume_facts
 from finetuner.scratch import begun_model, scratch_config, tokenizer_name
 from finetuner.sharding import FsdpPlan
+from finetuner.starting import choose_checkpoint, require_same_rows, state_of
 from finetuner.summary import print_plan
 from finetuner.training.accelerator import (
     build_accelerator,
@@ -278,62 +275,6 @@ def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainSt
     if copy.resolve() != Path(recipe_name).resolve():
         heading = f"{Path(recipe_name).name} as finetuner {__version__} understood it"
         copy.write_text(dump_recipe(recipe, heading), encoding="utf-8")
-
-
-def require_same_rows(accelerator: Accelerator, sha256: str) -> None:
-    """Raises DataError unless all ranks have the same rows: each node may have prepared its own."""
-    if len(set(gather_object([sha256]))) > 1:
-        raise DataError(
-            "the nodes have different training rows: a data file, the tokenizer or a version of a library differs.\n"
-            "Make them the same, or name a dataset_prepared_path on a disk that all nodes share."
-        )
-
-
-def choose_checkpoint(recipe: Recipe, accelerator: Accelerator, screen: Screen) -> Path | None:
-    """The checkpoint to go on from, chosen and verified by the main rank for all; None means from the start."""
-    wish, output_dir = recipe.output.resume_from_checkpoint, Path(recipe.output.output_dir)
-    if wish is False:
-        return None
-    chosen = by_main_rank(accelerator, lambda: _whole_checkpoint(wish, output_dir, screen))
-    if chosen is not None and not (chosen / "state.json").exists():
-        raise CheckpointError(
-            f"the main rank goes on from {chosen}, which this node does not have.\n"
-            "Name an output_dir on a disk that all nodes share."
-        )
-    return chosen
-
-
-def _whole_checkpoint(wish: str | bool, output_dir: Path, screen: Screen) -> Path | None:
-    if isinstance(wish, str):
-        require_whole(Path(wish))
-        if (output_dir / "metrics.jsonl").exists() and Path(wish).resolve().parent.parent != output_dir.resolve():
-            raise CheckpointError(
-                f"'{output_dir}' holds another run than the checkpoint '{wish}'.\n"
-                "Name an empty folder (output_dir=...), or write resume_from_checkpoint=true for the run in it."
-            )
-        return Path(wish)
-    chosen = newest_whole(output_dir, lambda text: screen.line(f"note: {text}"))
-    if chosen is None and list_checkpoints(output_dir):
-        raise CheckpointError(
-            f"every checkpoint in {output_dir / 'checkpoints'} is damaged.\n"
-            "Start anew: overwrite_output_dir=true resume_from_checkpoint=false"
-        )
-    if chosen is None:
-        screen.line(f"no checkpoint in {output_dir} yet: starting from the base model")
-    return chosen
-
-
-def state_of(checkpoint: Path, facts: dict[str, Any], screen: Screen) -> TrainState:
-    """Raises CheckpointError unless a run of these facts can go on from there."""
-    saved = read_saved(checkpoint)
-    for note in check_resume(saved.facts, facts):
-        screen.line(f"note: {note}")
-    if saved.facts.get("model_only"):
-        raise CheckpointError(
-            f"{checkpoint} was saved with save_only_model: it has no optimizer's state to go on with.\n"
-            "Its weights can be the base_model (or lora_model_dir) of a new run."
-        )
-    return saved.state
 
 
 def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:

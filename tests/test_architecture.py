@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "checkpoint": {"training"},
     "export": {"models", "checkpoint"},
     "weights": {"training", "models", "checkpoint", "output"},
+    "starting": {"recipe", "resume", "checkpoint", "training"},
     "footprint": {"recipe", "plan", "sharding", "models"},
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
     "summary": {"recipe", "plan", "data", "models", "training", "weights"},
