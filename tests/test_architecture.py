@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
     "summary": {"recipe", "plan", "data", "models", "training", "weights"},
 }
-COMMANDS = {"run", "commands", "preview", "cli", "train", "merge", "__init__"}
+COMMANDS = {"run", "commands", "preview", "generate", "cli", "train", "merge", "__init__"}
 
 
 def part_of(path: Path) -> str:

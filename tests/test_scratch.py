@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from finetuner.data.bytes import token_bytes
-from finetuner.errors import ModelError, RecipeError
+from finetuner.errors import ModelError, PlanError, RecipeError
 from finetuner.models.build import on_meta
 from finetuner.models.gpt import GPTForCausalLM
 from finetuner.models.vocabularies import train_bpe, write_byte_tokenizer, write_char_tokenizer
@@ -195,6 +195,13 @@ def test_the_best_weights_of_other_shapes_are_written_as_what_they_are(
     written = AutoModelForCausalLM.from_pretrained(out).eval()
     ids = torch.arange(12)[None]
     assert torch.allclose(ours(ids).logits, written(ids).logits, atol=1e-5)
+
+
+def test_a_shape_that_does_not_fit_is_refused_before_its_weights_are_drawn(recipe, train, tmp_path):
+    path = recipe(model={"layers": 64, "heads": 8, "width": 65536, "context": 64})
+    with pytest.raises(PlanError, match=r"'from-scratch' does not fit(.|\n)*fewer layers"):
+        train(path)
+    assert not (tmp_path / "prepared" / "scratch").exists()
 
 
 def test_a_seed_draws_the_weights_and_a_text_makes_the_tokenizer(recipe, corpus, tmp_path):
