@@ -11,7 +11,7 @@ import torch
 from finetuner.errors import ModelError
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import grow_embeddings, load_model
-from finetuner.models.sampling import as_text, choose, sampled
+from finetuner.models.sampling import as_text, choose, context_of, ends_of, first_tokens, sampled
 from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe import load
 from finetuner.recipe.sections import TokenizerSection
@@ -40,29 +40,16 @@ class Speaker:
     model: Any
     tokenizer: "PreTrainedTokenizerBase"
 
-    @property
-    def ends(self) -> set[int]:
-        named = (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
-        return {i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if i is not None}
-
-    @property
-    def context(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
 
 def generate(source: str, overrides: list[str], prompt: str, manner: Manner, write: Callable[[str], None]) -> None:
     """Write the prompt and what follows it, as it comes. Raises FinetunerError."""
     speaker = speaker_of(source, overrides)
     tokenizer, model = speaker.tokenizer, speaker.model
-    ids: list[int] = list(tokenizer(prompt).input_ids)
-    if not ids:
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if first is None:
-            raise ModelError("this tokenizer has no token that begins a text. Give the first words: --prompt ...")
-        ids = [int(first)]
+    ids = first_tokens(tokenizer, prompt)
     generator = torch.Generator().manual_seed(manner.seed)
     choice = partial(choose, temperature=manner.temperature, top_p=manner.top_p, generator=generator)
-    tokens = sampled(model, ids, count=manner.count, choice=choice, ends=speaker.ends, context=speaker.context)
+    ends, context = ends_of(model, tokenizer), context_of(model)
+    tokens = sampled(model, ids, count=manner.count, choice=choice, ends=ends, context=context)
     write(prompt)
     for text in as_text(tokenizer, ids, tokens):
         write(text)

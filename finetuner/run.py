@@ -40,6 +40,7 @@ from finetuner.models.quantized import (
     choose_format,
     require_bitsandbytes,
 )
+from finetuner.models.sampling import sample_text
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan, Schedule
@@ -305,6 +306,10 @@ def fit(
         progress.stepped(state.step, stats.loss, stats.learning_rate, stats.input_tokens, seconds)
         if not stats.updated:
             screen.line(f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update is skipped")
+        every = recipe.evaluation.generate_samples
+        if main and every is not None and state.step % every == 0:
+            text = sample_text(weights.bare.model, weights.tokenizer, recipe.evaluation.generate_prompt, state.step)
+            screen.line(f"step {state.step} writes: {text}")
 
     def save(state: TrainState, stops: bool) -> None:
         model_only = recipe.output.save_only_model and not stops

@@ -681,6 +681,8 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"streaming": True, "max_tokens": "1M"},
         {"streaming": True, "max_tokens": "1M", "datasets": [COMPLETION]},
     ),
+    ("generate_samples", {"generate_samples": 5, "fsdp": ["full_shard"]}, {"generate_samples": 5}),
+    ("generate_prompt", {"generate_prompt": "a"}, {"generate_prompt": "a", "generate_samples": 5}),
     ("max_tokens", {"max_steps": 5, "max_tokens": "1M"}, {"max_tokens": "1M"}),
     (
         "sample_by",

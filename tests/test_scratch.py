@@ -197,6 +197,16 @@ def test_the_best_weights_of_other_shapes_are_written_as_what_they_are(
     assert torch.allclose(ours(ids).logits, written(ids).logits, atol=1e-5)
 
 
+def test_samples_are_shown_while_training_and_change_nothing(recipe, train, tmp_path, capsys):
+    path = recipe(model=TINY | {"dropout": 0.1}, tokenizer="byte", max_steps=5)
+    train(path)
+    assert " writes: " not in capsys.readouterr().out
+    train(path, f"output_dir={tmp_path / 'shown'}", "generate_samples=2", "generate_prompt=the quick")
+    shown = capsys.readouterr().out
+    assert shown.count(" writes: ") == 2 and "step 4 writes: the quick" in shown
+    assert largest_difference(weights_of(tmp_path / "out"), weights_of(tmp_path / "shown")) == 0.0
+
+
 def test_a_shape_that_does_not_fit_is_refused_before_its_weights_are_drawn(recipe, train, tmp_path):
     path = recipe(model={"layers": 64, "heads": 8, "width": 65536, "context": 64})
     with pytest.raises(PlanError, match=r"'from-scratch' does not fit(.|\n)*fewer layers"):
