@@ -10,11 +10,12 @@ import torch
 from conftest import alpaca_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from finetuner.data.batches import Layout, collate
 from finetuner.data.packing import Packs, best_fit_decreasing
 from finetuner.data.tokens import IGNORE, TokenStore
+from finetuner.errors import ModelError
 from finetuner.models.loss import TokenLoss
 from finetuner.models.packing import require_isolation
 
@@ -114,6 +115,21 @@ def test_packs_have_the_loss_and_the_gradient_of_their_documents(model, store, l
     expected, of_documents = outcome(store, list(range(len(store))), Layout())
     assert value == pytest.approx(expected, rel=1e-6)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, of_documents, strict=True))
+
+
+def test_a_deep_model_in_bf16_is_taken_although_its_kernels_round():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=24, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, attn_implementation="sdpa",
+    )  # fmt: skip
+    require_isolation(LlamaForCausalLM(config).to(torch.bfloat16))
+
+
+def test_a_model_that_cannot_keep_documents_apart_is_refused_by_name():
+    config = BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
+    with pytest.raises(ModelError, match=r"BloomForCausalLM with '.*' attention"):
+        require_isolation(BloomForCausalLM(config))
 
 
 # --- whole runs ---
