@@ -65,7 +65,9 @@ def _tokenizer_of_its_own(values: Values) -> Iterator[Finding]:
 
 def _text_to_make_it_from(values: Values) -> Iterator[Finding]:
     named = values["tokenizer"]
-    if not (named == "char" or (isinstance(named, NewTokenizer) and not named.train.files)):
+    if values["base_model"] != FROM_SCRATCH or not (
+        named == "char" or (isinstance(named, NewTokenizer) and not named.train.files)
+    ):
         return
     what = "tokenizer: char takes the characters of the datasets" if named == "char" else "train learns from datasets"
     instead = "Write `tokenizer: byte`." if named == "char" else "Name `files` to learn from."
@@ -85,5 +87,5 @@ RULES: tuple[Rule, ...] = (
     (("model", "sequence_len"), _rows_fit_the_context),
     (("base_model", "adapter"), _whole_and_unadapted),
     (("base_model", "tokenizer"), _tokenizer_of_its_own),
-    (("tokenizer", "streaming", "datasets"), _text_to_make_it_from),
+    (("base_model", "tokenizer", "streaming", "datasets"), _text_to_make_it_from),
 )
