@@ -40,14 +40,28 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def merge(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Merge the trained adapter into its base model, to OUTPUT_DIR/merged."""
+def merge(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|ADAPTER", help="A recipe, or the folder of an adapter.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Recipe keys, and: output=FOLDER dtype=float32 shard_size=5GB base=original.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Merge a trained adapter into its base model, to OUTPUT_DIR/merged."""
+    from finetuner.export.wishes import read_wishes
     from finetuner.recipe import load
 
-    loaded = load(recipe, overrides or [])
+    if not Path(target).is_dir():  # what is wrong with a recipe is said before torch is imported
+        load(target, read_wishes(overrides or []).others)
     from finetuner import commands
 
-    commands.merge(loaded, recipe)
+    commands.merge(target, overrides or [])
 
 
 @app.command()
