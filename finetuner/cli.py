@@ -48,7 +48,7 @@ def merge(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Recipe keys, and: output=FOLDER dtype=float32 shard_size=5GB base=original.",
+            help="Recipe keys, and: output=FOLDER dtype=float32 shard_size=5GB base=original verify=false.",
             show_default=False,
         ),
     ] = None,

@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 
 from finetuner.errors import ModelError, RecipeError
+from finetuner.export.card import write_card
 from finetuner.export.changes import read_config
 from finetuner.export.merge import Form, merge_adapter, require_same_base
-from finetuner.export.wishes import read_wishes
+from finetuner.export.verify import room_to_verify, verify_merged
+from finetuner.export.wishes import Wishes, read_wishes
 from finetuner.recipe import Loaded, load
 from finetuner.run import prepare_rows, special_ids
 from finetuner.summary import rows_line
@@ -63,7 +65,28 @@ def merge(target: str, overrides: list[str]) -> None:
         )
     if merged.untied:
         screen.line("note: the adapter changes only one of embedding and head, which were tied: the result has both")
+    facts = _verified(job, merged.folder, wishes, screen)
+    write_card(merged.folder, job.adapter, job.base_model, "An adapter merged into its base model", facts)
     screen.line(f"done: {merged.folder}")
+
+
+def _verified(job: "MergeJob", folder: Path, wishes: Wishes, screen: Screen) -> list[str]:
+    """What was found, for the card. Raises ModelError if the result is not what was trained."""
+    if not wishes.verify:
+        return []
+    too_large = room_to_verify(job.base_model)
+    if too_large is not None:
+        screen.line(f"note: not verified against base + adapter: {too_large}")
+        return []
+    agreement = verify_merged(
+        job.adapter,
+        job.base_model,
+        folder,
+        dequantised=wishes.dequantize,
+        trust_remote_code=job.trust_remote_code,
+    )
+    screen.line(f"verified, read back, against base + adapter: {agreement}")
+    return [f"Read back and compared with base + adapter in fp32: {agreement}."]
 
 
 @dataclass(frozen=True)
@@ -74,6 +97,7 @@ class MergeJob:
     base_model: str
     token_ids: dict[str, int]
     note: str = ""
+    trust_remote_code: bool = False
 
 
 def _of_recipe(recipe_name: str, overrides: list[str], screen: Screen) -> MergeJob:
@@ -96,7 +120,8 @@ def _of_recipe(recipe_name: str, overrides: list[str], screen: Screen) -> MergeJ
     from transformers import AutoTokenizer
 
     token_ids = special_ids(recipe, AutoTokenizer.from_pretrained(output_dir))
-    return MergeJob(output_dir, recipe.model.base_model, token_ids)
+    trust = recipe.model.trust_remote_code
+    return MergeJob(output_dir, recipe.model.base_model, token_ids, trust_remote_code=trust)
 
 
 def _of_folder(folder: Path, overrides: list[str]) -> MergeJob:
@@ -107,7 +132,7 @@ def _of_folder(folder: Path, overrides: list[str]) -> MergeJob:
     if unknown:
         raise RecipeError(
             f"'{unknown[0]}' cannot be set for an adapter without a recipe. "
-            "There are: base_model, output, dtype, shard_size, base."
+            "There are: base_model, output, dtype, shard_size, base, verify."
         )
     base_model = named.get("base_model") or recorded
     if not base_model:

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "output": {"errors"},
     "resume": {"errors"},
     "checkpoint": {"training"},
-    "export": {"models", "checkpoint"},
+    "export": {"recipe", "models", "checkpoint"},
     "weights": {"training", "models", "checkpoint", "output"},
     "footprint": {"recipe", "plan", "sharding", "models"},
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetuner import commands
 from finetuner.checkpoint import aside_of
 from finetuner.errors import ModelError, RecipeError
+from finetuner.export.card import write_card
 from finetuner.export.merge import Form, merge_adapter
+from finetuner.export.verify import verify_merged
 from finetuner.export.wishes import read_wishes
 
 KINDS = {
@@ -218,7 +220,9 @@ def test_a_killed_merge_goes_on_behind_the_files_it_had_finished(tmp_path, token
     code = f"""
 import time
 from pathlib import Path
+from finetuner.export.card import write_card
 from finetuner.export.merge import Form, merge_adapter
+from finetuner.export.verify import verify_merged
 merge_adapter(Path({str(folder)!r}), {str(base)!r}, Path({str(output)!r}), lambda *a: time.sleep(0.02), form={form})
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
@@ -242,3 +246,37 @@ merge_adapter(Path({str(folder)!r}), {str(base)!r}, Path({str(output)!r}), lambd
     output.rename(aside)
     (aside / "work.json").write_text("of something else")
     assert merge_adapter(folder, str(base), output, form=Form(shard_bytes=2_000_000)).num_bytes_kept == 0
+
+
+def test_the_merged_files_are_read_back_and_compared_with_what_was_trained(tmp_path, tiny_model, capsys):
+    folder, out = tmp_path / "adapter", tmp_path / "merged"
+    adapt(tiny_model, folder, target_modules="all-linear")
+    commands.merge(str(folder), [f"output={out}"])
+    assert "verified, read back, against base + adapter: largest logit difference" in capsys.readouterr().out
+    verified = json.loads((out / "merge.json").read_text())["verified"]
+    assert verified["kl"] < 1e-9 and verified["same_choice"] == 1 and verified["num_tokens"] > 50
+    commands.merge(str(folder), [f"output={out}", "dtype=bfloat16"])
+    assert 1e-9 < json.loads((out / "merge.json").read_text())["verified"]["kl"] < 3e-2
+    commands.merge(str(folder), [f"output={out}", "verify=false"])
+    assert "verified" not in json.loads((out / "merge.json").read_text())
+    tensors = load_file(out / "model.safetensors")
+    base = load_file(tiny_model / "model.safetensors")
+    lost = "model.layers.1.mlp.down_proj.weight"  # one layer in which the update is missing
+    save_file(tensors | {lost: base[lost]}, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="is not what base \\+ adapter compute"):
+        verify_merged(folder, str(tiny_model), out)
+
+
+def test_the_card_says_what_the_result_was_made_of(write_recipe, train, tmp_path):
+    recipe = write_recipe(adapter="lora", lora_r=4, max_steps=2, val_set_size=2, eval_on_start=True)
+    train(recipe)
+    commands.merge(str(recipe), [])
+    for folder in (tmp_path / "out", tmp_path / "out" / "merged"):
+        card = (folder / "README.md").read_text()
+        for part in ("| trained on | `rows.jsonl` | alpaca |", "lora_r: 4", "held-out loss", "torch 2", "2 steps"):
+            assert part in card
+    assert "KL divergence" in (tmp_path / "out" / "merged" / "README.md").read_text()
+    mine = tmp_path / "out" / "README.md"
+    mine.write_text("my own words")
+    write_card(mine.parent, mine.parent, "base", "An adapter")
+    assert mine.read_text() == "my own words"

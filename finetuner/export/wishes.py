@@ -20,6 +20,7 @@ class Wishes:
     dtype: str | None = None
     shard_bytes: int | None = None
     dequantize: bool = True
+    verify: bool = True
     others: list[str] = field(default_factory=list)
 
 
@@ -29,12 +30,15 @@ def read_wishes(words: list[str]) -> Wishes:
     others = []
     for word in words:
         key, equals, value = word.partition("=")
-        if key not in ("output", "dtype", "shard_size", "base"):
+        if key not in ("output", "dtype", "shard_size", "base", "verify"):
             others.append(word)
         elif not equals or not value:
             raise RecipeError(f"'{word}' has no value. Write {key}=...")
         else:
             values[key] = value
+    verify = values.get("verify", "true")
+    if verify not in ("true", "false"):
+        raise RecipeError(f"verify={verify} is neither true nor false.")
     dtype, base = values.get("dtype"), values.get("base", "dequantized")
     if dtype in QUANTISED:
         raise RecipeError(
@@ -54,6 +58,7 @@ def read_wishes(words: list[str]) -> Wishes:
         dtype=dtype,
         shard_bytes=_bytes(values["shard_size"]) if "shard_size" in values else None,
         dequantize=base == "dequantized",
+        verify=verify == "true",
         others=others,
     )
 
