@@ -149,6 +149,24 @@ def preview(
     show(loaded, recipe, count=count, rows=rows, source=source, ids=ids, html=html)
 
 
+@app.command()
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of its run.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    questions: Annotated[int, typer.Option(min=0, help="Held-out questions to answer; 0: none.")] = 100,
+) -> None:
+    """Score base, adapter and merged model side by side on the recipe's held-out rows."""
+    from finetuner.recipe import load
+
+    if not Path(target).is_dir():  # what is wrong with a recipe is said before torch is imported
+        load(target, overrides or [])
+    from finetuner.evaluate import evaluate as score
+
+    score(target, overrides or [], questions=questions)
+
+
 @app.command("import-gguf")
 def import_gguf(
     source: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that holds one.", show_default=False)],

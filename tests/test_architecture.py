@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "models": {"recipe", "plan"},
     "training": {"recipe", "plan", "sharding", "data", "models"},
     "output": {"errors"},
+    "scores": set(),
     "resume": {"errors"},
     "checkpoint": {"training"},
     "export": {"recipe", "models", "checkpoint"},
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
     "summary": {"recipe", "plan", "data", "models", "training", "weights"},
 }
-COMMANDS = {"run", "commands", "preview", "cli", "train", "merge", "__init__"}
+COMMANDS = {"run", "commands", "evaluate", "preview", "cli", "train", "merge", "__init__"}
 
 
 def part_of(path: Path) -> str:

@@ -256,7 +256,7 @@ def test_the_merged_files_are_read_back_and_compared_with_what_was_trained(tmp_p
     verified = json.loads((out / "merge.json").read_text())["verified"]
     assert verified["kl"] < 1e-9 and verified["same_choice"] == 1 and verified["num_tokens"] > 50
     commands.merge(str(folder), [f"output={out}", "dtype=bfloat16"])
-    assert 1e-9 < json.loads((out / "merge.json").read_text())["verified"]["kl"] < 3e-2
+    assert 1e-9 < json.loads((out / "merge.json").read_text())["verified"]["kl"] < 1e-2
     commands.merge(str(folder), [f"output={out}", "verify=false"])
     assert "verified" not in json.loads((out / "merge.json").read_text())
     tensors = load_file(out / "model.safetensors")

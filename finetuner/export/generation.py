@@ -29,6 +29,7 @@ def write_generation_config(folder: Path, token_ids: dict[str, int]) -> None:
         stops += [one for one in stop_ids(AutoTokenizer.from_pretrained(folder)) if one not in stops]
     if stops:
         settings["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    settings.pop("_from_model_config", None)  # it would be made anew from config.json, without these stops
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
