@@ -167,6 +167,19 @@ def evaluate(
     score(target, overrides or [], questions=questions)
 
 
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="The folder of a whole or merged model.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="gguf, ollama or vllm", show_default=False)],
+    form: Annotated[str, typer.Option(help="How GGUF keeps weights: f16 or q8_0.")] = "f16",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the files; default: MODEL's own.")] = None,
+) -> None:
+    """Write a model for the tools that serve it, and check it by reading it back."""
+    from finetuner.commands import export as write
+
+    write(model, to, form, out)
+
+
 @app.command("import-gguf")
 def import_gguf(
     source: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that holds one.", show_default=False)],

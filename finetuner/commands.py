@@ -1,4 +1,4 @@
-"""Commands beside training, for a recipe: prepare its rows, merge its adapter."""
+"""Commands beside training, for a recipe: prepare its rows, merge its adapter, export a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,9 @@ import torch
 from finetuner.errors import ModelError, RecipeError
 from finetuner.export.card import write_card
 from finetuner.export.changes import read_config
+from finetuner.export.gguf import export_gguf, read_source
 from finetuner.export.merge import Form, merge_adapter, require_same_base
+from finetuner.export.serving import check_for_vllm, modelfile
 from finetuner.export.verify import room_to_verify, verify_merged
 from finetuner.export.wishes import Wishes, read_wishes
 from finetuner.recipe import Loaded, load
@@ -141,3 +143,27 @@ def _of_folder(folder: Path, overrides: list[str]) -> MergeJob:
     if recorded and base_model != recorded:
         note = f"the adapter says that it was trained on '{recorded}'; it is merged into '{base_model}', as you ask"
     return MergeJob(folder, base_model, {}, note)
+
+
+def export(model: Path, to: str, form: str, out: Path | None) -> None:
+    """Write `model` for llama.cpp or Ollama, or check it for vLLM. Raises FinetunerError."""
+    screen = Screen(speaks=True)
+    if to not in ("gguf", "ollama", "vllm"):
+        raise ModelError(f"--to {to} is not a tool that can be written for. Write gguf, ollama or vllm.")
+    quiet_libraries(screen)
+    if to == "vllm":
+        good, command = check_for_vllm(model)
+        for line in good:
+            screen.line(line)
+        screen.line(f"serve it: {command}")
+        return
+    folder = model if out is None else out
+    file = folder / f"{model.resolve().name}-{form}.gguf"
+    page = modelfile(file.name, read_source(model).tokenizer) if to == "ollama" else None
+    with screen.work("writing", "MB") as work:
+        agreement = export_gguf(model, file, form, work.at_bytes)
+    screen.line(f"verified, read back, against {model}: {agreement}")
+    if page is not None:
+        (folder / "Modelfile").write_text(page, encoding="utf-8")
+        screen.line(f"create it: ollama create {model.resolve().name} -f {folder / 'Modelfile'}")
+    screen.line(f"done: {file}")

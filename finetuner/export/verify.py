@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,12 +69,15 @@ def verify_merged(
     adapter: Path, base_model: str, merged: Path, *, dequantised: bool = True, trust_remote_code: bool = False
 ) -> Agreement:
     """Compare, and write the figures beside the merged weights. Raises ModelError beyond the bound."""
-    rows = _rows(merged, trust_remote_code)
-    wanted = _logits(_adapted(adapter, base_model, merged, dequantised, trust_remote_code), rows)
+    rows = prompt_rows(merged, trust_remote_code)
     stored = {info.dtype for path in weight_files(merged) for info in read_header(path).values()}
     bound = BOUNDS["bfloat16" if "BF16" in stored else "float16" if "F16" in stored else "float32"]
-    found = _logits(_load(str(merged), trust_remote_code), rows)
-    agreement = _compare(wanted, found, bound)
+
+    def models() -> "Iterator[PreTrainedModel]":  # one in memory at a time
+        yield _adapted(adapter, base_model, merged, dequantised, trust_remote_code)
+        yield _load(str(merged), trust_remote_code)
+
+    agreement = agreement_of(models(), rows, bound)
     mark: dict[str, Any] = json.loads((merged / MARK).read_text())
     (merged / MARK).write_text(json.dumps(mark | {"verified": asdict(agreement)}, indent=1) + "\n")
     if not agreement.kl <= bound:  # NaN too
@@ -83,6 +86,12 @@ def verify_merged(
             "Do not use it. If its number format is too coarse for this adapter: dtype=float32"
         )
     return agreement
+
+
+def agreement_of(models: "Iterable[PreTrainedModel]", rows: list[torch.Tensor], bound: float) -> Agreement:
+    """Of two models, on these token ids."""
+    wanted, found = (_logits(model, rows) for model in models)
+    return _compare(wanted, found, bound)
 
 
 def _compare(wanted: list[torch.Tensor], found: list[torch.Tensor], bound: float) -> Agreement:
@@ -135,7 +144,7 @@ def _round(model: "PreTrainedModel", quantised: Mapping[str, Record]) -> None:
         parameter.copy_(seen_in_training(parameter, record))
 
 
-def _rows(folder: Path, trust_remote_code: bool) -> list[torch.Tensor]:
+def prompt_rows(folder: Path, trust_remote_code: bool = False) -> list[torch.Tensor]:
     """Token ids of the prompts, as text and as a turn where there is a template, and the last ids of the vocabulary."""
     settings = json.loads((folder / "config.json").read_text())
     vocab_size = settings.get("text_config", settings)["vocab_size"]
