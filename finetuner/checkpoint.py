@@ -57,14 +57,25 @@ def aside_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.tmp")
 
 
+WORK = "work.json"
+
+
 @contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block ends well, and vanishes otherwise."""
+def written_aside(folder: Path, work: str | None = None) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends well, and vanishes otherwise.
+
+    With `work`, which says in full what is to be written, the temporary folder that a kill or Ctrl-C left of the same
+    work is gone on with.
+    """
     aside = aside_of(folder)
-    shutil.rmtree(aside, ignore_errors=True)  # left by a kill
-    aside.mkdir(parents=True)
+    if work is None or not (aside / WORK).exists() or (aside / WORK).read_text() != work:
+        shutil.rmtree(aside, ignore_errors=True)  # left by a kill
+        aside.mkdir(parents=True)
+        if work is not None:
+            (aside / WORK).write_text(work)
     try:
         yield aside
+        (aside / WORK).unlink(missing_ok=True)
         _follow_the_umask(aside)
         before = folder.with_name(f".{folder.name}.old.tmp")
         shutil.rmtree(before, ignore_errors=True)
@@ -73,8 +84,9 @@ def written_aside(folder: Path) -> Iterator[Path]:
         aside.rename(folder)
         _flush_folder(folder.parent)
         shutil.rmtree(before, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+    except BaseException as error:
+        if work is None or not isinstance(error, KeyboardInterrupt):
+            shutil.rmtree(aside, ignore_errors=True)
         raise
 
 

@@ -40,14 +40,28 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def merge(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Merge the trained adapter into its base model, to OUTPUT_DIR/merged."""
+def merge(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|ADAPTER", help="A recipe, or the folder of an adapter.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Recipe keys, and: output=FOLDER dtype=float32 shard_size=5GB base=original verify=false.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Merge a trained adapter into its base model, to OUTPUT_DIR/merged."""
+    from finetuner.export.wishes import read_wishes
     from finetuner.recipe import load
 
-    loaded = load(recipe, overrides or [])
+    if not Path(target).is_dir():  # what is wrong with a recipe is said before torch is imported
+        load(target, read_wishes(overrides or []).others)
     from finetuner import commands
 
-    commands.merge(loaded, recipe)
+    commands.merge(target, overrides or [])
 
 
 @app.command()
@@ -133,6 +147,37 @@ def preview(
     from finetuner.preview import preview as show
 
     show(loaded, recipe, count=count, rows=rows, source=source, ids=ids, html=html)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of its run.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    questions: Annotated[int, typer.Option(min=0, help="Held-out questions to answer; 0: none.")] = 100,
+) -> None:
+    """Score base, adapter and merged model side by side on the recipe's held-out rows."""
+    from finetuner.recipe import load
+
+    if not Path(target).is_dir():  # what is wrong with a recipe is said before torch is imported
+        load(target, overrides or [])
+    from finetuner.evaluate import evaluate as score
+
+    score(target, overrides or [], questions=questions)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="The folder of a whole or merged model.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="gguf, ollama or vllm", show_default=False)],
+    form: Annotated[str, typer.Option(help="How GGUF keeps weights: f16 or q8_0.")] = "f16",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the files; default: MODEL's own.")] = None,
+) -> None:
+    """Write a model for the tools that serve it, and check it by reading it back."""
+    from finetuner.commands import export as write
+
+    write(model, to, form, out)
 
 
 @app.command()

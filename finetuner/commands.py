@@ -1,11 +1,20 @@
-"""Commands beside training, for a recipe: make its tokenizer, prepare its rows, merge its adapter."""
+"""Commands beside training, for a recipe: make its tokenizer, prepare its rows, merge its adapter, export a model."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from finetuner.errors import ModelError
-from finetuner.export.merge import merge_adapter, require_same_base
+import torch
+
+from finetuner.errors import ModelError, RecipeError
+from finetuner.export.card import write_card
+from finetuner.export.changes import read_config
+from finetuner.export.gguf import export_gguf, read_source
+from finetuner.export.merge import Form, merge_adapter, require_same_base
+from finetuner.export.serving import check_for_vllm, modelfile
+from finetuner.export.verify import room_to_verify, verify_merged
+from finetuner.export.wishes import Wishes, read_wishes
 from finetuner.models.tokenizer import load_tokenizer
-from finetuner.recipe import Loaded
+from finetuner.recipe import Loaded, load
 from finetuner.run import prepare_rows, special_ids
 from finetuner.scratch import texts_of, tokenizer_name
 from finetuner.summary import rows_line
@@ -63,10 +72,70 @@ def make_tokenizer(loaded: Loaded) -> None:
     screen.table(rows)
 
 
-def merge(loaded: Loaded, recipe_name: str) -> None:
-    """Merge the adapter in output_dir into its base, to output_dir/merged. Raises FinetunerError."""
-    recipe = loaded.recipe
+def merge(target: str, overrides: list[str]) -> None:
+    """Merge an adapter into its base: of a recipe's run, or in the folder `target`. Raises FinetunerError."""
+    wishes = read_wishes(overrides)
     screen = Screen(speaks=True)
+    is_folder = Path(target).is_dir()
+    job = _of_folder(Path(target), wishes.others) if is_folder else _of_recipe(target, wishes.others, screen)
+    dtype = None if wishes.dtype is None else getattr(torch, wishes.dtype)
+    form = Form(dtype, wishes.shard_bytes, wishes.dequantize)
+    quiet_libraries(screen)
+    if job.note:
+        screen.line(f"note: {job.note}")
+    with screen.work("merging", "MB") as work:
+        output = wishes.output or job.adapter / "merged"
+        merged = merge_adapter(job.adapter, job.base_model, output, work.at_bytes, job.token_ids, form)
+    if merged.num_bytes_kept:
+        screen.line(f"{merged.num_bytes_kept / 1e6:,.0f} MB were there from a merge that was interrupted")
+    screen.line(
+        f"merged {merged.num_merged} of {merged.num_tensors} tensors ({merged.num_bytes / 1e6:,.0f} MB) in "
+        f"{duration(merged.seconds)}"
+    )
+    if merged.num_dequantised:
+        screen.line(
+            f"{merged.num_dequantised} tensors rounded as the quantised base was that the adapter was trained on"
+        )
+    if merged.untied:
+        screen.line("note: the adapter changes only one of embedding and head, which were tied: the result has both")
+    facts = _verified(job, merged.folder, wishes, screen)
+    write_card(merged.folder, job.adapter, job.base_model, "An adapter merged into its base model", facts)
+    screen.line(f"done: {merged.folder}")
+
+
+def _verified(job: "MergeJob", folder: Path, wishes: Wishes, screen: Screen) -> list[str]:
+    """What was found, for the card. Raises ModelError if the result is not what was trained."""
+    if not wishes.verify:
+        return []
+    too_large = room_to_verify(job.base_model)
+    if too_large is not None:
+        screen.line(f"note: not verified against base + adapter: {too_large}")
+        return []
+    agreement = verify_merged(
+        job.adapter,
+        job.base_model,
+        folder,
+        dequantised=wishes.dequantize,
+        trust_remote_code=job.trust_remote_code,
+    )
+    screen.line(f"verified, read back, against base + adapter: {agreement}")
+    return [f"Read back and compared with base + adapter in fp32: {agreement}."]
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """What is merged. `token_ids`: special tokens that the recipe chose, by role."""
+
+    adapter: Path
+    base_model: str
+    token_ids: dict[str, int]
+    note: str = ""
+    trust_remote_code: bool = False
+
+
+def _of_recipe(recipe_name: str, overrides: list[str], screen: Screen) -> MergeJob:
+    loaded = load(recipe_name, overrides)
+    recipe = loaded.recipe
     for note in loaded.notes:
         screen.line(f"note: {note}")
     output_dir = Path(recipe.output.output_dir)
@@ -80,19 +149,52 @@ def merge(loaded: Loaded, recipe_name: str) -> None:
             f"there is no trained adapter in {output_dir}. Train it first:\n"
             f"  accelerate launch -m finetuner.train {recipe_name}"
         )
-    quiet_libraries(screen)
     require_same_base(output_dir, recipe.model.base_model)
     from transformers import AutoTokenizer
 
     token_ids = special_ids(recipe, AutoTokenizer.from_pretrained(output_dir))
-    with screen.work("merging", "MB") as work:
-        merged = merge_adapter(output_dir, recipe.model.base_model, output_dir / "merged", work.at, token_ids)
-    screen.line(
-        f"merged {merged.num_merged} of {merged.num_tensors} tensors ({merged.num_bytes / 1e6:,.0f} MB) in "
-        f"{duration(merged.seconds)}"
-    )
-    if merged.num_dequantised:
-        screen.line(
-            f"{merged.num_dequantised} tensors rounded as the quantised base was that the adapter was trained on"
+    trust = recipe.model.trust_remote_code
+    return MergeJob(output_dir, recipe.model.base_model, token_ids, trust_remote_code=trust)
+
+
+def _of_folder(folder: Path, overrides: list[str]) -> MergeJob:
+    """An adapter by itself, of whatever tool; it says which base it was trained on."""
+    recorded = read_config(folder).get("base_model_name_or_path")
+    named = dict(pair.split("=", 1) for pair in overrides if "=" in pair)
+    unknown = [pair for pair in overrides if pair.partition("=")[0] != "base_model"]
+    if unknown:
+        raise RecipeError(
+            f"'{unknown[0]}' cannot be set for an adapter without a recipe. "
+            "There are: base_model, output, dtype, shard_size, base, verify."
         )
-    screen.line(f"done: {merged.folder}")
+    base_model = named.get("base_model") or recorded
+    if not base_model:
+        raise ModelError(f"the adapter in '{folder}' does not say what it was trained on. Name it: base_model=...")
+    note = ""
+    if recorded and base_model != recorded:
+        note = f"the adapter says that it was trained on '{recorded}'; it is merged into '{base_model}', as you ask"
+    return MergeJob(folder, base_model, {}, note)
+
+
+def export(model: Path, to: str, form: str, out: Path | None) -> None:
+    """Write `model` for llama.cpp or Ollama, or check it for vLLM. Raises FinetunerError."""
+    screen = Screen(speaks=True)
+    if to not in ("gguf", "ollama", "vllm"):
+        raise ModelError(f"--to {to} is not a tool that can be written for. Write gguf, ollama or vllm.")
+    quiet_libraries(screen)
+    if to == "vllm":
+        good, command = check_for_vllm(model)
+        for line in good:
+            screen.line(line)
+        screen.line(f"serve it: {command}")
+        return
+    folder = model if out is None else out
+    file = folder / f"{model.resolve().name}-{form}.gguf"
+    page = modelfile(file.name, read_source(model).tokenizer) if to == "ollama" else None
+    with screen.work("writing", "MB") as work:
+        agreement = export_gguf(model, file, form, work.at_bytes)
+    screen.line(f"verified, read back, against {model}: {agreement}")
+    if page is not None:
+        (folder / "Modelfile").write_text(page, encoding="utf-8")
+        screen.line(f"create it: ollama create {model.resolve().name} -f {folder / 'Modelfile'}")
+    screen.line(f"done: {file}")

@@ -25,6 +25,7 @@ from finetuner.data.feed import Feed, build_feed, prefetched
 from finetuner.data.prepare import Prepared, held_out_only
 from finetuner.data.templates import chosen_template
 from finetuner.errors import FinetunerError, PreemptedError
+from finetuner.export.card import write_card
 from finetuner.export.upload import require_hub, upload_result
 from finetuner.footprint import require_fit
 from finetuner.models.attention import choose_attention
@@ -109,6 +110,8 @@ def train(loaded: Loaded, recipe_name: str) -> None:
     with claimed(Path(output.output_dir), replaces=replaces):
         try:
             _train(recipe, recipe_name, world, plan, screen)
+            what = "A model" if recipe.adapter.adapter is None else "An adapter"
+            write_card(Path(output.output_dir), Path(output.output_dir), recipe.model.base_model, what)
             if output.hub_model_id is not None and output.hub_strategy == "end":
                 screen.line(f"uploading {output.output_dir} to {output.hub_model_id}")
                 place = upload_result(Path(output.output_dir), output.hub_model_id, private=output.hub_private_repo)

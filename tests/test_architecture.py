@@ -31,16 +31,17 @@ MAY_IMPORT = {
     "once": {"errors"},
     "scratch": {"recipe", "data", "models", "once"},
     "output": {"errors"},
+    "scores": set(),
     "resume": {"errors"},
     "checkpoint": {"training"},
-    "export": {"models", "checkpoint"},
+    "export": {"recipe", "models", "checkpoint"},
     "weights": {"training", "models", "checkpoint", "output"},
     "starting": {"recipe", "resume", "checkpoint", "training"},
     "footprint": {"recipe", "plan", "sharding", "models"},
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
     "summary": {"recipe", "plan", "data", "models", "training", "weights"},
 }
-COMMANDS = {"run", "commands", "preview", "generate", "cli", "train", "merge", "__init__"}
+COMMANDS = {"run", "commands", "evaluate", "generate", "preview", "cli", "train", "merge", "__init__"}
 
 
 def part_of(path: Path) -> str:

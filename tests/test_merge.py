@@ -46,7 +46,7 @@ def test_merged_model_equals_adapter_model(tied, tokens, write_recipe, train, tm
     base = make_model(tmp_path / "base", tokenizer_folder, tied=tied)
     recipe = write_recipe(base_model=str(base), tokens=list(tokens), **LORA)
     train(recipe)
-    commands.merge(load(recipe), str(recipe))
+    commands.merge(str(recipe), [])
     out = tmp_path / "out"
 
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
@@ -125,8 +125,8 @@ def test_what_does_not_fit_is_refused_before_the_first_byte(
     with pytest.raises(ModelError, match="is neither a folder nor reachable on the hub"):
         merge_adapter(adapter, "nobody/nothing", target)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_bias": True}))
-    with pytest.raises(ModelError, match="lora_bias"):
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_qalora": True}))
+    with pytest.raises(ModelError, match="use_qalora"):
         merge_adapter(adapter, str(tiny_model), target)
     assert not target.exists()
 
@@ -173,7 +173,7 @@ def test_streamed_files_are_what_the_library_reads(tmp_path):
 def test_merge_of_a_full_fine_tune_says_where_the_weights_are(write_recipe):
     recipe = write_recipe()
     with pytest.raises(ModelError, match="there is no adapter to merge"):
-        commands.merge(load(recipe), str(recipe))
+        commands.merge(str(recipe), [])
 
 
 def test_run_folder_holds_what_the_design_promises(write_recipe, train, tmp_path):
@@ -186,7 +186,7 @@ def test_run_folder_holds_what_the_design_promises(write_recipe, train, tmp_path
     logged = [row for row in rows if "loss" in row]
     keys = "step epoch loss learning_rate grad_norm num_tokens total_tokens tokens_per_second peak_memory_bytes"
     assert [list(row) for row in logged] == [keys.split()] * 3
-    assert [list(row) for row in rows if "loss" not in row] == [["step", "eval_loss", "eval_perplexity"]] * 2
+    assert [list(row) for row in rows if "loss" not in row] == [["step", "eval_loss", "eval_perplexity", "eval_bits_per_byte"]] * 2
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000003"]
     assert AutoTokenizer.from_pretrained(out).chat_template is not None
     assert Path(out / "adapter_model.safetensors").stat().st_mode & 0o044, "others may read it, as the umask says"
@@ -197,7 +197,7 @@ def test_another_base_than_the_adapter_was_trained_on_is_refused(write_recipe, t
     train(recipe)
     other = make_model(tmp_path / "same-shape", tokenizer_folder)
     with pytest.raises(ModelError, match="was trained on"):
-        commands.merge(load(recipe, [f"base_model={other}"]), str(recipe))
+        commands.merge(str(recipe), [f"base_model={other}"])
 
 
 def test_a_tokenizer_with_more_tokens_than_the_base_has_rows_is_trained_and_merged(
@@ -208,7 +208,7 @@ def test_a_tokenizer_with_more_tokens_than_the_base_has_rows_is_trained_and_merg
     larger.save_pretrained(tmp_path / "larger")
     recipe = write_recipe(tokenizer=str(tmp_path / "larger"), **LORA)
     train(recipe)
-    commands.merge(load(recipe), str(recipe))
+    commands.merge(str(recipe), [])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
     assert merged.get_input_embeddings().weight.shape[0] == merged.config.vocab_size == len(larger)
 
@@ -219,7 +219,7 @@ def test_a_chosen_end_of_text_reaches_the_configs_that_generation_reads(adapter,
     train(recipe)
     folder = tmp_path / "out"
     if adapter:
-        commands.merge(load(recipe), str(recipe))
+        commands.merge(str(recipe), [])
         folder = folder / "merged"
     model = AutoModelForCausalLM.from_pretrained(folder)
     wanted = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>")
@@ -243,7 +243,7 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_what_it_was_trained_on(
     recipe = write_recipe(base_model=str(base), **LORA | keys)
     train(recipe)
     out, number = tmp_path / "out", getattr(torch, dtype)
-    commands.merge(load(recipe), str(recipe))
+    commands.merge(str(recipe), [])
     assert "14 tensors rounded as the quantised base was" in capsys.readouterr().out
     exact = tmp_path / "exact"
     shutil.copytree(out, exact, ignore=shutil.ignore_patterns("quantization.json", "merged"))

@@ -1,22 +1,28 @@
-"""What an adapter does to each tensor of its base."""
+"""What an adapter does to each tensor of its base. Adapters of other tools too, as PEFT writes them."""
 
 import json
+import re
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetuner.errors import ModelError
 
 # PEFT's settings under which an update is more than what is read here.
 UNSUPPORTED = (
-    "lora_bias", "layer_replication", "rank_pattern", "alpha_pattern", "target_parameters", "use_qalora",
-    "exclude_modules",
+    "layer_replication", "target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora",
+    "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
 UNSUPPORTED_NOTE = "PEFT's own merge_and_unload can do it where the model fits into memory."
+# Ways to start an adapter that leave the base as it is. The others (pissa, olora, corda, loftq, ...) move a part of
+# each weight into the adapter.
+HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class Change(Protocol):
@@ -95,44 +101,215 @@ class Whole:
         return self.tensor.to(weight.dtype)
 
 
-LORA_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+@dataclass(frozen=True)
+class Added:
+    """scale * tensor is added: a bias of the adapter's own."""
+
+    scale: float
+    tensor: torch.Tensor
+
+    def shape_after(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if tuple(self.tensor.shape) != shape:
+            raise ModelError(_misfit(name, shape, tuple(self.tensor.shape)))
+        return shape
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        return (self.tensor.float() * self.scale).add_(weight).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Both:
+    """A table that came with the adapter, and an update of it."""
+
+    first: Change
+    then: Change
+
+    def shape_after(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.then.shape_after(name, self.first.shape_after(name, shape))
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.then.apply(self.first.apply(weight.float())).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Tied:
+    """Names of an embedding and of the head that is the same tensor; the files have it once."""
+
+    embedding: str
+    head: str
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Base tensor -> change; and the head's own, where a tied pair comes apart (`unties`): None leaves it as the
+    embedding was."""
+
+    by_name: dict[str, Change]
+    unties: bool = False
+    head: Change | None = None
+
+
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+EMBEDDING_A, EMBEDDING_B, BIAS = "lora_embedding_A", "lora_embedding_B", "lora_B.bias"
+LORA_PARTS = (A, B, MAGNITUDE, EMBEDDING_A, EMBEDDING_B, BIAS)
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+# Parts of names that PEFT puts around a module of the base.
+WRAPPERS = (".base_layer", ".modules_to_save.default", ".modules_to_save")
 
 
-def read_changes(adapter: Path, base_names: set[str]) -> dict[str, Change]:
-    """Base tensor -> what the adapter does to it. Raises ModelError for a tensor that matches none."""
+def read_config(adapter: Path) -> dict[str, Any]:
+    """The settings of an adapter in PEFT's words. Raises ModelError."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text())
-        tensors = load_file(adapter / "adapter_model.safetensors")
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the adapter in '{adapter}': {error}") from error
+        raise ModelError(f"'{adapter}' is not the folder of an adapter: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"'{adapter}/adapter_config.json' holds no settings of an adapter.")
+    return config
+
+
+def read_changes(adapter: Path, base_shapes: Mapping[str, tuple[int, ...]], tied: Tied | None = None) -> Changes:
+    """What the adapter does to a base whose files have tensors of `base_shapes`.
+
+    Raises ModelError for a tensor that matches none, and for whatever cannot be merged.
+    """
+    config = read_config(adapter)
     _require_supported(adapter, config)
-    rank = config["r"]
-    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    stored_in_out = bool(config.get("fan_in_fan_out"))
-    parts: dict[str, dict[str, torch.Tensor]] = {}
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.exists() and (adapter / "adapter_model.bin").exists():
+        raise ModelError(
+            f"the adapter in '{adapter}' is pickled (adapter_model.bin), which can run code and is not read.\n"
+            "Save it again with PEFT: model.save_pretrained(folder), which writes safetensors."
+        )
+    try:
+        tensors = load_file(weights)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"cannot read the adapter in '{adapter}': {error}") from error
+    broken = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+    if broken is not None:
+        raise ModelError(f"'{broken}' of the adapter in '{adapter}' has values that are not finite: it cannot be used.")
+    known = set(base_shapes) | ({tied.head} if tied else set())
+    parts: dict[str, dict[str, torch.Tensor]] = {}  # module -> kind -> tensor
     changes: dict[str, Change] = {}
+    names: dict[str, str] = {}
     for key, tensor in tensors.items():
-        module, kind = _split_key(key, config)
+        module, kind = _split_key(key)
         if kind in LORA_PARTS:
-            name = base_name(f"{module}.weight", key, base_names)
-            parts.setdefault(name, {})[kind] = tensor
+            names[module] = base_name(f"{module}.weight", key, known)
+            parts.setdefault(module, {})[kind] = tensor
         elif kind == TOKEN_ROWS:
-            ids = tuple(config["trainable_token_indices"][module.rpartition(".")[2]])
-            changes[base_name(f"{module}.weight", key, base_names)] = Rows(tensor, ids)
-        elif not _is_tied_copy(module, tensor, tensors, base_names):
-            changes[base_name(module, key, base_names)] = Whole(tensor)
-    for name, part in parts.items():
-        wanted = LORA_PARTS if config.get("use_dora") else LORA_PARTS[:2]
-        missing = [kind for kind in wanted if kind not in part]
-        if missing:
-            raise ModelError(
-                f"the adapter in '{adapter}' has only a part of the update of '{name}': {missing[0]} is missing. "
-                "Train or fetch it again."
+            changes[base_name(f"{module}.weight", key, known)] = Rows(tensor, _token_ids(config, module))
+        else:
+            changes[base_name(module, key, known)] = Whole(tensor)
+    turned = _stored_in_out(adapter, config, parts, {m: base_shapes.get(n) for m, n in names.items()})
+    for module, part in parts.items():
+        update = _update(adapter, config, module, part, turned)
+        before = changes.get(names[module])
+        changes[names[module]] = Both(before, update) if before is not None else update
+        if BIAS in part:
+            bias = base_name(names[module].removesuffix("weight") + "bias", f"{module}.{BIAS}", known)
+            changes[bias] = Added(_scale(config, module, part), part[BIAS])
+    return _settle(changes, tied, config) if tied else Changes(changes)
+
+
+def _update(adapter: Path, config: dict[str, Any], module: str, part: dict[str, torch.Tensor], turned: bool) -> LowRank:
+    is_table = EMBEDDING_A in part or EMBEDDING_B in part
+    wanted = (EMBEDDING_A, EMBEDDING_B) if is_table else (A, B)
+    missing = [kind for kind in (*wanted, *([MAGNITUDE] if config.get("use_dora") else [])) if kind not in part]
+    if missing:
+        raise ModelError(
+            f"the adapter in '{adapter}' has only a part of the update of '{module}': {missing[0]} is missing. "
+            "Train or fetch it again."
+        )
+    a, b = (part[kind] for kind in wanted)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise ModelError(
+            _unsupported(adapter, f"an update of '{module}' of shapes {tuple(a.shape)} and {tuple(b.shape)}")
+        )
+    if is_table and MAGNITUDE in part:
+        raise ModelError(_unsupported(adapter, f"use_dora on the embedding '{module}'"))
+    return LowRank(_scale(config, module, part), is_table or turned, a, b, part.get(MAGNITUDE))
+
+
+def _scale(config: dict[str, Any], module: str, part: Mapping[str, torch.Tensor]) -> float:
+    """alpha / rank, with the alpha that a pattern may give to this module; the rank is the tensors' own."""
+    first = part.get(A, part.get(EMBEDDING_A))
+    rank = config["r"] if first is None else first.shape[0]
+    alphas: dict[str, float] = config.get("alpha_pattern") or {}
+    alpha = next((value for key, value in alphas.items() if re.match(rf"(.*\.)?({key})$", module)), None)
+    alpha = config["lora_alpha"] if alpha is None else alpha
+    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def _stored_in_out(
+    adapter: Path,
+    config: dict[str, Any],
+    parts: Mapping[str, Mapping[str, torch.Tensor]],
+    shapes: Mapping[str, tuple[int, ...] | None],
+) -> bool:
+    """Whether the adapted layers store (in, out).
+
+    PEFT writes down the order of the last layer that it adapted. A square matrix cannot tell, so where others
+    contradict what was written down, the update could be added turned.
+    """
+    written = bool(config.get("fan_in_fan_out"))
+    other = []
+    for module, part in parts.items():
+        shape = shapes[module]
+        if A in part and B in part and shape is not None:
+            delta = (part[B].shape[0], part[A].shape[1])
+            delta = delta[::-1] if written else delta
+            if delta != shape and delta[::-1] == shape:
+                other.append(module)
+    if other:
+        raise ModelError(
+            _unsupported(
+                adapter, f"fan_in_fan_out: {str(written).lower()}, but '{other[0]}' stores its weights the other way"
             )
-        a, b = part["lora_A.weight"], part["lora_B.weight"]
-        changes[name] = LowRank(scale, stored_in_out, a, b, part.get("lora_magnitude_vector"))
-    return changes
+        )
+    return written
+
+
+def _settle(changes: dict[str, Change], tied: Tied, config: dict[str, Any]) -> Changes:
+    """A base with one tensor for embedding and head: does it stay one?
+
+    PEFT wraps the two apart, so the adapted model's head is the embedding of before wherever only one of them changed.
+    """
+    head, embedding = changes.pop(tied.head, None), changes.get(tied.embedding)
+    together = bool(config.get("ensure_weight_tying"))
+    if head is None and (embedding is None or isinstance(embedding, Rows) or together):
+        return Changes(changes)
+    if embedding is None and head is not None and together:
+        return Changes(changes | {tied.embedding: head})
+    if head is not None and embedding is not None and _same(head, embedding):
+        return Changes(changes)
+    if together:
+        raise ModelError(
+            f"the adapter has another '{tied.head}' than '{tied.embedding}', and says that the head is tied to the "
+            "embedding (ensure_weight_tying). Fetch it again."
+        )
+    return Changes(changes, unties=True, head=head)
+
+
+def _same(left: Change, right: Change) -> bool:
+    if isinstance(left, Whole) and isinstance(right, Whole):
+        return torch.equal(left.tensor, right.tensor)
+    if isinstance(left, Rows) and isinstance(right, Rows):
+        return left.ids == right.ids and torch.equal(left.rows, right.rows)
+    if isinstance(left, Both) and isinstance(right, Both):
+        return _same(left.first, right.first) and _same(left.then, right.then)
+    if isinstance(left, LowRank) and isinstance(right, LowRank):  # a head's halves are an embedding's, turned
+        return left.scale == right.scale and torch.equal(left.a, right.b.t()) and torch.equal(left.b, right.a.t())
+    return False
+
+
+def _token_ids(config: dict[str, Any], module: str) -> tuple[int, ...]:
+    ids = config.get("trainable_token_indices") or {}
+    if isinstance(ids, dict):
+        ids = ids.get(module, ids.get(module.rpartition(".")[2], ()))
+    if not ids:
+        raise ModelError(f"the adapter has rows of new tokens for '{module}', and its settings do not say which.")
+    return tuple(ids)
 
 
 def _require_supported(adapter: Path, config: dict[str, Any]) -> None:
@@ -141,31 +318,29 @@ def _require_supported(adapter: Path, config: dict[str, Any]) -> None:
     for key in UNSUPPORTED:
         if config.get(key):
             raise ModelError(_unsupported(adapter, f"{key}: {config[key]}"))
-    if config.get("bias", "none") != "none":
-        raise ModelError(_unsupported(adapter, f"bias: {config['bias']}"))
+    start = config.get("init_lora_weights")
+    if start not in HARMLESS_STARTS:
+        raise ModelError(
+            f"the adapter in '{adapter}' has init_lora_weights: {start}, which changed the base as training began. "
+            "Save it with PEFT's path_initial_model_for_weight_conversion, which turns it into an ordinary one."
+        )
+    try:
+        float(config["lora_alpha"]), int(config["r"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"the settings of the adapter in '{adapter}' lack a number for r or lora_alpha.") from error
 
 
-def _split_key(key: str, config: dict[str, Any]) -> tuple[str, str]:
-    """An adapter key -> (module, kind of tensor); of a module trained whole: (name of the tensor, "")."""
+def _split_key(key: str) -> tuple[str, str]:
+    """An adapter key -> (module, kind of tensor); of a tensor trained whole: (name of the tensor, "")."""
     bare = key.removeprefix("base_model.model.")
     for kind in (*LORA_PARTS, TOKEN_ROWS):
-        if bare.endswith("." + kind):
-            return bare.removesuffix("." + kind), kind
-    module = bare.rpartition(".")[0]
-    if any(f".{module}.".find(f".{name}.") >= 0 for name in config.get("modules_to_save") or ()):
-        return bare, ""
-    if config.get("ensure_weight_tying"):  # the other half of a tied pair, which is not among modules_to_save
-        return bare, ""
-    raise ModelError(f"the adapter tensor '{key}' is of a kind that cannot be merged yet. {UNSUPPORTED_NOTE}")
-
-
-def _is_tied_copy(name: str, tensor: torch.Tensor, tensors: dict[str, torch.Tensor], base_names: set[str]) -> bool:
-    """Whether a head has no tensor of its own in the base, and here is the embedding's again: PEFT saves it twice."""
-    return name not in base_names and any(
-        other.removeprefix("base_model.model.") in base_names and torch.equal(tensor, value)
-        for other, value in tensors.items()
-        if value.shape == tensor.shape
-    )
+        for ending in (kind, kind.replace(".", ".default.") if kind in (A, B, BIAS) else f"{kind}.weight"):
+            if bare.endswith("." + ending):
+                return bare.removesuffix("." + ending), kind
+    module, _, tensor = bare.rpartition(".")
+    for wrapper in WRAPPERS:
+        module = module.removesuffix(wrapper)
+    return f"{module}.{tensor}", ""
 
 
 def base_name(name: str, key: str, base_names: set[str]) -> str:
@@ -175,8 +350,8 @@ def base_name(name: str, key: str, base_names: set[str]) -> str:
         if candidate in base_names:
             return candidate
     raise ModelError(
-        f"the adapter tensor '{key}' matches no tensor of the base model: it was trained on another base, or on a head "
-        "that is tied to the embedding and so is not in its files."
+        f"the adapter tensor '{key}' matches no tensor of the base model: it was trained on another base, or is of a "
+        "kind that cannot be merged."
     )
 
 

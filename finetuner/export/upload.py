@@ -5,7 +5,7 @@ from pathlib import Path
 from finetuner.errors import PlanError, TrainingError
 
 # What a result consists of, by how its files' names end; checkpoints, figures and logs stay here.
-RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
 
 
 def require_hub(repo_id: str | None) -> None:

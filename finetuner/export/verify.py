@@ -1,0 +1,163 @@
+"""Is the merged model what was trained? Base + adapter, and the files read back, on the same tokens."""
+
+import json
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from finetuner.errors import ModelError
+from finetuner.export.merge import MARK, read_quantised
+from finetuner.models.build import load_model
+from finetuner.models.files import find_base, weight_files
+from finetuner.models.quantized import Record, seen_in_training
+from finetuner.models.safetensors_stream import read_header
+from finetuner.world import available_ram
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROMPTS = (
+    "The capital of France is",
+    "Write a function that returns the sum of the even numbers in a list.",
+    "Question: Which planet is closest to the sun?\nAnswer:",
+    "In 1969 two people walked on the moon. Their names were",
+    "1, 2, 4, 8, 16,",
+)
+# Largest mean KL divergence, in nats a token, by how the merged weights are stored: rounding alone costs less.
+BOUNDS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}
+NUM_LAST_TOKENS = 16  # the rows that an adapter may have added are the last ones
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the merged model is from base + adapter, both computed in fp32.
+
+    `kl`: nats a token, the mean over `num_tokens` positions; `same_choice`: the share of positions at which both have
+    the same likeliest next token.
+    """
+
+    largest_difference: float
+    kl: float
+    same_choice: float
+    num_tokens: int
+    bound: float
+
+    def __str__(self) -> str:
+        return (
+            f"largest logit difference {self.largest_difference:.2g}, KL divergence {self.kl:.2g} a token (at most "
+            f"{self.bound:g}), same likeliest token {self.same_choice:.1%}, {self.num_tokens:,} tokens"
+        )
+
+
+def room_to_verify(base_model: str) -> str | None:
+    """Why a model cannot be held in fp32, or None."""
+    infos = (info for path in weight_files(find_base(base_model)) for info in read_header(path).values())
+    needed = 4 * sum(math.prod(info.shape) for info in infos) * 1.25
+    free = available_ram()
+    if free is None or needed <= free:
+        return None
+    return f"it takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free"
+
+
+def verify_merged(
+    adapter: Path, base_model: str, merged: Path, *, dequantised: bool = True, trust_remote_code: bool = False
+) -> Agreement:
+    """Compare, and write the figures beside the merged weights. Raises ModelError beyond the bound."""
+    rows = prompt_rows(merged, trust_remote_code)
+    stored = {info.dtype for path in weight_files(merged) for info in read_header(path).values()}
+    bound = BOUNDS["bfloat16" if "BF16" in stored else "float16" if "F16" in stored else "float32"]
+
+    def models() -> "Iterator[PreTrainedModel]":  # one in memory at a time
+        yield _adapted(adapter, base_model, merged, dequantised, trust_remote_code)
+        yield _load(str(merged), trust_remote_code)
+
+    agreement = agreement_of(models(), rows, bound)
+    mark: dict[str, Any] = json.loads((merged / MARK).read_text())
+    (merged / MARK).write_text(json.dumps(mark | {"verified": asdict(agreement)}, indent=1) + "\n")
+    if not agreement.kl <= bound:  # NaN too
+        raise ModelError(
+            f"the merged model in {merged} is not what base + adapter compute: {agreement}.\n"
+            "Do not use it. If its number format is too coarse for this adapter: dtype=float32"
+        )
+    return agreement
+
+
+def agreement_of(models: "Iterable[PreTrainedModel]", rows: list[torch.Tensor], bound: float) -> Agreement:
+    """Of two models, on these token ids."""
+    wanted, found = (_logits(model, rows) for model in models)
+    return _compare(wanted, found, bound)
+
+
+def _compare(wanted: list[torch.Tensor], found: list[torch.Tensor], bound: float) -> Agreement:
+    """Of logits (tokens, vocabulary), row by row."""
+    largest, kl, same, count = 0.0, 0.0, 0, 0
+    for left, right in zip(wanted, found, strict=True):
+        largest = max(largest, float((left - right).abs().max()))
+        p, q = (functional.log_softmax(logits.double(), dim=-1) for logits in (left, right))
+        kl += float((p.exp() * (p - q)).sum())
+        same += int((left.argmax(-1) == right.argmax(-1)).sum())
+        count += len(left)
+    return Agreement(largest, kl / count, same / count, count, bound)
+
+
+@torch.no_grad()
+def _logits(model: "PreTrainedModel", rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [model(input_ids=ids[None]).logits[0].float() for ids in rows]
+
+
+def _load(folder: str, trust_remote_code: bool) -> "PreTrainedModel":
+    return load_model(
+        folder, dtype=torch.float32, attention=("sdpa", "eager"), trust_remote_code=trust_remote_code
+    ).eval()
+
+
+def _adapted(
+    adapter: Path, base_model: str, merged: Path, dequantised: bool, trust_remote_code: bool
+) -> "PreTrainedModel":
+    """Base and adapter as PEFT puts them together."""
+    from peft import PeftModel
+
+    model: Any = _load(base_model, trust_remote_code)
+    names = {name for path in weight_files(find_base(base_model)) for name in read_header(path)}
+    if dequantised:
+        _round(model, read_quantised(adapter, names))
+    settings = json.loads((merged / "config.json").read_text())
+    vocab_size = settings.get("text_config", settings)["vocab_size"]
+    if vocab_size > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's about tied modules, which is what is looked at here
+        return PeftModel.from_pretrained(model, str(adapter)).eval()  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _round(model: "PreTrainedModel", quantised: Mapping[str, Record]) -> None:
+    named = dict(model.named_parameters())
+    for name, record in quantised.items():
+        parameter = named[name] if name in named else named[f"{model.base_model_prefix}.{name}"]
+        parameter.copy_(seen_in_training(parameter, record))
+
+
+def prompt_rows(folder: Path, trust_remote_code: bool = False) -> list[torch.Tensor]:
+    """Token ids of the prompts, as text and as a turn where there is a template, and the last ids of the vocabulary."""
+    settings = json.loads((folder / "config.json").read_text())
+    vocab_size = settings.get("text_config", settings)["vocab_size"]
+    last = torch.arange(max(0, vocab_size - NUM_LAST_TOKENS), vocab_size)
+    if not (folder / "tokenizer_config.json").exists():
+        spread = torch.arange(64) * 7919 % vocab_size
+        return [spread, last]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    rows = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    if tokenizer.chat_template is not None:
+        turn = [{"role": "user", "content": PROMPTS[1]}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return [*(torch.tensor(ids) for ids in rows if ids), last]

@@ -1,0 +1,132 @@
+"""Models for other tools: what was written is read back and computes the same."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetuner import commands
+from finetuner.errors import ModelError
+from finetuner.export.serving import turns_of
+from finetuner.models.gguf import import_gguf, read_header
+
+gguf = pytest.importorskip("gguf", reason="needs the extra gguf: pip install 'finetuner[gguf]'")
+
+
+def rounded(weight: torch.Tensor, form: str) -> torch.Tensor:
+    """As the format says: q8_0 keeps 32 weights as whole numbers up to 127 and one scale in fp16."""
+    if weight.ndim == 1:
+        return weight
+    if form == "f16":
+        return weight.half().float()
+    blocks = weight.reshape(-1, 32)
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    steps = (blocks.abs() / scale + 0.5).floor() * blocks.sign()
+    return (steps * scale.half().float()).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("form", ["f16", "q8_0"])
+def test_gguf_holds_the_same_model_but_for_the_rounding_of_its_form(form, tied, tmp_path, tokenizer_folder, capsys):
+    model = make_model(
+        tmp_path / "model", tokenizer_folder, tied=tied, hidden_size=64, vocab_size=520, initializer_range=0.2
+    )
+    commands.export(model, "gguf", form, tmp_path / "out")
+    file = tmp_path / "out" / f"model-{form}.gguf"
+    assert "verified, read back" in capsys.readouterr().out and list(file.parent.iterdir()) == [file]
+    again = import_gguf(file, tmp_path / "again", "float32", report=lambda line: None)
+    ids = torch.arange(3, 500, 7)[None]
+    here, there = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model, again))
+    exact = here(input_ids=ids).logits
+    with torch.no_grad():
+        for parameter in here.parameters():
+            parameter.copy_(rounded(parameter, form))
+    found = there(input_ids=ids).logits
+    torch.testing.assert_close(found, here(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert 1e-3 < (found - exact).abs().max() < 0.1 * exact.abs().max()
+    here, there = (AutoTokenizer.from_pretrained(folder) for folder in (model, again))
+    text = "<|im_start|>user\nNaïve  text, 10 times<|im_end|>"
+    assert here(text)["input_ids"] == there(text)["input_ids"] and here.chat_template == there.chat_template
+    header = read_header(file)
+    assert header.values["tokenizer.ggml.pre"] == "gpt-2"
+    assert header.values["tokenizer.ggml.eot_token_id"] == here.convert_tokens_to_ids("<|im_end|>")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert kinds["blk.0.attn_q.weight"] == form.upper() and kinds["output_norm.weight"] == "F32"
+
+
+def test_what_gguf_would_change_is_refused_and_nothing_is_left(tmp_path, tokenizer_folder, tiny_model):
+    model = make_model(tmp_path / "model", tokenizer_folder)
+    config = json.loads((model / "config.json").read_text())
+    cut = json.loads((model / "tokenizer.json").read_text())
+    for file, settings, message in (
+        ("config.json", config | {"model_type": "mistral"}, "model_type mistral"),
+        ("config.json", config | {"attention_bias": True}, "biases"),
+        ("tokenizer.json", cut | {"normalizer": {"type": "Lowercase"}}, "cuts text in a way"),
+    ):
+        before = (model / file).read_text()
+        (model / file).write_text(json.dumps(settings))
+        with pytest.raises(ModelError, match=message):
+            commands.export(model, "gguf", "f16", tmp_path / "out")
+        (model / file).write_text(before)
+    with pytest.raises(ModelError, match="f16, q8_0"):
+        commands.export(model, "gguf", "q2", tmp_path / "out")
+    with pytest.raises(ModelError, match="gguf, ollama or vllm"):
+        commands.export(model, "onnx", "f16", tmp_path / "out")
+    (model / "adapter_config.json").write_text("{}")
+    for tool in ("gguf", "vllm"):
+        with pytest.raises(ModelError, match="Merge it first"):
+            commands.export(model, tool, "f16", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+TEMPLATES = {
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "with a beginning": "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n\n' + m.content + "
+    "'<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}",
+    "roles apart": "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\n{% elif m.role == 'system' %}"
+    "{{ m.content }}\n\n{% else %}A: {{ m.content }}<|endoftext|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_plain_chat_template_is_its_turns(name, tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = TEMPLATES[name]
+    dialog = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2 + [
+        {"role": "user", "content": "c"}
+    ]
+    turns = turns_of(tokenizer)
+    for messages in (dialog, [{"role": "system", "content": "s"}, *dialog]):
+        wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert turns.render(messages, asks=True) == wanted
+
+
+def test_ollama_gets_the_file_its_template_and_where_to_stop(tmp_path, tokenizer_folder):
+    model = make_model(tmp_path / "model", tokenizer_folder, hidden_size=64)
+    commands.export(model, "ollama", "q8_0", None)
+    page = (model / "Modelfile").read_text()
+    assert page.startswith("FROM ./model-q8_0.gguf\n") and (model / "model-q8_0.gguf").exists()
+    assert '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n{{ else if' in page
+    assert page.endswith('<|im_start|>assistant\n"""\nPARAMETER stop "<|endoftext|>"\nPARAMETER stop "<|im_end|>"\n')
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ModelError, match="llama-server --jinja"):
+        turns_of(tokenizer)
+
+
+def test_a_folder_that_vllm_can_serve_is_told_from_one_it_cannot(tmp_path, tokenizer_folder, capsys):
+    model = make_model(tmp_path / "model", tokenizer_folder)
+    commands.export(model, "vllm", "f16", None)
+    shown = capsys.readouterr().out
+    assert f"serve it: vllm serve {model} --max-model-len 2048 --dtype float32" in shown and "chat template" in shown
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 4, "architectures": None}))
+    with pytest.raises(ModelError, match=r"no architectures\n.*512 tokens, and the model rows for 4"):
+        commands.export(model, "vllm", "f16", None)
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no model\.safetensors"):
+        commands.export(model, "vllm", "f16", None)
