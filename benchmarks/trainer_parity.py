@@ -44,7 +44,7 @@ def trainer_losses(recipe: Recipe, steps: int, output_dir: str) -> list[dict]:
     """Trainer's log of the same steps."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    vocabulary = load_tokenizer(recipe.tokenizer, recipe.model.base_model, False)
+    vocabulary = load_tokenizer(recipe.tokenizer, recipe.tokenizer.tokenizer or recipe.model.base_model, False)
     store = prepare(recipe.data, vocabulary.tokenizer, recipe.output.seed).train
     model = AutoModelForCausalLM.from_pretrained(
         recipe.model.base_model, dtype=torch.float32, attn_implementation="sdpa"

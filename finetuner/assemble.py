@@ -49,6 +49,7 @@ class Assembled:
 
 def build_model(
     recipe: Recipe,
+    base: str,
     plan: Plan,
     vocabulary: Vocabulary,
     attention: tuple[str, ...],
@@ -56,10 +57,10 @@ def build_model(
     accelerator: Accelerator,
     report: Report = lambda done, total: None,
 ) -> Assembled:
-    """Base (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around both; on the CPU if an
-    engine takes them to the device in parts."""
+    """`base`, a folder or hub id (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around
+    both; on the CPU if an engine takes them to the device in parts."""
     full, config = recipe.adapter.adapter is None, recipe.sharding.fsdp_config
-    model, promises = _load_base(recipe, plan, attention, checkpoint, accelerator, report)
+    model, promises = _load_base(recipe, base, plan, attention, checkpoint, accelerator, report)
     new_ids = ids_to_train(model, vocabulary)
     if promises is not None:
         promises.keep(read_at_once(model, recipe.adapter, len(vocabulary.tokenizer)), torch.device("cpu"))
@@ -78,7 +79,7 @@ def build_model(
     adapted = add_lora(
         model,
         recipe.adapter,
-        base_model=recipe.model.base_model,
+        base_model=base,
         seed=plan.seed,
         new_token_ids=new_ids,
     )
@@ -90,7 +91,7 @@ def build_model(
         else:
             read_adapter(adapted, checkpoint)
     elif recipe.adapter.lora_model_dir is not None:
-        require_same_base(Path(recipe.adapter.lora_model_dir), recipe.model.base_model)
+        require_same_base(Path(recipe.adapter.lora_model_dir), base)
         start_from_adapter(adapted, Path(recipe.adapter.lora_model_dir))
     _compile(recipe, plan, model, accelerator)
     return Assembled(TokenLoss(adapted, regularisers=regularisers_of(recipe.regularisation)), promises)
@@ -114,6 +115,7 @@ def regularisers_of(section: RegularisationSection) -> Regularisers:
 
 def _load_base(
     recipe: Recipe,
+    base: str,
     plan: Plan,
     attention: tuple[str, ...],
     checkpoint: Path | None,
@@ -124,7 +126,7 @@ def _load_base(
     cpu_ram_efficient_loading asks."""
     full = recipe.adapter.adapter is None
     in_parts = checkpoint is not None and has_parts(checkpoint)
-    source = str(checkpoint) if full and checkpoint is not None and not in_parts else recipe.model.base_model
+    source = str(checkpoint) if full and checkpoint is not None and not in_parts else base
     dtype, trust = torch.float32 if full else DTYPES[plan.precision], recipe.model.trust_remote_code
     form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
     in_shards = isinstance(plan.engine, FsdpPlan) or (isinstance(plan.engine, ZeroPlan) and plan.engine.stage == 3)

@@ -7,6 +7,7 @@ Activations come on top, so what is refused here cannot run, while what passes m
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ from finetuner.plan import Plan
 from finetuner.recipe import Recipe
 from finetuner.sharding import EnginePlan, FsdpPlan, ZeroPlan
 from finetuner.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Of a weight, on its device, at the least: an optimizer that is not named here counts as having none.
 _STATE_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_bnb_8bit": 2, "adamw_8bit": 2}
@@ -62,15 +66,21 @@ def kept_by_a_rank(parts: Parts, engine: EnginePlan) -> Kept:
     return Kept(weights + gradients + optimizer, 0)
 
 
-def require_fit(recipe: Recipe, plan: Plan, world: World, attention: tuple[str, ...]) -> None:
+def require_fit(
+    recipe: Recipe,
+    plan: Plan,
+    world: World,
+    attention: tuple[str, ...],
+    config: "PreTrainedConfig | None" = None,
+) -> None:
     """Raises PlanError if the model cannot fit into this rank's memory, with what would. Says nothing of a model whose
-    size cannot be known without running its own code."""
+    size cannot be known without running its own code. `config`: of a model that is not in base_model."""
     if world.device_memory is None or recipe.model.trust_remote_code:
         return
     full = recipe.adapter.adapter is None
     dtype = torch.float32 if full or plan.precision == "fp32" else torch.bfloat16
     form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
-    model = bare_bones(recipe.model.base_model, dtype=dtype, attention=attention, form=form)
+    model = bare_bones(config or recipe.model.base_model, dtype=dtype, attention=attention, form=form)
     if model is None:
         return
     count, weights = (sum(p.numel() * size(p) for p in model.parameters()) for size in (lambda p: 1, _itemsize))

@@ -12,7 +12,9 @@ from finetuner.data.templates import chosen_template
 from finetuner.errors import DataError
 from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe import Loaded
+from finetuner.scratch import tokenizer_name
 from finetuner.training.progress import Screen
+from finetuner.world import World
 
 TRAINED, SPECIAL, SPECIAL_TRAINED, NUMBER = "bold green", "magenta", "bold magenta", "dim"
 
@@ -27,7 +29,8 @@ def preview(
     recipe, screen = loaded.recipe, Screen(speaks=True)
     for note in loaded.notes:
         screen.line(f"note: {note}")
-    tokenizer = load_tokenizer(recipe.tokenizer, recipe.model.base_model, recipe.model.trust_remote_code).tokenizer
+    name = tokenizer_name(recipe, World()) or recipe.model.base_model
+    tokenizer = load_tokenizer(recipe.tokenizer, name, recipe.model.trust_remote_code).tokenizer
     tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)
     with tempfile.TemporaryDirectory() as folder:
         views = look(recipe.data, tokenizer, recipe.output.seed, rows=rows, only=source, folder=Path(folder))

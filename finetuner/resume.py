@@ -7,8 +7,8 @@ from finetuner.errors import CheckpointError
 
 # Without these equal, the weights would not fit or the order of the rows would not be the same.
 MUST_MATCH = (
-    "base_model", "tokenizer", "special_tokens", "tokens", "datasets", "test_datasets", "val_set_size", "sequence_len",
-    "mix_by", "dataset_exact_deduplication", "streaming", "streaming_multipack_buffer_size",
+    "base_model", "model", "tokenizer", "special_tokens", "tokens", "datasets", "test_datasets", "val_set_size",
+    "sequence_len", "mix_by", "dataset_exact_deduplication", "streaming", "streaming_multipack_buffer_size",
     "excess_length_strategy", "train_on_inputs", "adapter", "lora_r", "lora_alpha", "lora_target_linear",
     "lora_target_modules", "lora_modules_to_save", "lora_fan_in_fan_out", "lora_model_dir", "peft_use_rslora",
     "peft_use_dora", "peft_init_lora_weights", "peft_layers_to_transform", "peft_layers_pattern",

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from finetuner import __version__
 from finetuner.assemble import DTYPES, build_model, probe
@@ -15,10 +14,7 @@ from finetuner.checkpoint import (
     aside_of,
     checkpoint_folder,
     list_checkpoints,
-    newest_whole,
     prune,
-    read_saved,
-    require_whole,
     save_checkpoint,
     set_aside_after,
 )
@@ -27,7 +23,7 @@ from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
 from finetuner.data.feed import Feed, build_feed, prefetched
 from finetuner.data.prepare import Prepared, held_out_only
 from finetuner.data.templates import chosen_template
-from finetuner.errors import CheckpointError, DataError, FinetunerError, PreemptedError
+from finetuner.errors import FinetunerError, PreemptedError
 from finetuner.export.card import write_card
 from finetuner.export.upload import require_hub, upload_result
 from finetuner.footprint import require_fit
@@ -35,6 +31,7 @@ from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
     count_parameters,
     length_notes,
+    reading_notes,
     trainable_parameters,
     vocabulary_parameters,
 )
@@ -49,8 +46,11 @@ from finetuner.plan import Plan, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.recipe.secrets import without_secrets
 from finetuner.recipe.sections import GuardSection, TrackingSection
-from finetuner.resume import check_resume, resume_facts
+from finetuner.recipe.shapes import FROM_SCRATCH
+from finetuner.resume import resume_facts
+from finetuner.scratch import begun_model, scratch_config, tokenizer_name
 from finetuner.sharding import FsdpPlan
+from finetuner.starting import choose_checkpoint, require_same_rows, state_of
 from finetuner.summary import print_plan
 from finetuner.training.accelerator import (
     build_accelerator,
@@ -128,8 +128,15 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
     if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
         require_bitsandbytes()
-    require_fit(recipe, plan, world, attention)
+    begun = recipe.model.base_model == FROM_SCRATCH  # its size is known with its vocabulary
+    if not begun:
+        require_fit(recipe, plan, world, attention)
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
+    base = recipe.model.base_model
+    if begun:
+        config = scratch_config(recipe.model.model, vocabulary.tokenizer)
+        require_fit(recipe, plan, world, attention, config)
+        base = begun_model(config, recipe.data.dataset_prepared_path, plan.seed, world)
     streams = recipe.data.streaming
     schedule = plan.schedule(recipe, len(prepared.train_rows))
     accelerator = build_accelerator(plan, world, recipe.sharding.ddp_timeout)
@@ -153,7 +160,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
             return
 
     weights, counted = assemble(
-        recipe, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen
+        recipe, base, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen
     )
     if checkpoint is not None:
         read_optimizer(weights, checkpoint)
@@ -178,11 +185,14 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         screen.line(f"merge it into the base: python -m finetuner.merge {recipe_name}")
     else:
         screen.line(f"done: the model is in {output_dir}")
+        for note in reading_notes(weights.bare.bare):
+            screen.line(f"note: {note}")
     leave_ranks(accelerator)
 
 
 def assemble(
     recipe: Recipe,
+    base: str,
     plan: Plan,
     schedule: Schedule,
     vocabulary: Vocabulary,
@@ -195,7 +205,7 @@ def assemble(
     """The model in its engine, ready to train; and its parameters, counted before they were spread."""
     is_lora = recipe.adapter.adapter is not None
     with screen.work("loading the model", "MB") as work:
-        built = build_model(recipe, plan, vocabulary, attention, checkpoint, accelerator, work.at_bytes)
+        built = build_model(recipe, base, plan, vocabulary, attention, checkpoint, accelerator, work.at_bytes)
         bare = built.loss
         for note in length_notes(bare.bare, prepared.train.longest or recipe.data.sequence_len):
             screen.line(f"note: {note}")
@@ -233,7 +243,9 @@ def assemble(
 
 def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tuple[Vocabulary, Prepared]:
     """The tokenizer with the recipe's chat template, and the documents that it makes of the rows."""
-    vocabulary = load_tokenizer(recipe.tokenizer, recipe.model.base_model, recipe.model.trust_remote_code)
+    with screen.work("making the tokenizer", "rows") as work:
+        name = tokenizer_name(recipe, world, work.at)
+    vocabulary = load_tokenizer(recipe.tokenizer, name or recipe.model.base_model, recipe.model.trust_remote_code)
     tokenizer = vocabulary.tokenizer
     tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)  # saved with the result
     with screen.work("tokenising", "rows") as work:
@@ -264,62 +276,6 @@ def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainSt
     if copy.resolve() != Path(recipe_name).resolve():
         heading = f"{Path(recipe_name).name} as finetuner {__version__} understood it"
         copy.write_text(dump_recipe(recipe, heading), encoding="utf-8")
-
-
-def require_same_rows(accelerator: Accelerator, sha256: str) -> None:
-    """Raises DataError unless all ranks have the same rows: each node may have prepared its own."""
-    if len(set(gather_object([sha256]))) > 1:
-        raise DataError(
-            "the nodes have different training rows: a data file, the tokenizer or a version of a library differs.\n"
-            "Make them the same, or name a dataset_prepared_path on a disk that all nodes share."
-        )
-
-
-def choose_checkpoint(recipe: Recipe, accelerator: Accelerator, screen: Screen) -> Path | None:
-    """The checkpoint to go on from, chosen and verified by the main rank for all; None means from the start."""
-    wish, output_dir = recipe.output.resume_from_checkpoint, Path(recipe.output.output_dir)
-    if wish is False:
-        return None
-    chosen = by_main_rank(accelerator, lambda: _whole_checkpoint(wish, output_dir, screen))
-    if chosen is not None and not (chosen / "state.json").exists():
-        raise CheckpointError(
-            f"the main rank goes on from {chosen}, which this node does not have.\n"
-            "Name an output_dir on a disk that all nodes share."
-        )
-    return chosen
-
-
-def _whole_checkpoint(wish: str | bool, output_dir: Path, screen: Screen) -> Path | None:
-    if isinstance(wish, str):
-        require_whole(Path(wish))
-        if (output_dir / "metrics.jsonl").exists() and Path(wish).resolve().parent.parent != output_dir.resolve():
-            raise CheckpointError(
-                f"'{output_dir}' holds another run than the checkpoint '{wish}'.\n"
-                "Name an empty folder (output_dir=...), or write resume_from_checkpoint=true for the run in it."
-            )
-        return Path(wish)
-    chosen = newest_whole(output_dir, lambda text: screen.line(f"note: {text}"))
-    if chosen is None and list_checkpoints(output_dir):
-        raise CheckpointError(
-            f"every checkpoint in {output_dir / 'checkpoints'} is damaged.\n"
-            "Start anew: overwrite_output_dir=true resume_from_checkpoint=false"
-        )
-    if chosen is None:
-        screen.line(f"no checkpoint in {output_dir} yet: starting from the base model")
-    return chosen
-
-
-def state_of(checkpoint: Path, facts: dict[str, Any], screen: Screen) -> TrainState:
-    """Raises CheckpointError unless a run of these facts can go on from there."""
-    saved = read_saved(checkpoint)
-    for note in check_resume(saved.facts, facts):
-        screen.line(f"note: {note}")
-    if saved.facts.get("model_only"):
-        raise CheckpointError(
-            f"{checkpoint} was saved with save_only_model: it has no optimizer's state to go on with.\n"
-            "Its weights can be the base_model (or lora_model_dir) of a new run."
-        )
-    return saved.state
 
 
 def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:

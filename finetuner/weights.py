@@ -61,10 +61,14 @@ def gather(weights: Weights, *, optimizer: bool) -> Gathered:
 
 def model_tensors(weights: Weights) -> dict[str, torch.Tensor]:
     """What is saved of the model, as this rank holds it; a tied tensor under its first name."""
+    found = model_tensors_of(weights.bare.model)
+    return {name: tensor for name, tensor in found.items() if tensor.requires_grad or not weights.is_lora}
+
+
+def model_tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     found: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, tensor in weights.bare.model.state_dict(keep_vars=True).items():
-        if tensor.requires_grad or not weights.is_lora:
-            found.setdefault(id(tensor), (name, tensor))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor))
     return dict(found.values())
 
 
@@ -107,14 +111,15 @@ def read_optimizer(weights: Weights, folder: Path) -> None:
         scaler.load_state_dict(json.loads((folder / "scaler.json").read_text()))
 
 
-def write_model(weights: Weights, values: dict[str, torch.Tensor], folder: Path) -> None:
+def write_model(weights: Weights, values: dict[str, torch.Tensor], folder: Path, *, portable: bool = False) -> None:
+    """`portable`: as other tools read it, for a result; a checkpoint is read by us."""
     model: Any = weights.bare.model
     if weights.is_lora:
         write_adapter(model, folder, values)
         _write_record(weights, folder)
     else:
         use_token_ids(model, weights.token_ids)
-        write_model_folder(model, folder, values)
+        write_model_folder(model, folder, values, portable=portable)
     weights.tokenizer.save_pretrained(folder)
 
 
@@ -129,7 +134,11 @@ def write_result(weights: Weights, output_dir: Path, dtype: torch.dtype) -> None
     values = gather(weights, optimizer=False).model
     if not weights.run.accelerator.is_main_process:
         return
-    _publish(weights, output_dir, lambda aside: write_model(weights, _as_result(weights, values, dtype), aside))
+    _publish(
+        weights,
+        output_dir,
+        lambda aside: write_model(weights, _as_result(weights, values, dtype), aside, portable=True),
+    )
 
 
 def _as_result(weights: Weights, values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -152,15 +161,15 @@ def write_best(weights: Weights, output_dir: Path, dtype: torch.dtype, step: int
 
     def write(aside: Path) -> None:
         if has_parts(folder):
-            write_model(weights, _as_result(weights, Parts(folder, MODEL_PART), dtype), aside)
+            write_model(weights, _as_result(weights, Parts(folder, MODEL_PART), dtype), aside, portable=True)
         elif weights.is_lora:
             for path in folder.iterdir():
                 if path.name not in _CHECKPOINTS_OWN:
                     shutil.copyfile(path, aside / path.name)
         else:
             kind: Any = type(weights.bare.bare)
-            kind.from_pretrained(folder, dtype=dtype).save_pretrained(aside)
-            weights.tokenizer.save_pretrained(aside)
+            values = model_tensors_of(kind.from_pretrained(folder, dtype=dtype))
+            write_model(weights, values, aside, portable=True)
 
     _publish(weights, output_dir, write)
 

@@ -76,3 +76,7 @@ def test_a_run_with_noise_resumes_bitwise(packed, write_recipe, train, tmp_path)
     assert largest_difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0.0
     quiet = train(recipe, f"output_dir={tmp_path / 'c'}", "neftune_noise_alpha=")
     assert quiet[0]["loss"] != rows[0]["loss"]
+    held = train(
+        recipe, f"output_dir={tmp_path / 'd'}", "neftune_noise_alpha=", "z_loss_coefficient=0.1", "max_steps=1"
+    )
+    assert held[0]["grad_norm"] != quiet[0]["grad_norm"]

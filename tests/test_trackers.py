@@ -10,7 +10,7 @@ from conftest import unfinished
 from finetuner.errors import PlanError
 from finetuner.recipe import load
 from finetuner.recipe.sections import TrackingSection
-from finetuner.training.trackers import Trackers, require_trackers
+from finetuner.training.trackers import Trackers, require_trackers, wants_mlflow, wants_wandb
 
 FIGURES = {"step": 3, "loss": 2.5, "eval_loss": 2.0, "grad_norm": float("nan"), "learning_rate": 0.1}
 
@@ -90,17 +90,17 @@ def test_a_package_that_is_missing_is_said_before_anything_is_loaded(write_recip
 
 
 def test_keys_that_name_a_tracker_ask_for_it_and_can_switch_it_off():
-    assert TrackingSection(wandb_project="p").wants_wandb and not TrackingSection().wants_wandb
-    assert not TrackingSection(wandb_project="").wants_wandb
-    assert not TrackingSection(wandb_project="p", use_wandb=False).wants_wandb
-    assert not TrackingSection(wandb_project="p", wandb_mode="disabled").wants_wandb
-    assert TrackingSection(mlflow_tracking_uri="u").wants_mlflow
-    assert not TrackingSection(mlflow_tracking_uri="u", use_mlflow=False).wants_mlflow
+    assert wants_wandb(TrackingSection(wandb_project="p")) and not wants_wandb(TrackingSection())
+    assert not wants_wandb(TrackingSection(wandb_project=""))
+    assert not wants_wandb(TrackingSection(wandb_project="p", use_wandb=False))
+    assert not wants_wandb(TrackingSection(wandb_project="p", wandb_mode="disabled"))
+    assert wants_mlflow(TrackingSection(mlflow_tracking_uri="u"))
+    assert not wants_mlflow(TrackingSection(mlflow_tracking_uri="u", use_mlflow=False))
 
 
 def test_boilerplate_of_trackers_asks_for_nothing(write_recipe):
     loaded = load(write_recipe(wandb_project="", wandb_watch="", wandb_log_model="", use_tensorboard=False))
-    assert not loaded.recipe.tracking.wants_wandb
+    assert not wants_wandb(loaded.recipe.tracking)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -15,6 +15,7 @@ from conftest import ROOT
 
 from finetuner.errors import PlanError
 from finetuner.export.upload import require_hub
+from finetuner.recipe.sections import OutputSection
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -62,12 +63,12 @@ def hub() -> Iterator[tuple[str, list]]:
     server.server_close()
 
 
-def upload(folder: Path, endpoint: str) -> subprocess.CompletedProcess:
+def upload(folder: Path, endpoint: str, *, private: bool = True) -> subprocess.CompletedProcess:
     """In a process of its own: huggingface_hub reads its variables once."""
     code = (
         "import sys; from pathlib import Path; from finetuner.errors import FinetunerError\n"
         "from finetuner.export.upload import upload_result\n"
-        "try: print(upload_result(Path(sys.argv[1]), 'me/x', private=True))\n"
+        "try: print(upload_result(Path(sys.argv[1]), 'me/x', private=sys.argv[2] == 'True'))\n"
         "except FinetunerError as error: sys.exit(str(error))"
     )
     env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
@@ -77,7 +78,7 @@ def upload(folder: Path, endpoint: str) -> subprocess.CompletedProcess:
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    command = [sys.executable, "-c", code, str(folder)]
+    command = [sys.executable, "-c", code, str(folder), str(private)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
@@ -108,6 +109,14 @@ def test_the_files_of_the_result_alone_are_uploaded_to_a_private_repository(hub,
     assert all(
         {k.lower(): v for k, v in headers.items()}["authorization"] == "Bearer hf_secret" for _, _, headers, _ in asked
     )
+
+
+def test_a_repository_is_public_only_where_it_was_asked_for(hub, result):
+    address, asked = hub
+    assert upload(result, address, private=False).returncode == 0
+    made = next(json.loads(body) for _, path, _, body in asked if path == "/api/repos/create")
+    assert made.get("visibility", "public") == "public" and not made.get("private", False)
+    assert OutputSection().hub_private_repo is True
 
 
 def test_without_the_hub_the_message_says_where_the_result_is_and_what_to_type(result):

@@ -82,7 +82,7 @@ def cache_key(section: DataSection, packing: PackingSection, tokenizer: "PreTrai
         "packing": [packing.sample_packing, packs_held_out(packing)],
         "seed": seed,
         "tokenizer": tokenizer_facts(tokenizer),
-        "sources": [_source_facts(entry, section) for entry in (*section.datasets, *section.test_datasets)],
+        "sources": [source_facts(entry, section) for entry in (*section.datasets, *section.test_datasets)],
         "code": _code_facts(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
@@ -200,7 +200,7 @@ def _code_facts() -> list[str]:
     return [digest.hexdigest(), datasets.__version__, tokenizers.__version__, transformers.__version__]
 
 
-def _source_facts(entry: DatasetEntry, section: DataSection) -> Any:
+def source_facts(entry: DatasetEntry, section: DataSection) -> Any:
     """What the rows of an entry depend on: the bytes of its files, or the hub's and the network's files as they lie in
     the library's cache."""
     memo = Path(section.dataset_prepared_path) / "files"

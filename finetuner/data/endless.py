@@ -16,7 +16,17 @@ from urllib.request import urlopen
 
 from finetuner.data.fetch import is_address, open_filesystem
 from finetuner.data.files import CHUNK, Kind, Row, RowFile
-from finetuner.data.sources import ROW_KINDS, Placed, at_hub, kind_of_name, parsed, row_files, split_name, unreadable
+from finetuner.data.sources import (
+    ROW_KINDS,
+    Placed,
+    at_hub,
+    kind_of_name,
+    parsed,
+    row_files,
+    rows_of,
+    split_name,
+    unreadable,
+)
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DatasetEntry
 
@@ -121,7 +131,7 @@ class EndlessRows:
 def _open(entry: DatasetEntry, fetched: Path) -> RowsFrom:
     if is_address(entry.path):
         kind = entry.ds_type or kind_of_name(entry, entry.path)
-        return _Files(_remote_files(entry.path, cast("Kind", kind))) if kind in ROW_KINDS else _Table(entry)
+        return _Files(_remote_files(entry.path, rows_of(entry, kind))) if kind in ROW_KINDS else _Table(entry)
     splits = row_files(entry, fetched)
     if splits is None:
         return _Table(entry)

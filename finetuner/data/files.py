@@ -1,8 +1,8 @@
 """Files of JSON lines, JSON lists, CSV and text, row by row: each row is its own, so that one that is broken spoils no
 other, takes no other's type, and is found again by its line.
 
-A file is never held in memory. `records` cuts it and `parse` reads a cut, so that rows can be counted or passed over
-without the cost of reading them.
+A file is never held in memory, but for a text that is one row. `records` cuts it and `parse` reads a cut, so that rows
+can be counted or passed over without the cost of reading them.
 """
 
 import csv
@@ -18,7 +18,7 @@ from typing import IO, Any, Literal, NamedTuple
 from finetuner.errors import DataError
 
 Row = Mapping[str, Any]
-Kind = Literal["json", "csv", "text"]
+Kind = Literal["json", "csv", "text", "document"]  # text: line by line; document: a text as a whole
 Opener = Callable[[], IO[bytes]]
 
 GZIP = b"\x1f\x8b"
@@ -49,6 +49,8 @@ class RowFile:
         with self.open_bytes() as file:
             if self.kind == "csv":
                 yield from _csv_records(file)
+            elif self.kind == "document":
+                yield Record(1, file.read().removeprefix(BOM))
             elif self.kind == "json" and _begins_with_bracket(file):
                 yield from _list_records(file)
             else:
@@ -60,6 +62,8 @@ class RowFile:
             return _csv_row(record)
         if self.kind == "text":
             return {"text": _decoded(record)}
+        if self.kind == "document":
+            return {"text": _as_utf8(record)}
         return _json_row(record)
 
     def count(self) -> int:
@@ -94,12 +98,16 @@ def _lines(file: IO[bytes], *, blank: bool) -> Iterator[Record]:
 
 def _decoded(record: Record) -> str:
     """The text of a line, without its end."""
+    return _as_utf8(record).rstrip("\r\n")
+
+
+def _as_utf8(record: Record) -> str:
     try:
         text: str = record.value.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = record.value[error.start]
         raise DataError(f"line {record.line} is not UTF-8 text: byte 0x{byte:02x} at {error.start}") from None
-    return text.rstrip("\r\n")
+    return text
 
 
 def _json_row(record: Record) -> Row:

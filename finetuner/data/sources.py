@@ -174,7 +174,12 @@ def row_files(entry: DatasetEntry, fetched: Path) -> dict[str, tuple[RowFile, ..
 def _checked_file(entry: DatasetEntry, path: Path, kind: str) -> RowFile:
     if path.stat().st_size == 0:
         raise DataError(f"'{entry.path if path.name in entry.path else path}' is empty (0 bytes).")
-    return local_file(path, cast("Kind", kind))
+    return local_file(path, rows_of(entry, kind))
+
+
+def rows_of(entry: DatasetEntry, kind: str) -> Kind:
+    """How the files of an entry are cut into rows."""
+    return "document" if kind == "text" and entry.sample_by == "document" else cast("Kind", kind)
 
 
 def _file_source(entry: DatasetEntry, splits: dict[str, tuple[RowFile, ...]]) -> FileSource:

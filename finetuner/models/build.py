@@ -23,7 +23,7 @@ from finetuner.models.quantized import (
 from finetuner.models.stream import Promises, Report, promise, settle_buffers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def load_model(
@@ -44,6 +44,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    know_our_own()
     first_choice, *others = attention
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -191,8 +192,15 @@ def train_in_fp32(model: nn.Module) -> None:
         parameter.data = parameter.data.float()
 
 
-def write_model_folder(model: "PreTrainedModel", folder: Path, values: Mapping[str, torch.Tensor]) -> None:
-    """An ordinary model folder with `values` for its weights; of the model itself only the configs are used."""
+def write_model_folder(
+    model: "PreTrainedModel", folder: Path, values: Mapping[str, torch.Tensor], *, portable: bool = False
+) -> None:
+    """An ordinary model folder with `values` for its weights; of the model itself only the configs are used.
+
+    `portable`: a GPT of ours is written as the Llama or GPT-2 that it is, for tools that have no code of ours; one that
+    is neither stays as it is, and its config says so."""
+    if portable and model.config.model_type == "finetuner_gpt":
+        model, values = _as_others_know_it(model, values)
     model.save_pretrained(folder, state_dict=dict(values))
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -202,20 +210,60 @@ def write_model_folder(model: "PreTrainedModel", folder: Path, values: Mapping[s
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _as_others_know_it(
+    model: "PreTrainedModel", values: Mapping[str, torch.Tensor]
+) -> "tuple[PreTrainedModel, Mapping[str, torch.Tensor]]":
+    from transformers import AutoModelForCausalLM
+
+    from finetuner.models.portable import is_portable, portable_config, portable_weights
+
+    config: Any = model.config
+    if not is_portable(config):
+        return model, values
+    with torch.device("meta"):
+        other: Any = AutoModelForCausalLM.from_config(portable_config(config))
+    if model.generation_config is not None:
+        other.generation_config = model.generation_config
+    return other, portable_weights(config, values)
+
+
+def reading_notes(model: "PreTrainedModel") -> list[str]:
+    """What to know of a result that write_model_folder could not make portable."""
+    from finetuner.models.portable import is_portable
+
+    config: Any = model.config
+    if config.model_type != "finetuner_gpt" or is_portable(config):
+        return []
+    return [
+        f"no other tool has a model with norm {config.norm}, activation {config.activation}, positions "
+        f"{config.positions} and bias {str(config.bias).lower()}: only finetuner reads it"
+    ]
+
+
+def know_our_own() -> None:
+    """Let transformers' Auto classes read a GPT of ours, which they learn of as its module is imported."""
+    from finetuner.models import gpt
+
+    assert gpt.GPTConfig.model_type
+
+
 def on_meta(
-    base_model: str,
+    base_model: "str | PreTrainedConfig",
     *,
     dtype: torch.dtype,
     attention: tuple[str, ...],
     trust_remote_code: bool = False,
     form: Format | None = None,
 ) -> "PreTrainedModel":
-    """As load_model, without memory for its weights; only config.json is read."""
+    """As load_model, without memory for its weights; only config.json is read, or a config is given."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
-    if form is not None:
-        require_full_weights(base_model, config)
+    know_our_own()
+    config: Any = base_model
+    if isinstance(base_model, str):
+        config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+        if form is not None:
+            require_full_weights(base_model, config)
     for i, choice in enumerate(attention):
         try:
             with torch.device("meta"):
@@ -233,7 +281,7 @@ def on_meta(
 
 
 def bare_bones(
-    base_model: str, *, dtype: torch.dtype, attention: tuple[str, ...], form: Format | None
+    base_model: "str | PreTrainedConfig", *, dtype: torch.dtype, attention: tuple[str, ...], form: Format | None
 ) -> "PreTrainedModel | None":
     """As on_meta, or None where load_model will say what is wrong with it."""
     try:

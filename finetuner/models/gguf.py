@@ -15,6 +15,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -263,6 +264,10 @@ def _complete_or_absent(output: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _is_no_device_note(record: LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Silence transformers' warnings and progress bars; the user's settings are back afterwards, also on an error."""
@@ -270,6 +275,9 @@ def _quiet_transformers() -> Iterator[None]:
 
     with ExitStack() as undo:
         undo.callback(logging.set_verbosity, logging.get_verbosity())
+        deepspeed = getLogger("DeepSpeed")  # imported with transformers where it is installed; it warns of a CPU
+        deepspeed.addFilter(_is_no_device_note)
+        undo.callback(deepspeed.removeFilter, _is_no_device_note)
         logging.set_verbosity_error()
         if logging.is_progress_bar_enabled():
             undo.callback(logging.enable_progress_bar)

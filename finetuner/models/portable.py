@@ -33,6 +33,15 @@ _IN_GPT2 = {
 }
 
 
+def is_portable(config: "GPTConfig") -> bool:
+    """Whether its choices are Llama's or GPT-2's."""
+    try:
+        portable_config(config)
+    except ModelError:
+        return False
+    return True
+
+
 def portable_config(config: "GPTConfig") -> "PreTrainedConfig":
     """The config of the same model in transformers. Raises ModelError where the choices are neither Llama's nor
     GPT-2's."""

@@ -19,11 +19,12 @@ class Vocabulary:
     new_ids: tuple[int, ...] = ()
 
 
-def load_tokenizer(section: TokenizerSection, base_model: str, trust_remote_code: bool) -> Vocabulary:
-    """Raises ModelError if there is no tokenizer, or none that can say which characters a token stands for."""
+def load_tokenizer(section: TokenizerSection, name: str, trust_remote_code: bool) -> Vocabulary:
+    """The tokenizer of that name or folder, with the section's tokens added.
+
+    Raises ModelError if there is no tokenizer, or none that can say which characters a token stands for."""
     from transformers import AutoTokenizer
 
-    name = section.tokenizer or base_model
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:

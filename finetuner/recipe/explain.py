@@ -149,8 +149,12 @@ def axolotl_meaning(key: str) -> str:
     return DIFFERENT.get(key) or ("only here" if key in OURS_ALONE else "the same")
 
 
-# Keys of ours that Axolotl does not have.
-OURS_ALONE = frozenset({"tokenizer", "eval_on_start", "overwrite_output_dir"})
+# Keys of ours that Axolotl 0.19 does not have.
+OURS_ALONE = frozenset(
+    "early_stopping_threshold eval_on_start hub_private_repo label_smoothing_factor logging_dir max_dropped_fraction "
+    "max_skipped_steps max_tokens mix_by model on_bad_row overwrite_output_dir quantized_cache tokenizer "
+    "z_loss_coefficient".split()
+)
 
 
 def json_schema() -> dict[str, Any]:

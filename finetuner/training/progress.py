@@ -171,5 +171,7 @@ def quiet_libraries(screen: Screen) -> None:
     datasets.logging.set_verbosity_error()
     # It says at import that a package of faster CPU kernels is not there; PEFT imports it wherever it is installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed warns at import that a CPU is one. It sets its logger's level anew at import; filters stay.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     if not (screen.speaks and screen.terminal):
         transformers.logging.disable_progress_bar()

@@ -83,12 +83,22 @@ class MlflowTracker:
         self.mlflow.end_run(status="FINISHED" if well else "FAILED")
 
 
+def wants_wandb(section: TrackingSection) -> bool:
+    wanted = bool(section.wandb_project) if section.use_wandb is None else section.use_wandb
+    return wanted and section.wandb_mode != "disabled"
+
+
+def wants_mlflow(section: TrackingSection) -> bool:
+    named = bool(section.mlflow_tracking_uri or section.mlflow_experiment_name)
+    return named if section.use_mlflow is None else section.use_mlflow
+
+
 def require_trackers(section: TrackingSection) -> None:
     """Raises PlanError for a package that is missing; to be asked before anything is loaded."""
     wanted = {
         "tensorboard": section.use_tensorboard,
-        "wandb": section.wants_wandb,
-        "mlflow": section.wants_mlflow,
+        "wandb": wants_wandb(section),
+        "mlflow": wants_mlflow(section),
     }
     for package, is_wanted in wanted.items():
         if is_wanted and importlib.util.find_spec(package) is None:
@@ -121,9 +131,9 @@ class Trackers:
         if section.use_tensorboard:
             folder = Path(section.logging_dir) if section.logging_dir else output_dir / "tensorboard"
             makers["use_tensorboard"] = lambda: TensorboardTracker(folder, done=done)
-        if section.wants_wandb:
+        if wants_wandb(section):
             makers["use_wandb"] = lambda: WandbTracker(load("wandb"), section, output_dir, recipe_values)
-        if section.wants_mlflow:
+        if wants_mlflow(section):
             makers["use_mlflow"] = lambda: MlflowTracker(load("mlflow"), section, recipe_values)
         trackers: list[Tracker] = []
         for key, make in makers.items():

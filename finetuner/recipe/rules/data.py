@@ -40,6 +40,14 @@ def _names_are_the_hubs(values: Values) -> Iterator[Finding]:
                 yield Finding((key, i, name), f"{name} chooses a part of a hub dataset; a file has none. Remove it.")
 
 
+def _only_text_is_cut(values: Values) -> Iterator[Finding]:
+    for key, i, entry in _entries(values):
+        is_text = entry.ds_type == "text" or (entry.ds_type is None and entry.path.endswith((".txt", ".txt.gz")))
+        if entry.sample_by != "line" and not is_text:
+            message = "sample_by is for text files; other rows are rows already. Remove it, or write `ds_type: text`."
+            yield Finding((key, i, "sample_by"), message)
+
+
 def _shards_that_are(values: Values) -> Iterator[Finding]:
     for key, i, entry in _entries(values):
         if entry.shards_idx >= (entry.shards or 1):
@@ -141,6 +149,7 @@ RULES: tuple[Rule, ...] = (
     (("val_set_size", "test_datasets"), _whole_rows_held_out),
     (_SOURCES, _keys_of_their_type),
     (_SOURCES, _names_are_the_hubs),
+    (_SOURCES, _only_text_is_cut),
     (_SOURCES, _shards_that_are),
     ((*_SOURCES, "mix_by"), _weights_of_all_or_none),
     (_SOURCES, _placeholders_of_a_format),

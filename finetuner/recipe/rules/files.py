@@ -30,6 +30,11 @@ def file_findings(raw: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding(
                 (key,), f"there is no model folder '{name}' (seen from {Path.cwd()}). Give a folder or a hub id."
             )
+    learns = raw["tokenizer"].get("train") if isinstance(raw.get("tokenizer"), dict) else None
+    files = learns.get("files") if isinstance(learns, dict) else None
+    for i, name in enumerate(files if isinstance(files, list) else ()):
+        if isinstance(name, str) and looks_local(name) and not _on_disk(name, Path.exists):
+            yield Finding(("tokenizer", "train", "files", i), f"there is no file '{name}' (seen from {Path.cwd()}).")
     for key in ("datasets", "test_datasets"):
         entries = raw.get(key)
         for i, entry in enumerate(entries if isinstance(entries, list) else ()):

@@ -9,7 +9,7 @@ from finetuner.recipe.sections.base import Section
 from finetuner.recipe.sections.data import DataSection, PackingSection
 from finetuner.recipe.sections.datasets import DatasetEntry, InstructionFormat, MessageProperties
 from finetuner.recipe.sections.guards import GuardSection
-from finetuner.recipe.sections.model import ModelSection, SpecialTokens, TokenizerSection
+from finetuner.recipe.sections.model import GPTSection, ModelSection, NewTokenizer, SpecialTokens, TokenizerSection
 from finetuner.recipe.sections.quantization import FourBitSection, QuantizationSection
 from finetuner.recipe.sections.running import EvaluationSection, OutputSection
 from finetuner.recipe.sections.sharding import FsdpConfig, ShardingSection
@@ -28,8 +28,8 @@ from finetuner.recipe.sections.training import (
 __all__ = [
     "AdapterSection", "BatchSection", "CompileSection", "DataSection", "DatasetEntry", "EvaluationSection",
     "FourBitSection",
-    "FsdpConfig", "GuardSection", "InstructionFormat", "MessageProperties",
-    "ModelSection", "OptimizerSection", "OutputSection",
+    "FsdpConfig", "GPTSection", "GuardSection", "InstructionFormat", "MessageProperties",
+    "ModelSection", "NewTokenizer", "OptimizerSection", "OutputSection",
     "PackingSection", "PrecisionSection", "QuantizationSection",
     "RateGroup", "RatesSection", "RegularisationSection",
     "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection", "TrackingSection",

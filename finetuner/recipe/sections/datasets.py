@@ -66,6 +66,9 @@ class DatasetEntry(Section):
     ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = Field(
         None, description="What is in the files; default: what their names end with."
     )
+    sample_by: Literal["line", "document"] = Field(
+        "line", description="What a row of a text file is: a line, or the whole file with its line ends."
+    )
     shards: Count | None = Field(None, description="Cut the rows into so many parts and take one of them.")
     shards_idx: CountOrZero = Field(0, description="Which part, from 0, of the shards.")
     max_samples: Rows | None = Field(None, description="Take the first rows only, so many.")

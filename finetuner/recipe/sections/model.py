@@ -1,16 +1,53 @@
 """The model, and how its attention is computed; the tokenizer."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from finetuner.recipe.sections.base import DiskName, Names, Section
+from finetuner.recipe.sections.base import Chance, Count, DiskName, Names, Positive, Section, TokenCount
+
+
+class GPTSection(Section):
+    """The shape of a model that begins with random weights: a preset, and what is to be different; or all of it."""
+
+    preset: Literal["gpt-nano", "gpt2-small", "gpt2-medium", "gpt2-large", "llama-1b"] | None = Field(
+        None,
+        description="A shape by name: gpt-nano (under 1M parameters beside the vocabulary), gpt2-small (124M), "
+        "gpt2-medium (355M), gpt2-large (774M), llama-1b (as Llama 3.2's 1B).",
+    )
+    layers: Count | None = Field(None, description="Blocks of attention and MLP, one after another.")
+    heads: Count | None = Field(None, description="Attention heads of a layer; they divide the width among them.")
+    key_value_heads: Count | None = Field(
+        None,
+        description="Heads of keys and values, shared by several heads (arXiv:2305.13245); default: as heads.",
+    )
+    width: Count | None = Field(None, description="Numbers that stand for a token between the layers.")
+    mlp_width: Count | None = Field(
+        None, description="Width inside an MLP; default: 4 x width, or 8/3 of it with swiglu."
+    )
+    context: TokenCount | None = Field(None, description="Longest row the model is made for.")
+    vocabulary: Count | None = Field(
+        None, description="Rows of the embedding; default: the tokenizer's tokens. A multiple of 64 is faster on GPUs."
+    )
+    tie_embeddings: bool | None = Field(None, description="One matrix for the embedding and the head; default: true.")
+    norm: Literal["rms", "layer"] | None = Field(None, description="RMSNorm (default), or GPT-2's LayerNorm.")
+    activation: Literal["swiglu", "gelu"] | None = Field(None, description="The MLP's: Llama's (default), or GPT-2's.")
+    positions: Literal["rotary", "learned"] | None = Field(
+        None, description="How a token's place is told: by rotation (default), or by a learned embedding as in GPT-2."
+    )
+    bias: bool | None = Field(None, description="A bias in every linear layer but the head; default: false.")
+    dropout: Chance | None = Field(None, description="Share of numbers zeroed while training; default: 0.")
+    rope_theta: Positive | None = Field(None, description="Base of the rotary angles; default: 10000.")
 
 
 class ModelSection(Section):
     """Which model, and how its attention is computed."""
 
-    base_model: DiskName = Field(min_length=1, description="Hub id or folder of the model to start from.")
+    base_model: DiskName = Field(
+        min_length=1,
+        description="Hub id or folder of the model to start from; from-scratch: random weights, as `model` says.",
+    )
+    model: GPTSection | None = Field(None, description="The shape of a model from scratch.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="auto: flash attention where it is installed and the device is a GPU, else SDPA."
@@ -26,11 +63,32 @@ class SpecialTokens(Section):
     unk_token: str | None = Field(None, description="Stands for what the vocabulary cannot say.")
 
 
+class TokenizerTraining(Section):
+    """A byte-level BPE: it begins with the 256 bytes, and joins the pair that is most frequent, again and again."""
+
+    vocab_size: Annotated[int, Field(ge=257)] = Field(description="Tokens in all, end-of-text among them.")
+    files: Names = Field((), description="Files of text, or of rows with a text, to learn from; default: `datasets`.")
+
+
+class NewTokenizer(Section):
+    """A tokenizer that is made for this run."""
+
+    train: TokenizerTraining = Field(description="Learn a byte-level BPE from text.")
+
+
+def _is_block(value: Any) -> str:
+    return "block" if isinstance(value, dict | NewTokenizer) else "name"
+
+
 class TokenizerSection(Section):
     """Which tokenizer, and the tokens added to it."""
 
-    tokenizer: DiskName | None = Field(
-        None, description="Hub id or folder of the tokenizer; default: base_model's own."
+    tokenizer: Annotated[
+        Annotated[DiskName | None, Tag("name")] | Annotated[NewTokenizer, Tag("block")], Discriminator(_is_block)
+    ] = Field(
+        None,
+        description="Hub id or folder of the tokenizer; default: base_model's own. For a model from scratch also byte "
+        "(256 of them), char (the characters of the datasets), or a block `train` that learns one.",
     )
     special_tokens: SpecialTokens = Field(SpecialTokens(), description="Tokens with a role, by role.")
     tokens: Names = Field((), description="Tokens added to the vocabulary.")

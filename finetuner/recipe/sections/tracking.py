@@ -30,14 +30,3 @@ class TrackingSection(Section):
     mlflow_tracking_uri: str | None = Field(None, description="Its server, or a folder.")
     mlflow_experiment_name: str | None = Field(None, description="Its experiment.")
     mlflow_run_name: str | None = Field(None, description="Name of the run there.")
-
-    @property
-    def wants_wandb(self) -> bool:
-        return self.wandb_mode != "disabled" and (
-            bool(self.wandb_project) if self.use_wandb is None else self.use_wandb
-        )
-
-    @property
-    def wants_mlflow(self) -> bool:
-        named = bool(self.mlflow_tracking_uri or self.mlflow_experiment_name)
-        return named if self.use_mlflow is None else self.use_mlflow

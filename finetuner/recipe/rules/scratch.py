@@ -1,0 +1,89 @@
+"""Rules about a model from scratch, and a tokenizer made for it."""
+
+from collections.abc import Iterator
+
+from finetuner.recipe.rules.base import Finding, Rule, Values
+from finetuner.recipe.sections import NewTokenizer
+from finetuner.recipe.shapes import FROM_SCRATCH, MADE_TOKENIZERS, NEEDED, choices_of
+
+
+def _shape_and_name(values: Values) -> Iterator[Finding]:
+    scratch, block = values["base_model"] == FROM_SCRATCH, values["model"]
+    if scratch and block is None:
+        message = "base_model: from-scratch needs a `model:` block beside it, such as `model: {preset: gpt-nano}`."
+        yield Finding(("base_model",), message)
+    if block is not None and not scratch:
+        message = "model describes a model from scratch, and base_model names one that is there. Remove this block, or "
+        yield Finding(("model",), message + "write `base_model: from-scratch`.", (("base_model",),))
+
+
+def _whole_shape(values: Values) -> Iterator[Finding]:
+    if values["model"] is None:
+        return
+    choices = choices_of(values["model"])
+    missing = [key for key in NEEDED if key not in choices]
+    if missing:
+        message = f"model has no {', '.join(missing)}. Write them, or a preset (`preset: gpt-nano`)."
+        yield Finding(("model",), message)
+    width, heads = choices.get("width"), choices.get("heads")
+    shared = choices.get("key_value_heads", heads)
+    if width and heads and width % heads:
+        message = f"width {width} cannot be divided among {heads} heads. Write a multiple of {heads}, such as "
+        yield Finding(("model",), f"{message}{-(-width // heads) * heads}.")
+    elif width and heads and choices["positions"] == "rotary" and width // heads % 2:
+        message = f"a head is {width // heads} wide, but rotary positions turn pairs of numbers. Write an even width "
+        yield Finding(("model",), message + "of a head (width / heads).")
+    if heads and shared and heads % shared:
+        message = f"{heads} heads cannot share {shared} key_value_heads evenly. Write a divisor of {heads}."
+        yield Finding(("model",), message)
+    if "rope_theta" in values["model"].model_fields_set and choices["positions"] == "learned":
+        yield Finding(("model", "rope_theta"), "rope_theta has no effect with learned positions. Remove it.")
+
+
+def _rows_fit_the_context(values: Values) -> Iterator[Finding]:
+    context = choices_of(values["model"]).get("context") if values["model"] is not None else None
+    if context and values["sequence_len"] > context:
+        message = f"sequence_len is {values['sequence_len']}, but the model has a context of {context}. Write "
+        yield Finding(("sequence_len",), f"{message}`sequence_len: {context}`, or a longer context.", (("model",),))
+
+
+def _whole_and_unadapted(values: Values) -> Iterator[Finding]:
+    if values["base_model"] == FROM_SCRATCH and values["adapter"] is not None:
+        message = "a model from scratch has nothing to adapt: all of it is trained. Remove this line."
+        yield Finding(("adapter",), message, (("base_model",),))
+
+
+def _tokenizer_of_its_own(values: Values) -> Iterator[Finding]:
+    scratch, named = values["base_model"] == FROM_SCRATCH, values["tokenizer"]
+    if scratch and named is None:
+        message = "a model from scratch brings no tokenizer. Write `tokenizer: byte`, `char`, the name of one, or "
+        yield Finding(("base_model",), message + "`tokenizer: {train: {vocab_size: 8192}}`.")
+    if not scratch and (isinstance(named, NewTokenizer) or named in MADE_TOKENIZERS):
+        message = "a new tokenizer is for a model from scratch: another model knows its own tokens only. Remove this."
+        yield Finding(("tokenizer",), message, (("base_model",),))
+
+
+def _text_to_make_it_from(values: Values) -> Iterator[Finding]:
+    named = values["tokenizer"]
+    if not (named == "char" or (isinstance(named, NewTokenizer) and not named.train.files)):
+        return
+    what = "tokenizer: char takes the characters of the datasets" if named == "char" else "train learns from datasets"
+    instead = "Write `tokenizer: byte`." if named == "char" else "Name `files` to learn from."
+    if values["streaming"]:
+        message = f"{what}, and a stream is not read before training. {instead}"
+        yield Finding(("tokenizer",), message, (("streaming",),))
+    for i, entry in enumerate(values["datasets"]):
+        if entry.type != "completion":
+            message = f"{what}, which must be plain text (`type: completion`). {instead}"
+            yield Finding(("tokenizer",), message, (("datasets", i),))
+            return
+
+
+RULES: tuple[Rule, ...] = (
+    (("base_model", "model"), _shape_and_name),
+    (("model",), _whole_shape),
+    (("model", "sequence_len"), _rows_fit_the_context),
+    (("base_model", "adapter"), _whole_and_unadapted),
+    (("base_model", "tokenizer"), _tokenizer_of_its_own),
+    (("tokenizer", "streaming", "datasets"), _text_to_make_it_from),
+)

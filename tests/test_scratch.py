@@ -1,0 +1,214 @@
+"""From raw text to a model that other tools load: tokenizer, shape, random weights, training, result."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import largest_difference, run_command, unfinished, weights_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetuner.errors import ModelError, RecipeError
+from finetuner.models.build import on_meta
+from finetuner.models.gpt import GPTForCausalLM
+from finetuner.models.vocabularies import train_bpe, write_byte_tokenizer, write_char_tokenizer
+from finetuner.recipe import load_recipe
+from finetuner.recipe.sections import GPTSection
+from finetuner.scratch import scratch_config, tokenizer_name
+from finetuner.world import World
+
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\n  Speak, speak. \U0001f642 déjà\tvu\r\n"
+TINY = {"layers": 2, "heads": 4, "key_value_heads": 2, "width": 32, "context": 64}
+
+
+class Words:
+    """As much of a tokenizer as a shape asks for."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    lines = [f"{i} and {i * i}: " + "the quick brown fox jumps over the lazy dog"[: 10 + i % 30] for i in range(120)]
+    (tmp_path / "held_out.txt").write_text(TEXT * 4)
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(lines) + TEXT)
+    return path
+
+
+@pytest.fixture
+def recipe(write_recipe, corpus):
+    def write(**keys: object) -> Path:
+        held_out = corpus.with_name("held_out.txt")
+        values: dict[str, object] = {
+            "base_model": "from-scratch",
+            "model": TINY,
+            "tokenizer": "char",
+            "datasets": [{"path": str(corpus), "type": "completion", "sample_by": "document"}],
+            "test_datasets": [{"path": str(held_out), "type": "completion", "sample_by": "document"}],
+            "sequence_len": 64,
+            "excess_length_strategy": "split",
+            "micro_batch_size": 4,
+            "max_steps": 6,
+        }
+        return write_recipe(**(values | keys))
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_a_text_comes_back_from_its_tokens_and_each_token_from_the_disk(kind, tmp_path):
+    if kind == "byte":
+        write_byte_tokenizer(tmp_path)
+    elif kind == "char":
+        write_char_tokenizer([TEXT, "xyz"], tmp_path)
+    else:
+        train_bpe([TEXT] * 3, 300, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer(TEXT).input_ids
+    assert tokenizer.decode(ids) == TEXT
+    assert tokenizer.is_fast and tokenizer.eos_token_id not in ids
+    if kind == "byte":
+        assert ids == list(TEXT.encode()) and len(tokenizer) == 257
+    elif kind == "char":
+        assert len(ids) == len(TEXT) and len(tokenizer) == len(set(TEXT + "xyz")) + 2
+        assert tokenizer("Q").input_ids == [tokenizer.unk_token_id]
+    else:
+        assert len(tokenizer) == 300 and len(ids) < len(TEXT.encode())
+        assert tokenizer.decode(tokenizer("ünseen \U0001f9ea").input_ids) == "ünseen \U0001f9ea"
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocabulary", "parameters"),
+    [
+        ("gpt2-small", 50_257, 124_439_808),  # as published
+        ("gpt2-medium", 50_257, 354_823_168),
+        ("gpt2-large", 50_257, 774_030_080),
+        ("llama-1b", 128_256, 1_235_814_400),
+        ("gpt-nano", 65, 803_968 + 65 * 128),
+    ],
+)
+def test_presets_have_the_sizes_that_they_are_named_for(preset, vocabulary, parameters):
+    model = on_meta(
+        scratch_config(GPTSection(preset=preset), Words(vocabulary)), dtype=torch.float32, attention=("sdpa",)
+    )
+    assert model.num_parameters() == parameters
+
+
+def test_a_key_beside_a_preset_stands_above_it_and_the_vocabulary_must_hold_the_tokens():
+    config = scratch_config(GPTSection(preset="gpt2-small", layers=3, dropout=0.1, vocabulary=320), Words(300))
+    assert (config.num_hidden_layers, config.hidden_size, config.dropout, config.vocab_size) == (3, 768, 0.1, 320)
+    with pytest.raises(ModelError, match=r"vocabulary is 200, but the tokenizer has 300(.|\n)*vocabulary: 320"):
+        scratch_config(GPTSection(preset="gpt2-small", vocabulary=200), Words(300))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model": None}, "base_model: from-scratch needs a `model:` block"),
+        ({"base_model": "a/b", "tokenizer": None}, "model describes a model from scratch"),
+        ({"model": {"layers": 2, "heads": 4}}, "model has no width, context"),
+        ({"model": TINY | {"width": 30}}, "width 30 cannot be divided among 4 heads.*such as 32"),
+        ({"model": TINY | {"width": 36}}, "a head is 9 wide"),
+        ({"model": TINY | {"key_value_heads": 3}}, "4 heads cannot share 3 key_value_heads"),
+        ({"model": {"preset": "gpt2-small", "rope_theta": 5e5}}, "rope_theta has no effect with learned positions"),
+        ({"model": {"preset": "gpt2-smal"}}, "Did you mean 'gpt2-small'"),
+        ({"sequence_len": 65}, "sequence_len is 65, but the model has a context of 64"),
+        ({"adapter": "lora"}, "nothing to adapt"),
+        ({"tokenizer": None}, "brings no tokenizer"),
+        ({"tokenizer": {"train": {"vocab_size": 100}}}, "vocab_size is 100, but must be at least 257"),
+        ({"tokenizer": {"train": {"vocab_size": 300, "files": ["./no.txt"]}}}, "there is no file './no.txt'"),
+        ({"base_model": "a/b", "model": None}, "a new tokenizer is for a model from scratch"),
+        ({"datasets": [{"path": "a/b", "type": "alpaca"}]}, "must be plain text"),
+        ({"streaming": True}, "a stream is not read before training. Write `tokenizer: byte`"),
+        ({"datasets": [{"path": "a/b", "type": "completion", "sample_by": "document"}]}, "sample_by is for text files"),
+    ],
+)
+def test_what_cannot_be_is_said(keys, message, recipe):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe(**keys))
+
+
+def test_a_text_file_is_one_row_where_the_recipe_says_so(recipe, train, tmp_path, corpus):
+    train(recipe(tokenizer="byte", max_steps=1))
+    prepared = next(path for path in (tmp_path / "prepared").glob("*/prepared.json"))
+    assert json.loads(prepared.read_text())["num_rows"] == 2  # a file to train on, and a held-out one
+    begun = next((tmp_path / "prepared" / "tokenizers").glob("*/tokenizer.json")).parent
+    from finetuner.data.cache import read_prepared
+
+    store = read_prepared(prepared.parent).train
+    tokens = [int(i) for row in range(len(store)) for i in store.document(row)[0]]
+    tokenizer = AutoTokenizer.from_pretrained(begun)
+    assert tokenizer.decode(tokens[:-1]) == corpus.read_bytes().decode() and tokens[-1] == tokenizer.eos_token_id
+
+
+def test_a_run_from_scratch_resumes_bitwise_and_its_result_is_an_ordinary_llama(recipe, train, tmp_path):
+    path = recipe(model=TINY | {"dropout": 0.1}, save_steps=3)
+    whole = train(path)
+    assert whole[-1]["eval_loss"] < whole[0]["loss"]
+    out = unfinished(tmp_path / "out", tmp_path / "again", 3)
+    shutil.rmtree(tmp_path / "prepared" / "scratch")  # where it began is not needed any more
+    again = train(path, f"output_dir={out}", "resume_from_checkpoint=true")
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (whole, again)]
+    assert losses[0] == losses[1]
+    assert largest_difference(weights_of(tmp_path / "out"), weights_of(out)) == 0.0
+
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
+    ours = GPTForCausalLM.from_pretrained(out / "checkpoints/step-00000006").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    ids = AutoTokenizer.from_pretrained(out)("the quick brown fox", return_tensors="pt").input_ids
+    assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("choices", "model_type", "note"),
+    [
+        ({"preset": "gpt2-small", "layers": 2, "heads": 2, "width": 16, "context": 64}, "gpt2", False),
+        (TINY | {"norm": "layer"}, "finetuner_gpt", True),
+    ],
+    ids=["gpt2", "mixed"],
+)
+def test_the_best_weights_of_other_shapes_are_written_as_what_they_are(
+    choices, model_type, note, recipe, train, tmp_path, capsys
+):
+    keys = {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 1, "max_steps": 3, "learning_rate": 0.05}
+    rows = train(recipe(model=choices, **keys))
+    out = tmp_path / "out"
+    assert json.loads((out / "config.json").read_text())["model_type"] == model_type
+    assert ("only finetuner reads it" in capsys.readouterr().out) == note
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    best = min(losses, key=losses.__getitem__)
+    ours = GPTForCausalLM.from_pretrained(out / f"checkpoints/step-{best:08}").eval()
+    written = AutoModelForCausalLM.from_pretrained(out).eval()
+    ids = torch.arange(12)[None]
+    assert torch.allclose(ours(ids).logits, written(ids).logits, atol=1e-5)
+
+
+def test_a_seed_draws_the_weights_and_a_text_makes_the_tokenizer(recipe, corpus, tmp_path):
+    path = recipe(tokenizer={"train": {"vocab_size": 280, "files": [str(corpus)]}})
+    first = tokenizer_name(load_recipe(path), World())
+    assert tokenizer_name(load_recipe(path), World()) == first
+    assert len(AutoTokenizer.from_pretrained(first)) == 280
+    corpus.write_text("another text")
+    assert tokenizer_name(load_recipe(path), World()) != first
+
+
+@pytest.mark.slow
+def test_two_ranks_that_share_the_model_train_it_as_one_rank_does(recipe, train, tmp_path):
+    keys = {"tokenizer": {"train": {"vocab_size": 300}}, "sample_packing": True, "max_steps": 4}
+    path = recipe(**keys)
+    train(path, f"output_dir={tmp_path / 'one'}")
+    done = run_command(
+        "finetuner.train", path, f"output_dir={tmp_path / 'two'}", f"dataset_prepared_path={tmp_path / 'anew'}",
+        "micro_batch_size=2", "fsdp=[full_shard, auto_wrap]", ranks=2,
+    )  # fmt: skip
+    assert done.code == 0, done.text
+    assert largest_difference(weights_of(tmp_path / "one"), weights_of(tmp_path / "two")) < 2e-5
