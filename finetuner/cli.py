@@ -180,6 +180,43 @@ def export(
     write(model, to, form, out)
 
 
+@app.command()
+def generate(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="MODEL_OR_RECIPE", help="A model's folder or hub id, or a recipe.", show_default=False),
+    ],
+    overrides: Overrides = None,
+    prompt: Annotated[str, typer.Option(help="How the text begins.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest that have this share.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same text.")] = 0,
+) -> None:
+    """Write text with a model, or with what a recipe trained (an adapter on its base)."""
+    from finetuner.generate import Manner
+    from finetuner.generate import generate as write_text
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    write_text(source, overrides or [], prompt, Manner(max_new_tokens, temperature, top_p, seed), show)
+
+
+@app.command()
+def tokenizer(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Make the recipe's tokenizer, and say how much text its tokens stand for."""
+    from finetuner.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    from finetuner import commands
+
+    commands.make_tokenizer(loaded)
+
+
 @app.command("import-gguf")
 def import_gguf(
     source: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that holds one.", show_default=False)],

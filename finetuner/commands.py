@@ -1,4 +1,4 @@
-"""Commands beside training, for a recipe: prepare its rows, merge its adapter, export a model."""
+"""Commands beside training, for a recipe: make its tokenizer, prepare its rows, merge its adapter, export a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,10 @@ from finetuner.export.merge import Form, merge_adapter, require_same_base
 from finetuner.export.serving import check_for_vllm, modelfile
 from finetuner.export.verify import room_to_verify, verify_merged
 from finetuner.export.wishes import Wishes, read_wishes
+from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe import Loaded, load
 from finetuner.run import prepare_rows, special_ids
+from finetuner.scratch import texts_of, tokenizer_name
 from finetuner.summary import rows_line
 from finetuner.training.progress import Screen, duration, quiet_libraries
 from finetuner.world import World
@@ -39,6 +41,35 @@ def prepare_data(loaded: Loaded, recipe_name: str) -> None:
         if prepared.counts:
             screen.line(f"note: these rows are listed in {prepared.listed}")
         screen.line(f"done: {prepared.listed.parent}")
+
+
+_SAMPLE_BYTES = 2_000_000  # of text to measure a tokenizer with
+
+
+def make_tokenizer(loaded: Loaded) -> None:
+    """Make the tokenizer that the recipe asks for, and measure it on the recipe's text. Raises FinetunerError."""
+    recipe, screen = loaded.recipe, Screen(speaks=True)
+    for note in loaded.notes:
+        screen.line(f"note: {note}")
+    quiet_libraries(screen)
+    with screen.work("making the tokenizer", "rows") as work:
+        name = tokenizer_name(recipe, World(), work.at) or recipe.model.base_model
+    tokenizer = load_tokenizer(recipe.tokenizer, name, recipe.model.trust_remote_code).tokenizer
+    rows = [("tokenizer", name), ("vocabulary", f"{len(tokenizer):,} tokens")]
+    texts, num_bytes = [], 0
+    plain = tuple(entry for entry in recipe.data.datasets if entry.type == "completion")
+    for text in texts_of(plain, recipe):
+        texts.append(text[:_SAMPLE_BYTES])
+        num_bytes += len(texts[-1].encode())
+        if num_bytes >= _SAMPLE_BYTES:
+            break
+    if texts:
+        num_tokens = sum(len(tokens.ids) for tokens in tokenizer.backend_tokenizer.encode_batch(texts))
+        num_words = sum(len(text.split()) for text in texts)
+        rows.append(("bytes per token", f"{num_bytes / num_tokens:.3f}"))
+        rows.append(("tokens per word", f"{num_tokens / max(1, num_words):.3f}"))
+        rows.append(("measured on", f"{num_bytes:,} bytes of the datasets: {num_tokens:,} tokens, {num_words:,} words"))
+    screen.table(rows)
 
 
 def merge(target: str, overrides: list[str]) -> None:

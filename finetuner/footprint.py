@@ -112,7 +112,9 @@ def advice(recipe: Recipe, plan: Plan, world: World, times: float) -> list[str]:
     lines = []
     if world.device == "cpu":
         lines.append("This machine shows no GPU to PyTorch: start it where `nvidia-smi` lists one.")
-    if recipe.adapter.adapter is None:
+    if recipe.model.model is not None:
+        lines.append("model: fewer layers, or less width   makes it smaller")
+    elif recipe.adapter.adapter is None:
         lines.append("adapter: qlora   trains an adapter on a base in 4 bits instead: 0.55 bytes a weight, not 16")
     elif recipe.adapter.adapter == "lora" and not recipe.quantization.load_in_8bit:
         lines.append("adapter: qlora   keeps the base in 4 bits: 0.55 bytes a weight, not 2")

@@ -74,13 +74,18 @@ class Plan:
             engine_notes=notes,
         )
 
-    def schedule(self, recipe: Recipe, num_rows: int) -> "Schedule":
-        """Steps and learning rates for `num_rows` training rows (at least 1). The rows of a stream are those of
-        max_steps, so that the run is one epoch."""
-        if recipe.data.streaming:
-            num_rows = (recipe.schedule.max_steps or 1) * self.global_batch
+    def schedule(self, recipe: Recipe, num_rows: int, num_tokens: int = 0) -> "Schedule":
+        """Steps and learning rates for `num_rows` training rows (at least 1) of `num_tokens` in all. The rows of a
+        stream are full, and so many as the steps take, so that the run is one epoch."""
+        section, streams = recipe.schedule, recipe.data.streaming
+        steps = section.max_steps
+        if section.max_tokens is not None:
+            rows, tokens = (1, recipe.data.sequence_len) if streams else (num_rows, num_tokens)
+            steps = -(-section.max_tokens * rows // (tokens * self.global_batch))
+        if streams:
+            num_rows = (steps or 1) * self.global_batch
         return Schedule.from_sections(
-            recipe.schedule, recipe.evaluation, recipe.output, num_rows=num_rows, global_batch=self.global_batch
+            section, recipe.evaluation, recipe.output, num_rows=num_rows, global_batch=self.global_batch, steps=steps
         )
 
 
@@ -139,9 +144,11 @@ class Schedule:
         *,
         num_rows: int,
         global_batch: int,
+        steps: int | None = None,
     ) -> "Schedule":
+        """`steps`: of the run, where they are not those of max_steps or num_epochs."""
         steps_per_epoch = math.ceil(num_rows / global_batch)
-        total = section.max_steps or ceil_of(section.num_epochs, steps_per_epoch)
+        total = steps or section.max_steps or ceil_of(section.num_epochs, steps_per_epoch)
         warmup = section.warmup_steps
         if warmup is None:
             warmup = ceil_of(section.warmup_ratio or 0.0, total)

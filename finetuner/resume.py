@@ -20,7 +20,8 @@ MUST_MATCH = (
 # These have no part in what is learned; micro-batches and ranks are compared through the global batch.
 NO_MATTER = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "saves_per_epoch", "save_total_limit",
-    "logging_steps", "eval_steps", "evals_per_epoch", "eval_on_start", "eval_batch_size", "micro_batch_size",
+    "logging_steps", "eval_steps", "evals_per_epoch", "eval_on_start", "eval_batch_size",
+    "generate_samples", "generate_prompt", "micro_batch_size",
     "gradient_accumulation_steps", "trust_remote_code", "fsdp", "fsdp_config", "fsdp_version", "deepspeed",
     "dp_replicate_size", "dp_shard_size", "dataset_prepared_path", "max_dropped_fraction", "pad_to_sequence_len",
     "eval_sample_packing", "quantized_cache", "ddp_timeout",

@@ -19,6 +19,7 @@ from finetuner.checkpoint import (
     set_aside_after,
 )
 from finetuner.data.batches import Layout
+from finetuner.data.bytes import token_bytes
 from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
 from finetuner.data.feed import Feed, build_feed, prefetched
 from finetuner.data.prepare import Prepared, held_out_only
@@ -40,6 +41,7 @@ from finetuner.models.quantized import (
     choose_format,
     require_bitsandbytes,
 )
+from finetuner.models.sampling import sample_text
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan, Schedule
@@ -138,7 +140,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         require_fit(recipe, plan, world, attention, config)
         base = begun_model(config, recipe.data.dataset_prepared_path, plan.seed, world)
     streams = recipe.data.streaming
-    schedule = plan.schedule(recipe, len(prepared.train_rows))
+    schedule = plan.schedule(recipe, len(prepared.train_rows), prepared.train.num_tokens)
     accelerator = build_accelerator(plan, world, recipe.sharding.ddp_timeout)
     output_dir, is_lora = Path(recipe.output.output_dir), recipe.adapter.adapter is not None
 
@@ -232,6 +234,7 @@ def assemble(
         schedule=schedule,
         held_out_rows=prepared.held_out_rows,
         held_out_parts=prepared.held_out_parts,
+        token_bytes=token_bytes(vocabulary.tokenizer) if len(prepared.held_out_rows) else None,
         max_grad_norm=recipe.optimizer.max_grad_norm,
         layout=layout_of(recipe, bare.bare, packed=recipe.packing.sample_packing),
         eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
@@ -306,6 +309,10 @@ def fit(
         progress.stepped(state.step, stats.loss, stats.learning_rate, stats.input_tokens, seconds)
         if not stats.updated:
             screen.line(f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update is skipped")
+        every = recipe.evaluation.generate_samples
+        if main and every is not None and state.step % every == 0:
+            text = sample_text(weights.bare.model, weights.tokenizer, recipe.evaluation.generate_prompt, state.step)
+            screen.line(f"step {state.step} writes: {text}")
 
     def save(state: TrainState, stops: bool) -> None:
         model_only = recipe.output.save_only_model and not stops

@@ -72,7 +72,9 @@ def tokenizer_entries(recipe: Recipe) -> tuple[DatasetEntry, ...]:
     return (*recipe.data.datasets, *(recipe.data.test_datasets if named == "char" else ()))
 
 
-def texts_of(entries: tuple[DatasetEntry, ...], recipe: Recipe, report: Report) -> Iterator[str]:
+def texts_of(
+    entries: tuple[DatasetEntry, ...], recipe: Recipe, report: Report = lambda done, total: None
+) -> Iterator[str]:
     """The text of every row. Raises DataError at a row without one, unless on_bad_row says to skip it."""
     sources = [load_source(entry, Path(recipe.data.dataset_prepared_path) / "fetched") for entry in entries]
     done, total = 0, sum(map(len, sources))

@@ -140,6 +140,7 @@ def test_a_mistake_that_one_rank_finds_ends_all_and_is_said_once_and_a_taken_por
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_a_rank_that_hangs_is_given_up_after_the_timeout(write_recipe):
     recipe = write_recipe(max_steps=5000, save_strategy="no", logging_steps=1, ddp_timeout=4)
     with socket.socket() as free:
@@ -170,6 +171,7 @@ def network_namespaces_are_permitted() -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_two_hosts_train_over_a_network_and_each_prepares_its_rows(write_recipe, train, tmp_path):
     if not network_namespaces_are_permitted():
         pytest.skip("needs root and network namespaces")

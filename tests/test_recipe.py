@@ -305,9 +305,9 @@ NOT_RECIPES: dict[str, tuple[str | bytes, str]] = {
 @pytest.mark.parametrize("name", NOT_RECIPES)
 def test_what_is_no_recipe_is_refused_within_two_seconds(refusal: Callable[..., str], name: str) -> None:
     text, message = NOT_RECIPES[name]
-    started = time.perf_counter()
+    started = time.process_time()
     assert message in refusal(text)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_a_tab_is_named_as_one(refusal: Callable[..., str]) -> None:
@@ -509,7 +509,8 @@ def _strategy(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
         return _strategy(annotation.__origin__, list(annotation.__metadata__))
     least = _bound(metadata, "min_length", 0)
     if get_origin(annotation) in (Union, types.UnionType):  # None is how a key is left out
-        return st.one_of(*(_strategy(a, []) for a in get_args(annotation) if a is not type(None)))
+        lengths = [entry for entry in metadata if hasattr(entry, "min_length")]
+        return st.one_of(*(_strategy(a, lengths) for a in get_args(annotation) if a is not type(None)))
     if get_origin(annotation) is Literal:
         return st.sampled_from(get_args(annotation))
     if get_origin(annotation) is tuple:
@@ -600,6 +601,7 @@ def test_a_dump_writes_every_default(write: Callable[..., Path]) -> None:
 # (name of the key at fault, what is wrong, what is right)
 CHAT = {"path": "a/b", "type": "chat_template"}
 COMPLETION = {"path": "a/b", "type": "completion"}
+SCRATCH = {"base_model": "from-scratch", "model": {"preset": "gpt-nano"}, "tokenizer": "byte", "sequence_len": 256}
 RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("warmup_ratio", {"warmup_steps": 5, "warmup_ratio": 0.1}, {"warmup_steps": 5}),
     (
@@ -674,6 +676,25 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("mix_by", {"mix_by": "tokens"}, {"mix_by": "tokens", "datasets": [COMPLETION | {"weight": 2.0}]}),
     ("streaming", {"streaming": True}, {"streaming": True, "max_steps": 5}),
+    (
+        "max_tokens",
+        {"streaming": True, "max_tokens": "1M"},
+        {"streaming": True, "max_tokens": "1M", "datasets": [COMPLETION]},
+    ),
+    ("generate_samples", {"generate_samples": 5, "fsdp": ["full_shard"]}, {"generate_samples": 5}),
+    ("generate_prompt", {"generate_prompt": "a"}, {"generate_prompt": "a", "generate_samples": 5}),
+    ("max_tokens", {"max_steps": 5, "max_tokens": "1M"}, {"max_tokens": "1M"}),
+    (
+        "sample_by",
+        {"datasets": [COMPLETION | {"sample_by": "document"}]},
+        {"datasets": [COMPLETION | {"sample_by": "document", "ds_type": "text"}]},
+    ),
+    ("base_model", {"base_model": "from-scratch", "tokenizer": "byte"}, SCRATCH),
+    ("model", SCRATCH | {"model": {"layers": 2}}, SCRATCH),
+    ("sequence_len", SCRATCH | {"sequence_len": 2048}, SCRATCH),
+    ("adapter", SCRATCH | {"adapter": "lora"}, SCRATCH),
+    ("tokenizer", {"tokenizer": "char"}, {"tokenizer": "a/b"}),
+    ("tokenizer", SCRATCH | {"tokenizer": "char"}, SCRATCH | {"tokenizer": "char", "datasets": [COMPLETION]}),
     (
         "val_set_size",
         {"streaming": True, "max_steps": 5, "val_set_size": 0.1},

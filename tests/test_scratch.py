@@ -1,18 +1,23 @@
 """From raw text to a model that other tools load: tokenizer, shape, random weights, training, result."""
 
 import json
+import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import largest_difference, run_command, unfinished, weights_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from finetuner.errors import ModelError, RecipeError
+from finetuner.data.bytes import token_bytes
+from finetuner.errors import ModelError, PlanError, RecipeError
 from finetuner.models.build import on_meta
 from finetuner.models.gpt import GPTForCausalLM
 from finetuner.models.vocabularies import train_bpe, write_byte_tokenizer, write_char_tokenizer
+from finetuner.plan import Plan
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import GPTSection
 from finetuner.scratch import scratch_config, tokenizer_name
@@ -192,6 +197,23 @@ def test_the_best_weights_of_other_shapes_are_written_as_what_they_are(
     assert torch.allclose(ours(ids).logits, written(ids).logits, atol=1e-5)
 
 
+def test_samples_are_shown_while_training_and_change_nothing(recipe, train, tmp_path, capsys):
+    path = recipe(model=TINY | {"dropout": 0.1}, tokenizer="byte", max_steps=5)
+    train(path)
+    assert " writes: " not in capsys.readouterr().out
+    train(path, f"output_dir={tmp_path / 'shown'}", "generate_samples=2", "generate_prompt=the quick")
+    shown = capsys.readouterr().out
+    assert shown.count(" writes: ") == 2 and "step 4 writes: the quick" in shown
+    assert largest_difference(weights_of(tmp_path / "out"), weights_of(tmp_path / "shown")) == 0.0
+
+
+def test_a_shape_that_does_not_fit_is_refused_before_its_weights_are_drawn(recipe, train, tmp_path):
+    path = recipe(model={"layers": 64, "heads": 8, "width": 65536, "context": 64})
+    with pytest.raises(PlanError, match=r"'from-scratch' does not fit(.|\n)*fewer layers"):
+        train(path)
+    assert not (tmp_path / "prepared" / "scratch").exists()
+
+
 def test_a_seed_draws_the_weights_and_a_text_makes_the_tokenizer(recipe, corpus, tmp_path):
     path = recipe(tokenizer={"train": {"vocab_size": 280, "files": [str(corpus)]}})
     first = tokenizer_name(load_recipe(path), World())
@@ -199,6 +221,52 @@ def test_a_seed_draws_the_weights_and_a_text_makes_the_tokenizer(recipe, corpus,
     assert len(AutoTokenizer.from_pretrained(first)) == 280
     corpus.write_text("another text")
     assert tokenizer_name(load_recipe(path), World()) != first
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe", "spaces"])
+def test_the_bytes_of_its_tokens_are_the_bytes_of_a_text(kind, tmp_path):
+    if kind == "spaces":  # as Llama 2's and Gemma's
+        parts = {"▁sp": 0, "eak": 1, "▁": 2, "é": 3, "<0x0A>": 4, "<unk>": 5}
+        tokenizer = Tokenizer(models.BPE(vocab=parts, merges=[], unk_token="<unk>", byte_fallback=True))
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+        assert token_bytes(fast) == (3, 3, 1, 2, 1, 0)
+        return
+    {"byte": write_byte_tokenizer, "char": partial(write_char_tokenizer, [TEXT]),
+     "bpe": partial(train_bpe, [TEXT] * 3, 300)}[kind](tmp_path)  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    sizes = token_bytes(tokenizer)
+    assert sum(sizes[i] for i in tokenizer(TEXT).input_ids) == len(TEXT.encode())
+    assert sizes[tokenizer.eos_token_id] == 0
+
+
+def test_bits_per_byte_are_the_loss_in_bits_over_the_bytes_of_the_held_out_text(recipe, train, corpus):
+    row = train(recipe(tokenizer="byte", max_steps=2))[-1]
+    text = corpus.with_name("held_out.txt").read_bytes()
+    firsts = -(-(len(text) + 1) // 64)  # of each row of 64 tokens the first is not predicted; end of text has no byte
+    bits = row["eval_loss"] * (len(text) + 1 - firsts) / math.log(2)
+    assert row["eval_bits_per_byte"] == pytest.approx(bits / (len(text) - firsts), rel=1e-6)
+    assert 7 < row["eval_bits_per_byte"] < 9  # hardly trained: near log2(257)
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"), [("300M", 300_000_000), ("1.5B", 1_500_000_000), ("64k", 64_000), (4096, 4096)]
+)
+def test_a_budget_of_tokens_gives_the_steps(given, tokens, recipe):
+    loaded = load_recipe(recipe(max_steps=None, max_tokens=given))
+    assert loaded.schedule.max_tokens == tokens
+    plan = Plan.from_recipe(loaded, World())
+    schedule = plan.schedule(loaded, num_rows=100, num_tokens=6000)  # 60 a row, 4 rows a step
+    assert schedule.total_steps == -(-tokens // 240)
+    streamed = load_recipe(recipe(max_steps=None, max_tokens=given, streaming=True, tokenizer="byte"))
+    assert plan.schedule(streamed, 0).total_steps == -(-tokens // 256)
+
+
+def test_a_budget_that_is_none_is_refused(recipe):
+    with pytest.raises(RecipeError, match="must be a number of tokens, such as 300M"):
+        load_recipe(recipe(max_steps=None, max_tokens="much"))
+    with pytest.raises(RecipeError, match="max_steps and max_tokens are both given"):
+        load_recipe(recipe(max_tokens="1M"))
 
 
 @pytest.mark.slow

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = list[Document]
-_READ_ROWS = 64
+_READ_ROWS = 16
 _NO_LIMIT = 1 << 40
+# Tokens of a block, whose documents are mixed and packed: the first step waits for the first block, so it is small.
+_FIRST_TOKENS, _MOST_TOKENS = 1 << 16, 1 << 20
 _STEPS_BACK = 4  # a checkpoint is of the step that is done, and the next ones are made by then
 
 
@@ -175,11 +177,15 @@ class RowStream:
         taken = list(state.taken)
         weights = [entry.weight or 1.0 for entry in self.section.datasets]
         documents: list[Document] = []
-        while len(documents) < self.section.streaming_multipack_buffer_size:
+        most = max(8 * self.section.sequence_len, min(_MOST_TOKENS, _FIRST_TOKENS << min(state.block, 8)))
+        tokens = 0
+        while tokens < most and len(documents) < self.section.streaming_multipack_buffer_size:
             behind = min(range(len(taken)), key=lambda s: taken[s] / weights[s])
             drawn = self.sources[behind].draw()
             documents += drawn
-            taken[behind] += sum(len(ids) for ids, _ in drawn) if self.section.mix_by == "tokens" else 1
+            count = sum(len(ids) for ids, _ in drawn)
+            tokens += count
+            taken[behind] += count if self.section.mix_by == "tokens" else 1
         self._require_kept()
         order = row_order(mix(self.seed, 0x57E4, state.block), 0, len(documents))
         documents = [documents[i] for i in order]

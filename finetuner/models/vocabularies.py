@@ -30,8 +30,10 @@ def write_byte_tokenizer(folder: Path) -> None:
 
 def write_char_tokenizer(texts: Iterable[str], folder: Path) -> None:
     """A token for every character of `texts`, in the order of Unicode, then end of text, then one for all others."""
-    characters = sorted(set().union(*texts))
-    vocabulary = {character: i for i, character in enumerate(characters)}
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    vocabulary = {character: i for i, character in enumerate(sorted(characters))}
     vocabulary |= {END_OF_TEXT: len(vocabulary), UNKNOWN: len(vocabulary) + 1}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

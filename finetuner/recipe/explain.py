@@ -151,10 +151,12 @@ def axolotl_meaning(key: str) -> str:
 
 # Keys of ours that Axolotl 0.19 does not have.
 OURS_ALONE = frozenset(
-    "early_stopping_threshold eval_on_start hub_private_repo label_smoothing_factor logging_dir max_dropped_fraction "
-    "max_skipped_steps max_tokens mix_by model on_bad_row overwrite_output_dir quantized_cache tokenizer "
-    "z_loss_coefficient".split()
-)
+    (
+        "early_stopping_threshold", "eval_on_start", "generate_prompt", "hub_private_repo", "label_smoothing_factor",
+        "logging_dir", "max_dropped_fraction", "max_skipped_steps", "max_tokens", "mix_by", "model", "on_bad_row",
+        "overwrite_output_dir", "quantized_cache", "tokenizer", "z_loss_coefficient",
+    )
+)  # fmt: skip
 
 
 def json_schema() -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Run:
     eval_layout: Layout
     guards: Guards
     held_out_parts: tuple[Part, ...] = ()  # of held_out_rows, source by source; none: all are one part
+    token_bytes: tuple[int, ...] | None = None  # bytes of text that each token stands for, where they are known
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,11 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Held:
-    """Summed loss over the trained tokens of some held-out rows."""
+    """Summed loss over the trained tokens of some held-out rows, and the bytes of text that those stand for."""
 
     loss_sum: float
     num_tokens: int
+    num_bytes: int
 
     @property
     def loss(self) -> float:
@@ -159,7 +161,8 @@ def evaluate(run: Run, progress: Callable[[int], None] = lambda rows: None) -> d
     """The loss on the held-out rows of each source, by its name; the same at every batch size."""
     device = run.accelerator.device
     parts = run.held_out_parts or (Part("", 0, len(run.held_out_rows)),)
-    sums = torch.zeros((len(parts), 2), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    table = torch.tensor(run.token_bytes or (), device=device)
+    sums = torch.zeros((len(parts), 3), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     with _evaluating(run.engine.module):
         for place, part in zip(sums, parts, strict=True):
             rows = range(part.start, part.stop)
@@ -167,9 +170,12 @@ def evaluate(run: Run, progress: Callable[[int], None] = lambda rows: None) -> d
                 batch = host_batch.to(device)
                 place[0] += loss_of(run.engine.module, batch)
                 place[1] += batch.num_trained
+                place[2] += table[batch.targets].sum() if len(table) else 0
                 progress(len(batch.input_ids))
     totals = run.accelerator.reduce(sums, "sum").tolist()
-    return {part.name: Held(loss, int(count)) for part, (loss, count) in zip(parts, totals, strict=True)}
+    return {
+        part.name: Held(loss, int(count), int(size)) for part, (loss, count, size) in zip(parts, totals, strict=True)
+    }
 
 
 @contextmanager
@@ -199,6 +205,9 @@ def _evaluation_row(run: Run, state: TrainState, events: Events) -> dict:
     loss = sum(one.loss_sum for one in held) / sum(one.num_tokens for one in held)
     # exp overflows a float above 709; a loss like that means a broken model, not a perplexity
     row = {"step": state.step, "eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
+    num_bytes = sum(one.num_bytes for one in held)
+    if num_bytes:  # -log2 p of the text, per byte of it: the same measure for every tokenizer
+        row["eval_bits_per_byte"] = sum(one.loss_sum for one in held) / math.log(2) / num_bytes
     if len(by_source) > 1:
         row |= {f"eval_loss/{name}": one.loss for name, one in by_source.items()}
     return row

@@ -152,6 +152,8 @@ class TrainingProgress:
             f"step {row['step']}/{self.total_steps}  held-out loss {row['eval_loss']:.4f}  "
             f"perplexity {row['eval_perplexity']:.3f}"
         )
+        if "eval_bits_per_byte" in row:
+            line += f"  bits per byte {row['eval_bits_per_byte']:.4f}"
         of_sources = [
             f"{name.removeprefix('eval_loss/')} {loss:.4f}"
             for name, loss in row.items()

@@ -267,7 +267,6 @@ AXOLOTL: dict[str, Foreign] = {
     "push_dataset_to_hub": blocked("uploading the prepared dataset"),
     "hub_revision": blocked("uploading to a branch"),
     "dynamic_checkpoint": blocked("saving when a file appears"),
-    "generate_samples": blocked("samples of text while training"),
     "diffusion": blocked("diffusion language models"),
     "activation_offloading": blocked("activations in host memory", "Write gradient_checkpointing: true."),
     "layer_offloading": blocked("layers in host memory", "fsdp_config: {offload_params: true} does that for shards."),
@@ -414,6 +413,7 @@ PLUGINS = {
 # Where our key has Axolotl's name and not quite its meaning.
 DIFFERENT = {
     "sequence_len": "there the default is 512",
+    "generate_samples": "there true or false, and with each evaluation",
     "excess_length_strategy": "there only drop and truncate",
     "weight_decay": "there also on embeddings of some models; here on matrices only",
     "adapter": "there qlora needs load_in_4bit as well; here it says it by itself",

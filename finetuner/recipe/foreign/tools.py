@@ -33,7 +33,6 @@ ELSEWHERE: dict[str, str] = {
     "grad_accum": "gradient_accumulation_steps",
     "lr": "learning_rate",
     "max_length": "sequence_len",
-    "model": "base_model",
     "r": "lora_r",
     "rank": "lora_r",
     "scheduler": "lr_scheduler",

@@ -19,11 +19,20 @@ def _known_length(values: Values) -> Iterator[Finding]:
     if not values["streaming"]:
         return
     here = (("streaming",),)
-    if values["max_steps"] is None:
+    if values["max_steps"] is None and values["max_tokens"] is None:
         yield Finding(("streaming",), "a stream has no end: say how long to train, such as `max_steps: 1000`.")
     for key, instead in _NEEDS_ALL_ROWS.items():
         if values[key]:
             yield Finding((key,), f"{key} needs all rows, and streaming reads them one by one. {instead}", here)
+
+
+def _full_rows_are_counted(values: Values) -> Iterator[Finding]:
+    plain = all(entry.type == "completion" for entry in values["datasets"])
+    if values["streaming"] and values["max_tokens"] is not None and not (plain or values["sample_packing"]):
+        message = (
+            "nobody knows how many tokens the rows of this stream have. Write max_steps, or `sample_packing: true`."
+        )
+        yield Finding(("max_tokens",), message, (("streaming",),))
 
 
 def _whole_splits(values: Values) -> Iterator[Finding]:
@@ -43,7 +52,8 @@ def _buffer_of_a_stream(values: Values) -> Iterator[Finding]:
 
 
 RULES: tuple[Rule, ...] = (
-    (("streaming", "max_steps", *_NEEDS_ALL_ROWS), _known_length),
+    (("streaming", "max_steps", "max_tokens", *_NEEDS_ALL_ROWS), _known_length),
+    (("streaming", "max_tokens", "datasets", "sample_packing"), _full_rows_are_counted),
     (("streaming", "datasets"), _whole_splits),
     (("streaming", _BUFFER), _buffer_of_a_stream),
 )

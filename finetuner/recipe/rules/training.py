@@ -43,6 +43,20 @@ def _fresh_or_resumed(values: Values) -> Iterator[Finding]:
         )
 
 
+def _texts_of_a_whole_model(values: Values) -> Iterator[Finding]:
+    if values["generate_samples"] is None:
+        if values["generate_prompt"]:
+            message = "generate_prompt has no effect without generate_samples. Add that, or remove this line."
+            yield Finding(("generate_prompt",), message)
+        return
+    for key in ("fsdp", "fsdp_config", "deepspeed"):
+        if values[key]:
+            message = f"generate_samples needs the whole model on a rank, which {key} cuts into parts. Remove it; "
+            message += "`finetuner generate` writes text with the result."
+            yield Finding(("generate_samples",), message, ((key,),))
+            return
+
+
 def _compiled_how(values: Values) -> Iterator[Finding]:
     for key in ("torch_compile_backend", "torch_compile_mode"):
         if not values["torch_compile"] and values[key] not in (None, "inductor", "default"):
@@ -56,6 +70,7 @@ def _private_where(values: Values) -> Iterator[Finding]:
 
 
 RULES: tuple[Rule, ...] = (
+    one_of("max_steps", "max_tokens", "both say how long to train"),
     one_of("warmup_steps", "warmup_ratio", "both say how long the warmup is"),
     one_of("eval_steps", "evals_per_epoch", "both say when to evaluate"),
     one_of("save_steps", "saves_per_epoch", "both say when to save"),
@@ -63,6 +78,7 @@ RULES: tuple[Rule, ...] = (
     one_of("embedding_lr", "embedding_lr_scale", "both say how fast embeddings learn"),
     (("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_scheduler"), _floor_is_cosines),
     (("lr_scheduler", "lr_scheduler_kwargs", "learning_rate"), _shape_takes_its_options),
+    (("generate_samples", "generate_prompt", "fsdp", "fsdp_config", "deepspeed"), _texts_of_a_whole_model),
     (("torch_compile", "torch_compile_backend", "torch_compile_mode"), _compiled_how),
     (("hub_model_id", "hub_private_repo"), _private_where),
     (("overwrite_output_dir", "resume_from_checkpoint"), _fresh_or_resumed),

@@ -1,12 +1,15 @@
 """What every section is made of: a frozen, strict, closed model, and field types that carry their unit."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
@@ -51,6 +54,23 @@ Steps = Annotated[int, Field(ge=1), Unit("steps")]
 StepsOrZero = Annotated[int, Field(ge=0), Unit("steps")]
 Rows = Annotated[int, Field(ge=1), Unit("rows")]
 TokenCount = Annotated[int, Field(ge=2), Unit("tokens")]
+
+
+def _in_full(value: Any) -> Any:
+    """300M -> 300,000,000."""
+    if not isinstance(value, str):
+        return value
+    found = _IN_SHORT.fullmatch(value.replace("_", ""))
+    if found is None:
+        raise PydanticCustomError("token_budget", "a number of tokens, such as 300M or 1.5B")
+    return int(Decimal(found[1]) * _TIMES[found[2].upper()])
+
+
+_IN_SHORT = re.compile(r"(\d+(?:\.\d+)?)([kKmMbBtT])")
+_TIMES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+TokenBudget = Annotated[
+    int, Field(ge=1), BeforeValidator(_in_full, json_schema_input_type=int | str), Unit("tokens, or 300M, 1B")
+]
 Seconds = Annotated[float, Field(gt=0.0), Unit("seconds")]
 Share = Annotated[float, Field(ge=0.0, le=1.0), Unit("fraction of 1")]
 Chance = Annotated[float, Field(ge=0.0, lt=1.0), Unit("probability")]

@@ -16,6 +16,10 @@ class EvaluationSection(Section):
         None, description="no: never; epoch: at each epoch's end; steps: as eval_steps or evals_per_epoch says."
     )
     eval_on_start: bool = Field(False, description="Also before the first step.")
+    generate_samples: Steps | None = Field(
+        None, description="Show a text by the model every so many steps; on one rank or under DDP."
+    )
+    generate_prompt: str = Field("", description="How those texts begin; default: as a new document.")
 
 
 class OutputSection(Section):

@@ -18,6 +18,7 @@ from finetuner.recipe.sections.base import (
     Share,
     Steps,
     StepsOrZero,
+    TokenBudget,
 )
 
 
@@ -34,6 +35,9 @@ class ScheduleSection(Section):
 
     num_epochs: Positive = Field(1.0, description="Passes over the training rows.")
     max_steps: Steps | None = Field(None, description="Updates; when given, num_epochs is not used.")
+    max_tokens: TokenBudget | None = Field(
+        None, description="Tokens to train on, in place of num_epochs or max_steps; rounded up to whole steps."
+    )
     learning_rate: Rate = Field(description="Peak learning rate.")
     lr_scheduler: Shape = Field("cosine", description="Shape after the warmup, by transformers' names.")
     lr_scheduler_kwargs: dict[str, int | float | str] = Field(
