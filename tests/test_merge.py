@@ -186,7 +186,9 @@ def test_run_folder_holds_what_the_design_promises(write_recipe, train, tmp_path
     logged = [row for row in rows if "loss" in row]
     keys = "step epoch loss learning_rate grad_norm num_tokens total_tokens tokens_per_second peak_memory_bytes"
     assert [list(row) for row in logged] == [keys.split()] * 3
-    assert [list(row) for row in rows if "loss" not in row] == [["step", "eval_loss", "eval_perplexity", "eval_bits_per_byte"]] * 2
+    assert [list(row) for row in rows if "loss" not in row] == [
+        ["step", "eval_loss", "eval_perplexity", "eval_bits_per_byte"]
+    ] * 2
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000003"]
     assert AutoTokenizer.from_pretrained(out).chat_template is not None
     assert Path(out / "adapter_model.safetensors").stat().st_mode & 0o044, "others may read it, as the umask says"
