@@ -20,7 +20,7 @@ help:
 	@echo "make quickstart   set up, train a real model on this machine in a few minutes, show what it learned"
 	@echo "make test         set up, check the code, run all tests"
 	@echo "make test-fast    the tests that need no further processes, in under 90 seconds"
-	@echo "make test-matrix  every engine against one rank, with every adapter: the whole table, in half an hour"
+	@echo "make test-matrix  every engine against one rank with every adapter, and the longest tests: half an hour and more"
 	@echo "make clean-quickstart   delete what the quickstart made"
 
 install: $(INSTALLED)

@@ -16,7 +16,7 @@ from finetuner.assemble import DTYPES, probe
 from finetuner.data.batches import evaluation_batches
 from finetuner.data.prepare import Part, Prepared
 from finetuner.data.tokens import IGNORE, Ids
-from finetuner.errors import DataError, RecipeError
+from finetuner.errors import DataError, ModelError, RecipeError
 from finetuner.export.generation import stop_ids
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import grow_embeddings, load_model
@@ -24,6 +24,7 @@ from finetuner.models.loss import TokenLoss
 from finetuner.models.quantized import Format, choose_format
 from finetuner.plan import Plan
 from finetuner.recipe import Recipe, load
+from finetuner.recipe.shapes import FROM_SCRATCH
 from finetuner.run import layout_of, prepare_rows
 from finetuner.scores import AnswerScore, TextScore, score_answers, total
 from finetuner.training.loop import loss_of
@@ -98,7 +99,7 @@ def evaluate(target: str, overrides: list[str], *, questions: int) -> None:
         )
     tokenizer = vocabulary.tokenizer
     asked = find_questions(prepared, tokenizer, questions)
-    results = []
+    results: list[Result] = []
     for candidate in candidates(recipe, plan, world, output_dir, len(tokenizer)):
         model = candidate.load().eval()
         with screen.work(f"evaluating {candidate.name}", "rows") as work:
@@ -107,6 +108,8 @@ def evaluate(target: str, overrides: list[str], *, questions: int) -> None:
         results.append(Result(candidate.name, by_source, answers))
         del model
         gc.collect()  # the next one takes its place in memory
+    if not results:
+        raise ModelError(f"there is no model in {output_dir} to evaluate. Train it first.")
     table = markdown(results)
     screen.line(table)
     if output_dir.is_dir():
@@ -147,7 +150,8 @@ def candidates(recipe: Recipe, plan: Plan, world: World, output_dir: Path, vocab
 
         return PeftModel.from_pretrained(base(), str(output_dir))  # type: ignore[return-value]
 
-    yield Candidate("base", base)
+    if recipe.model.base_model != FROM_SCRATCH:
+        yield Candidate("base", base)
     if recipe.adapter.adapter is None and (output_dir / "config.json").exists():
         yield Candidate("trained", partial(read, str(output_dir)))
     if recipe.adapter.adapter is not None and (output_dir / "adapter_config.json").exists():

@@ -11,6 +11,7 @@ from finetuner import __version__
 from finetuner.errors import RecipeError
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import DatasetEntry
+from finetuner.recipe.shapes import FROM_SCRATCH
 
 MARK = "<!-- written by finetuner -->"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")
@@ -26,10 +27,12 @@ def write_card(folder: Path, run: Path, base_model: str, what: str, facts: Itera
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
         return
     header = ["---", "library_name: " + ("peft" if (folder / "adapter_config.json").exists() else "transformers")]
-    if not Path(base_model).exists():  # a path of this machine means nothing elsewhere
+    begun = base_model == FROM_SCRATCH
+    if not begun and not Path(base_model).exists():  # a path of this machine means nothing elsewhere
         header.append(f"base_model: {base_model}")
     lines = [*header, "tags:", "- finetuner", "---", MARK, f"# {folder.resolve().name}", ""]
-    lines += [f"{what}, trained from `{base_model}` with finetuner {__version__}.", *_paragraphs(facts)]
+    origin = "scratch" if begun else f"`{base_model}`"
+    lines += [f"{what}, trained from {origin} with finetuner {__version__}.", *_paragraphs(facts)]
     recipe = run / "recipe.yml"
     if recipe.exists():
         lines += _data(recipe) + _figures(run / "metrics.jsonl")

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,8 @@ def merge_adapter(
 
             def counted(pieces: list[Piece] = pieces) -> Iterator[tuple[str, torch.Tensor]]:
                 nonlocal done
-                for piece in pieces:
-                    yield piece.name, merged_tensor(piece)
+                for piece, tensor in _one_ahead(pieces):
+                    yield piece.name, tensor
                     done += piece.after.num_bytes
                     report(done, num_bytes)
 
@@ -137,6 +138,17 @@ def merge_adapter(
     seconds = time.monotonic() - started
     num_merged, num_tensors = len(changes.by_name), sum(map(len, files.values()))
     return Merged(output, num_merged, num_tensors, len(quantised), num_bytes, kept, changes.unties, seconds)
+
+
+def _one_ahead(pieces: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """Each merged while the one before it is written: the disk and the arithmetic wait for each other less."""
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(merged_tensor, pieces[0])
+        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+            tensor = coming.result()
+            if following is not None:
+                coming = worker.submit(merged_tensor, following)
+            yield piece, tensor
 
 
 def merged_tensor(piece: Piece) -> torch.Tensor:

@@ -19,15 +19,18 @@ HOLDER = "\x00{}\x00"
 
 @dataclass(frozen=True)
 class Turns:
-    """A chat template as what stands around each role's text, what stands before all, and before an answer."""
+    """A chat template as what stands around each role's text, what stands before all, before all where no system turn
+    begins, and before an answer."""
 
     before: str
+    without_system: str
     around: dict[str, tuple[str, str]]
     answer: str
 
     def render(self, messages: list[dict[str, str]], *, asks: bool) -> str:
         text = "".join(self.around[m["role"]][0] + m["content"] + self.around[m["role"]][1] for m in messages)
-        return self.before + text + (self.answer if asks else "")
+        before = self.before + ("" if messages[0]["role"] == "system" else self.without_system)
+        return before + text + (self.answer if asks else "")
 
 
 def turns_of(tokenizer: "PreTrainedTokenizerBase") -> Turns:
@@ -53,13 +56,14 @@ def turns_of(tokenizer: "PreTrainedTokenizerBase") -> Turns:
         assistant_begins = between[1].removeprefix(user_ends)
         system_ends = between[0].removesuffix(user_begins)
         opening = rendered(dialog[1:2]).partition(dialog[1]["content"])[0].removesuffix(user_begins)
+        always = opening if head.startswith(opening) else ""
         around = {
-            "system": (head.removeprefix(opening), system_ends),
+            "system": (head.removeprefix(always), system_ends),
             "user": (user_begins, user_ends),
             "assistant": (assistant_begins, tail),
         }
         asked = rendered(dialog[:2], asks=True)
-        turns = Turns(opening, around, asked.removeprefix(rendered(dialog[:2])))
+        turns = Turns(always, opening.removeprefix(always), around, asked.removeprefix(rendered(dialog[:2])))
         probes = [(dialog, False), (dialog[:4], True), (dialog[1:4], True), (dialog[1:2], True)]
         if all(turns.render(messages, asks=asks) == rendered(messages, asks=asks) for messages, asks in probes):
             return turns
@@ -79,7 +83,10 @@ def modelfile(gguf_name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
         f"{_quoted(turns.around[role][0])}{{{{ .Content }}}}{_quoted(turns.around[role][1])}"
         for i, role in enumerate(ROLES)
     )
-    template = f"{_quoted(turns.before)}{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}"
+    opening = _quoted(turns.before)
+    if turns.without_system:
+        opening += f'{{{{ if ne (index .Messages 0).Role "system" }}}}{_quoted(turns.without_system)}{{{{ end }}}}'
+    template = f"{opening}{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}"
     stops: Any = tokenizer.convert_ids_to_tokens(stop_ids(tokenizer))
     lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{template}{_quoted(turns.answer)}"""']
     return "\n".join([*lines, *(f"PARAMETER stop {json.dumps(stop)}" for stop in stops)]) + "\n"
