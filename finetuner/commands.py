@@ -13,6 +13,7 @@ from finetuner.export.merge import Form, merge_adapter, require_same_base
 from finetuner.export.serving import check_for_vllm, modelfile
 from finetuner.export.verify import room_to_verify, verify_merged
 from finetuner.export.wishes import Wishes, read_wishes
+from finetuner.models.quantized import read_record
 from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe import Loaded, load
 from finetuner.run import prepare_rows, special_ids
@@ -83,6 +84,8 @@ def merge(target: str, overrides: list[str]) -> None:
     quiet_libraries(screen)
     if job.note:
         screen.line(f"note: {job.note}")
+    if is_folder and read_record(job.adapter) is None:  # only ours record it; PEFT's config does not say
+        screen.line("note: the adapter does not record whether its base was quantised: merged onto the base as it is")
     with screen.work("merging", "MB") as work:
         output = wishes.output or job.adapter / "merged"
         merged = merge_adapter(job.adapter, job.base_model, output, work.at_bytes, job.token_ids, form)

@@ -159,6 +159,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
             screen.line(
                 f"{output_dir} is trained already: {state.step} of {schedule.total_steps} steps. Nothing to do."
             )
+            leave_ranks(accelerator)
             return
 
     weights, counted = assemble(

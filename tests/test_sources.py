@@ -391,11 +391,18 @@ def test_the_held_out_loss_is_said_by_source_too(
     recipe = write_recipe(max_steps=2, micro_batch_size=4, test_datasets=test, eval_batch_size=2)
     metrics = train(recipe)
     (both,) = [row for row in metrics if "eval_loss" in row]
-    assert set(both) == {"step", "eval_loss", "eval_perplexity", "eval_loss/a.jsonl", "eval_loss/b.jsonl"}
+    assert set(both) == {
+        "step",
+        "eval_loss",
+        "eval_perplexity",
+        "eval_bits_per_byte",
+        "eval_loss/a.jsonl",
+        "eval_loss/b.jsonl",
+    }
     printed = capsys.readouterr().out
     assert f"(a.jsonl {both['eval_loss/a.jsonl']:.4f}, b.jsonl {both['eval_loss/b.jsonl']:.4f})" in printed
     for i, name in enumerate(("a.jsonl", "b.jsonl")):
         alone = train(recipe, f"output_dir={tmp_path / name}.out", f"test_datasets={json.dumps(test[i : i + 1])}")
         (row,) = [row for row in alone if "eval_loss" in row]
-        assert set(row) == {"step", "eval_loss", "eval_perplexity"}
+        assert set(row) == of_all
         assert row["eval_loss"] == pytest.approx(both[f"eval_loss/{name}"], rel=1e-6)

@@ -116,10 +116,12 @@ def by_main_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
             outcome = [work(), None]
         except FinetunerError as error:
             broadcast_object_list([None, error])
+            _leave_group()
             raise
     result, refusal = broadcast_object_list(outcome)
     if refusal is not None:
         refusal.said = True
+        _leave_group()
         raise refusal
     return result
 
@@ -127,6 +129,11 @@ def by_main_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
 def leave_ranks(accelerator: Accelerator) -> None:
     """At the end of a run, well or ill: a group of one that build_accelerator made would meet the next run."""
     accelerator.end_training()
+    _leave_group()
+
+
+def _leave_group() -> None:
+    """A process that ends with its group's threads running may abort instead of giving its exit code."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
