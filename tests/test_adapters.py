@@ -18,6 +18,8 @@ from finetuner.models.targets import target_modules, whole_modules
 from finetuner.recipe import load
 from finetuner.recipe.sections import AdapterSection
 
+pytestmark = pytest.mark.slow
+
 QUICK = {
     "adapter": "lora", "lora_r": 4, "lora_alpha": 16, "max_steps": 3, "learning_rate": 0.02, "lr_scheduler": "constant"
 }  # fmt: skip

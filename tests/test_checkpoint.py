@@ -22,6 +22,8 @@ from finetuner.output import claimed, move_into, remove_run_files, require_space
 from finetuner.resume import check_resume, resume_facts
 from finetuner.training.loop import TrainState
 
+pytestmark = pytest.mark.slow
+
 
 def saved_run(folder, steps=(1, 2, 3)):
     for step in steps:

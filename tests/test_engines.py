@@ -20,6 +20,8 @@ from conftest import (
 from finetuner.errors import PlanError, RecipeError
 from finetuner.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 ADAPTERS: dict[str, dict] = {
     "full": {},
     # a rank that two ranks cannot share evenly, and a token that gets a row of its own

@@ -12,6 +12,8 @@ from finetuner.errors import DataError, RecipeError
 from finetuner.evaluate import evaluate
 from finetuner.scores import TextScore, f1, normalised, score_answers, total
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("answer", "reference", "wanted"),

@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, alpaca_rows, largest_difference, run_command, weights_of, write_rows
 
+pytestmark = pytest.mark.slow
+
 LORA = {"adapter": "lora", "lora_r": 4, "lora_target_linear": True}
 
 

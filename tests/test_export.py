@@ -12,6 +12,8 @@ from finetuner.errors import ModelError
 from finetuner.export.serving import turns_of
 from finetuner.models.gguf import import_gguf, read_header
 
+pytestmark = pytest.mark.slow
+
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf: pip install 'finetuner[gguf]'")
 
 

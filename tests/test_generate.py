@@ -13,6 +13,8 @@ from finetuner.generate import Manner, generate
 from finetuner.models.sampling import as_text, choose, sampled
 from finetuner.models.vocabularies import write_byte_tokenizer
 
+pytestmark = pytest.mark.slow
+
 GREEDY = partial(choose, temperature=0, top_p=1.0, generator=torch.Generator())
 
 

@@ -23,6 +23,8 @@ from finetuner.training.guards import Guards
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
 
+pytestmark = pytest.mark.slow
+
 # Learns its few rows by heart: the held-out loss falls and then rises.
 OVERFITS = {
     "val_set_size": 6, "learning_rate": 0.01, "lr_scheduler": "constant", "micro_batch_size": 7, "num_epochs": 20,

@@ -21,6 +21,8 @@ from finetuner.models.quantized import choose_format
 from finetuner.models.safetensors_stream import read_header
 from finetuner.recipe import load
 
+pytestmark = pytest.mark.slow
+
 FP4 = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
 LORA = {
     "adapter": "lora",

@@ -23,6 +23,8 @@ from finetuner.export.merge import Form, merge_adapter
 from finetuner.export.verify import verify_merged
 from finetuner.export.wishes import read_wishes
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "plain": {"target_modules": "all-linear"},
     "rank and alpha patterns": {

@@ -15,6 +15,8 @@ from finetuner.recipe.sections import AdapterSection, OptimizerSection, RatesSec
 from finetuner.training.optimizer import build_optimizer, own_rates
 from finetuner.training.optimizer_state import SideBySide, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -19,6 +19,8 @@ from finetuner.errors import ModelError
 from finetuner.models.loss import TokenLoss
 from finetuner.models.packing import require_isolation
 
+pytestmark = pytest.mark.slow
+
 GENERATOR = np.random.default_rng(5)
 LENGTHS = (7, 5, 9, 3, 6, 4, 8, 6)
 PACKED = Layout(packed=True)

@@ -21,6 +21,8 @@ from finetuner.models.quantized import Format, FourBitLinear, choose_format, qua
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import AdapterSection, FourBitSection, QuantizationSection
 
+pytestmark = pytest.mark.slow
+
 NF4 = Format("nf4", torch.float32, double=True, compute_dtype=torch.float32)
 SHAPES = [(96, 48), (7, 5), (2048, 300)]  # (in, out): whole blocks, less than one, scales of scales for 38 blocks
 

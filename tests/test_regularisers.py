@@ -12,6 +12,8 @@ from finetuner.models import loss as loss_module
 from finetuner.models.loss import Regularisers, TokenLoss, summed_loss
 from finetuner.models.noise import document_lengths, noisy
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(24).reshape(2, 12)
 POSITIONS, TARGETS = torch.arange(20), torch.arange(100, 120)
 

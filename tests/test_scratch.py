@@ -23,6 +23,8 @@ from finetuner.recipe.sections import GPTSection
 from finetuner.scratch import scratch_config, tokenizer_name
 from finetuner.world import World
 
+pytestmark = pytest.mark.slow
+
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\n  Speak, speak. \U0001f642 déjà\tvu\r\n"
 TINY = {"layers": 2, "heads": 4, "key_value_heads": 2, "width": 32, "context": 64}
 

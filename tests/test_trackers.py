@@ -12,6 +12,8 @@ from finetuner.recipe import load
 from finetuner.recipe.sections import TrackingSection
 from finetuner.training.trackers import Trackers, require_trackers, wants_mlflow, wants_wandb
 
+pytestmark = pytest.mark.slow
+
 FIGURES = {"step": 3, "loss": 2.5, "eval_loss": 2.0, "grad_norm": float("nan"), "learning_rate": 0.1}
 
 

@@ -5,6 +5,8 @@ import importlib.util
 import pytest
 from conftest import ROOT, alpaca_rows, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 def _benchmark():
     spec = importlib.util.spec_from_file_location("trainer_parity", ROOT / "benchmarks" / "trainer_parity.py")

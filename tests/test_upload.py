@@ -17,6 +17,8 @@ from finetuner.errors import PlanError
 from finetuner.export.upload import require_hub
 from finetuner.recipe.sections import OutputSection
 
+pytestmark = pytest.mark.slow
+
 
 class Hub(BaseHTTPRequestHandler):
     """Enough of the hub to take a commit; `asked` is every request with its body."""
