@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.documents import DROPPED, Document, DocumentMaker
+from finetuner.data.documents import DROPPED, DocumentMaker
 from finetuner.data.endless import START, EndlessRows, Place
 from finetuner.data.order import mix, row_order
 from finetuner.data.packing import best_fit_decreasing
+from finetuner.data.tokens import Document
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 
