@@ -6,7 +6,6 @@ go through the same round trip before the adapter is added, so that the merged m
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections import deque
@@ -133,8 +132,6 @@ def merge_adapter(
 
             part = aside / f"{file_name}.part"
             write_stream(part, {piece.name: piece.after for piece in pieces}, counted())
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
             part.rename(aside / file_name)
         _write_beside(base, adapter, aside, files, num_bytes, changes.unties, form, token_ids or {})
     seconds = time.monotonic() - started
