@@ -22,9 +22,10 @@ from finetuner.data.batches import Layout
 from finetuner.data.bytes import token_bytes
 from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
 from finetuner.data.feed import Feed, build_feed, prefetched
+from finetuner.data.listing import LISTED
 from finetuner.data.prepare import Prepared, held_out_only
 from finetuner.data.templates import chosen_template
-from finetuner.errors import FinetunerError, PreemptedError
+from finetuner.errors import FinetunerError, LostConnectionError, PreemptedError
 from finetuner.export.card import write_card
 from finetuner.export.upload import require_hub, upload_result
 from finetuner.footprint import require_fit
@@ -117,7 +118,7 @@ def train(loaded: Loaded, recipe_name: str) -> None:
                 place = upload_result(Path(output.output_dir), output.hub_model_id, private=output.hub_private_repo)
                 screen.line(f"done: the result is at {place}")
         except BaseException as error:
-            ours = isinstance(error, FinetunerError) and not isinstance(error, PreemptedError)
+            ours = isinstance(error, FinetunerError) and not isinstance(error, PreemptedError | LostConnectionError)
             if not ours and list_checkpoints(Path(output.output_dir)):
                 screen.line(
                     f"resume with: accelerate launch -m finetuner.train {recipe_name} resume_from_checkpoint=true"
@@ -169,10 +170,16 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         read_optimizer(weights, checkpoint)
         screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
     print_plan(recipe, weights, counted, prepared, recipe_name, screen)
-    by_main_rank(accelerator, lambda: make_room(recipe, recipe_name, counted[0], state, screen))
     layout = weights.run.layout
-    feed = build_feed(recipe.data, vocabulary.tokenizer, prepared.train_rows, plan, schedule, layout, checkpoint)
-    state = fit(recipe, weights, feed, facts, state, screen)
+    feed = build_feed(
+        recipe.data, vocabulary.tokenizer, prepared.train_rows, plan, schedule, layout, checkpoint,
+        listed=output_dir / LISTED if world.is_main else None, say=screen.line,
+    )  # fmt: skip
+    by_main_rank(accelerator, lambda: make_room(recipe, recipe_name, counted[0], state, screen))
+    try:
+        state = fit(recipe, weights, feed, facts, state, screen)
+    finally:
+        say_what_was_lost(feed, output_dir / LISTED, screen)
     say_how_it_ended(recipe.guards, state, schedule.total_steps, screen)
     if recipe.guards.load_best_model_at_end and state.best_step not in (None, state.step):
         best = state.best_step or 0
@@ -358,6 +365,15 @@ def fit(
         finally:
             trackers.close(well=well)
         return state
+
+
+def say_what_was_lost(feed: Feed, listed: Path, screen: Screen) -> None:
+    """The rows that a stream did not learn as they stand; of prepared rows it is said at the start."""
+    num_read, notes = feed.lost()
+    if notes:
+        screen.line(f"of {num_read:,} rows read, not learned as they stand (the first of each are in {listed}):")
+        for note in notes:
+            screen.line(f"  {note}")
 
 
 def say_how_it_ended(section: GuardSection, state: TrainState, total_steps: int, screen: Screen) -> None:

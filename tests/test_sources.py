@@ -18,11 +18,12 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
-from conftest import ROOT, alpaca_rows, write_rows
+from conftest import ROOT, RecipeWriter, alpaca_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from finetuner.cli import main
 from finetuner.data.cache import prepare_once
 from finetuner.data.documents import BAD, DUPLICATE
 from finetuner.data.files import CHUNK, local_file
@@ -31,6 +32,7 @@ from finetuner.data.prepare import BY_WEIGHT, Prepared, packed, prepare, require
 from finetuner.data.sources import load_source
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry, PackingSection
+from finetuner.training.progress import Screen
 from finetuner.world import World
 
 
@@ -96,6 +98,20 @@ def test_rows_come_from_a_server_and_stay_when_it_is_gone(
     assert rows_of(f"{address}/rows.jsonl", fetched) == text(5, 6, 7, 8)
     with pytest.raises(DataError, match=r"(?s)cannot read '.*/other.jsonl': .*refused.*Check the address"):
         rows_of(f"{address}/other.jsonl", fetched)
+
+
+def test_a_key_in_an_address_is_not_shown(
+    served: tuple[str, Path, http.server.HTTPServer], write_recipe: RecipeWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, _, _ = served
+    recipe = write_recipe(datasets=[{"path": f"{address}/none.jsonl?token=geheim", "type": "alpaca"}])
+    with pytest.raises(SystemExit):
+        main(["preview", str(recipe)])
+    Screen(speaks=True).line("from https://me:geheim@host/rows.jsonl")
+    Screen(speaks=True).table([("rows", "streamed from https://me:geheim@host/rows.jsonl")])
+    said = "".join(capsys.readouterr())
+    assert "geheim" not in said
+    assert said.count("***") == 3
 
 
 def test_rows_come_through_fsspec_file_folder_or_pattern(tmp_path: Path) -> None:
@@ -250,6 +266,7 @@ _PREPARE = """
 import sys
 from pathlib import Path
 from transformers import AutoTokenizer
+from finetuner.cli import main
 from finetuner.data.cache import prepare_once
 from finetuner.recipe.sections import DataSection, PackingSection
 from finetuner.world import World
