@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
     "summary": {"recipe", "plan", "data", "models", "training", "weights"},
 }
-COMMANDS = {"run", "commands", "evaluate", "generate", "preview", "cli", "train", "merge", "__init__"}
+COMMANDS = {"run", "commands", "evaluate", "generate", "chat", "preview", "cli", "train", "merge", "__init__"}
 
 
 def part_of(path: Path) -> str:
