@@ -1,8 +1,11 @@
 """The command line: parse, call run, and turn a FinetunerError into a message and an exit code."""
 
+import contextlib
+import importlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -180,30 +183,79 @@ def export(
     write(model, to, form, out)
 
 
+ModelOrRecipe = Annotated[
+    str, typer.Argument(metavar="MODEL_OR_RECIPE", help="A model's folder or hub id, or a recipe.", show_default=False)
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest that have this share.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed writes the same text.")]
+
+
 @app.command()
 def generate(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="MODEL_OR_RECIPE", help="A model's folder or hub id, or a recipe.", show_default=False),
-    ],
+    source: ModelOrRecipe,
     overrides: Overrides = None,
     prompt: Annotated[str, typer.Option(help="How the text begins.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest that have this share.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same text.")] = 0,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
 ) -> None:
     """Write text with a model, or with what a recipe trained (an adapter on its base)."""
     from finetuner.generate import Manner
     from finetuner.generate import generate as write_text
 
-    def show(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    write_text(source, overrides or [], prompt, Manner(max_new_tokens, temperature, top_p, seed), _write_at_once)
 
-    write_text(source, overrides or [], prompt, Manner(max_new_tokens, temperature, top_p, seed), show)
+
+@app.command()
+def chat(
+    source: ModelOrRecipe,
+    overrides: Overrides = None,
+    system: Annotated[str, typer.Option(help="An instruction at the head of the conversation.")] = "",
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
+) -> None:
+    """Talk with a model, or with what a recipe trained: a line of input is a turn; /quit or the end of input ends."""
+    from finetuner.chat import chat as talk
+    from finetuner.generate import Manner
+
+    manner = Manner(max_new_tokens, temperature, top_p, seed)
+    talk(
+        source,
+        overrides or [],
+        system,
+        manner,
+        _lines_of_input,
+        _write_at_once,
+        lambda text: typer.echo(text, err=True),
+    )
+
+
+def _write_at_once(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _lines_of_input() -> Iterator[str]:
+    """From a person, who is asked with a mark and may edit the line; or from a file or pipe."""
+    from finetuner.world import stream_is_terminal
+
+    if not stream_is_terminal(sys.stdin):
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # lends its editing to input()
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            sys.stdout.write("\n")
+            return
+        yield line
 
 
 @app.command()
@@ -250,3 +302,7 @@ def _rank() -> int:
     from finetuner.world import launched_rank
 
     return launched_rank()
+
+
+if __name__ == "__main__":
+    main()

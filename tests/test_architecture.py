@@ -21,13 +21,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Who may import whom, from the bottom up; a package may import itself, and everyone `errors` and `world`.
 MAY_IMPORT = {
     "errors": set(),
+    "flops": {"recipe"},
     "world": {"errors"},
     "recipe": {"errors"},
     "sharding": {"recipe"},
     "plan": {"recipe", "sharding"},
     "data": {"recipe", "plan"},
-    "models": {"recipe", "plan"},
-    "training": {"recipe", "plan", "sharding", "data", "models"},
+    "models": {"recipe", "plan", "flops"},
+    "training": {"recipe", "plan", "sharding", "data", "models", "flops"},
     "once": {"errors"},
     "scratch": {"recipe", "data", "models", "once"},
     "output": {"errors"},
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
     "summary": {"recipe", "plan", "data", "models", "training", "weights"},
 }
-COMMANDS = {"run", "commands", "evaluate", "generate", "preview", "cli", "train", "merge", "__init__"}
+COMMANDS = {"run", "commands", "evaluate", "generate", "chat", "preview", "cli", "train", "merge", "__init__"}
 
 
 def part_of(path: Path) -> str:
