@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from finetuner.errors import FinetunerError
+from finetuner.errors import FinetunerError, RecipeError
 
 app = typer.Typer(
     name="finetuner",
@@ -155,19 +155,37 @@ def preview(
 @app.command()
 def evaluate(
     target: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of its run.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="RECIPE|MODEL",
+            help="A recipe, the folder of its run, or a model's or adapter's folder or hub id.",
+            show_default=False,
+        ),
     ],
     overrides: Overrides = None,
     questions: Annotated[int, typer.Option(min=0, help="Held-out questions to answer; 0: none.")] = 100,
+    data: Annotated[list[str] | None, typer.Option(help="A file of rows to measure by; several are sources.")] = None,
+    type: Annotated[str | None, typer.Option(help="How the rows of --data read, as datasets.type.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="For a MODEL: the recipe whose held-out rows to take.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Benchmark tasks of lm-eval, such as hellaswag,arc_easy.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with YAML tasks of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task to take.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the results; default: MODEL's.")] = None,
 ) -> None:
-    """Score base, adapter and merged model side by side on the recipe's held-out rows."""
-    from finetuner.recipe import load
+    """Score base, adapter and merged model side by side: loss on held-out rows, answers, benchmark tasks."""
+    if not Path(target).is_dir() and Path(target).suffix in (".yml", ".yaml"):
+        from finetuner.recipe import load
 
-    if not Path(target).is_dir():  # what is wrong with a recipe is said before torch is imported
-        load(target, overrides or [])
+        load(target, overrides or [])  # what is wrong with a recipe is said before torch is imported
+    from finetuner.evaluate import Wishes
     from finetuner.evaluate import evaluate as score
+    from finetuner.tasks import Tasks
 
-    score(target, overrides or [], questions=questions)
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    if not names and (include_path is not None or limit is not None):
+        raise RecipeError("--include-path and --limit are about benchmark tasks. Name some: --tasks hellaswag")
+    chosen = Tasks(names, include_path, limit) if names else None
+    score(target, overrides or [], Wishes(questions, tuple(data or ()), type, recipe, chosen, out))
 
 
 @app.command()

@@ -40,6 +40,8 @@ MAY_IMPORT = {
     "starting": {"recipe", "resume", "checkpoint", "training"},
     "footprint": {"recipe", "plan", "sharding", "models"},
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
+    "lineup": {"recipe", "models", "export"},
+    "tasks": {"errors"},
     "summary": {"recipe", "plan", "data", "models", "training", "weights"},
 }
 COMMANDS = {"run", "commands", "evaluate", "generate", "chat", "preview", "cli", "train", "merge", "__init__"}
