@@ -308,7 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(error.exit_code)
         rank = _rank()
         if rank:  # if rank 0 found the same, its launcher ends this process meanwhile, and it is said once
-            time.sleep(5)
+            time.sleep(15)  # a busy node takes its time
         from finetuner.recipe.secrets import without_secrets
 
         message = without_secrets(str(error))
