@@ -271,17 +271,19 @@ from finetuner.data.cache import prepare_once
 from finetuner.recipe.sections import DataSection, PackingSection
 from finetuner.world import World
 section = DataSection.model_validate_json(Path(sys.argv[1]).read_text())
+tokenizer, reported = AutoTokenizer.from_pretrained(sys.argv[2]), []
 print("begin", flush=True)
-prepare_once(section, PackingSection(), AutoTokenizer.from_pretrained(sys.argv[2]), 0, World())
+prepared = prepare_once(section, PackingSection(), tokenizer, 0, World(), lambda done, total: reported.append(done))
+print(prepared.train.sha256, len(prepared.train), max(reported, default=0))
 """
 
 
 @pytest.mark.slow
-def test_a_killed_preparation_leaves_nothing_that_is_used_and_the_next_one_is_mapped(
+def test_a_killed_preparation_leaves_nothing_and_of_two_at_once_one_does_the_work(
     tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared_path = tmp_path / "prepared"
-    entry = {"path": str(texts(tmp_path / "a.jsonl", 60_000)), "type": "completion"}
+    entry = {"path": str(texts(tmp_path / "a.jsonl", 12_000)), "type": "completion"}
     section = DataSection.model_validate({"datasets": [entry], "dataset_prepared_path": str(prepared_path)})
     (tmp_path / "section.json").write_text(section.model_dump_json())
     command = [sys.executable, "-c", _PREPARE, str(tmp_path / "section.json"), str(tokenizer_folder)]
@@ -293,13 +295,23 @@ def test_a_killed_preparation_leaves_nothing_that_is_used_and_the_next_one_is_ma
             time.sleep(0.005)
         process.kill()
     assert not list(prepared_path.glob("*/prepared.json"))
+    assert list(prepared_path.glob("*.tmp"))
+
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0].split() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    (_, one, count, rows), (_, other, other_count, other_rows) = said
+    assert (one, count) == (other, other_count)
+    assert int(count) == 12_000
+    assert sorted([int(rows), int(other_rows)]) == [0, 12_000], "one reads the rows, the other waits for its folder"
+    assert not list(prepared_path.glob("*.tmp")), "nor is anything left of the one that was killed"
+    assert len(list(prepared_path.glob("*/prepared.json"))) == 1
+
+    monkeypatch.setattr("finetuner.data.cache.prepare", None)  # a further start prepares nothing
+    assert prepare_once(section, PackingSection(), tokenizer, 0, World()).train.sha256 == one
     short = section.model_copy(update={"datasets": (section.datasets[0].model_copy(update={"max_samples": 50}),)})
-    first = prepare_once(short, PackingSection(), tokenizer, 0, World())
-    assert first.train.sha256 == prepare(short, tokenizer, 0).train.sha256
-    monkeypatch.setattr("finetuner.data.cache.prepare", None)  # a second start prepares nothing
-    assert prepare_once(short, PackingSection(), tokenizer, 0, World()).train.sha256 == first.train.sha256
     with pytest.raises(TypeError):
-        prepare_once(section, PackingSection(), tokenizer, 0, World())
+        prepare_once(short, PackingSection(), tokenizer, 0, World())
 
 
 # --- mixtures ---
