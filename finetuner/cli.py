@@ -81,6 +81,27 @@ def check(
 
 
 @app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    devices: Annotated[str, typer.Option(help="How many, of which kind: 8, or 8xH100.")] = "1",
+    flops: Annotated[
+        float | None, typer.Option(help="FLOPs a second of one device, such as 312e12.", show_default=False)
+    ] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="The share of it that training reaches.")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
+) -> None:
+    """Say what a run will compute: parameters by part, tokens, FLOPs, hours, memory; no weights are loaded."""
+    from finetuner.recipe import load
+    from finetuner.scaling import devices_of
+    from finetuner.scaling import plan as show
+
+    loaded = load(recipe, overrides or [], check_files=False)
+    there = devices_of(devices, flops or loaded.recipe.output.device_peak_flops)
+    show(loaded, recipe, there, mfu, as_json=as_json)
+
+
+@app.command()
 def explain(
     key: Annotated[str, typer.Argument(help="A recipe key, such as lora_r or datasets.type.", show_default=False)],
     recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", show_default=False)] = None,

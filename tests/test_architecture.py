@@ -38,13 +38,16 @@ MAY_IMPORT = {
     "export": {"recipe", "models", "checkpoint"},
     "weights": {"training", "models", "checkpoint", "output"},
     "starting": {"recipe", "resume", "checkpoint", "training"},
-    "footprint": {"recipe", "plan", "sharding", "models"},
+    "kept": {"sharding"},
+    "footprint": {"recipe", "plan", "sharding", "models", "kept"},
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
     "lineup": {"recipe", "models", "export"},
     "tasks": {"errors"},
     "summary": {"recipe", "plan", "data", "models", "training", "weights"},
 }
-COMMANDS = {"run", "commands", "evaluate", "generate", "chat", "preview", "cli", "train", "merge", "__init__"}
+COMMANDS = {
+    "run", "commands", "evaluate", "generate", "chat", "scaling", "preview", "cli", "train", "merge", "__init__",
+}  # fmt: skip
 
 
 def part_of(path: Path) -> str:

@@ -54,3 +54,24 @@ def _attends_fully(config: Any, longest: int) -> bool:
     if kinds - {"full_attention", "sliding_attention"}:
         return False
     return window is None or longest <= window
+
+
+def parts_of(model: "PreTrainedModel") -> dict[str, int]:
+    """Part -> weights, as flops.parts_of_shape names the parts; of a 4-bit layer those that it stands for."""
+    tables = {id(p): "embedding" for p in model.get_input_embeddings().parameters()}
+    head: Any = model.get_output_embeddings()
+    tables = {id(p): "head" for p in head.parameters()} | tables if head is not None else tables
+    packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, FourBitLinear)}
+    parts = dict.fromkeys(("embedding", "attention", "MLPs", "norms", "head", "other"), 0)
+    for name, parameter in model.named_parameters():
+        part = tables.get(id(parameter)) or _part_named(name, is_vector=parameter.ndim < 2)
+        parts[part] += packed.get(id(parameter), parameter.numel())
+    return parts
+
+
+def _part_named(name: str, *, is_vector: bool) -> str:
+    if is_vector and ("norm" in name or ".ln_" in name):
+        return "norms"
+    if "attn" in name or "attention" in name:
+        return "attention"
+    return "MLPs" if "mlp" in name or "feed_forward" in name else "other"
