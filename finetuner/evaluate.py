@@ -19,7 +19,7 @@ from finetuner.data.templates import chosen_template
 from finetuner.data.tokens import IGNORE, Ids
 from finetuner.errors import DataError, ModelError, RecipeError
 from finetuner.export.generation import stop_ids
-from finetuner.lineup import Lineup, candidates, lineup_of_model, lineup_of_run
+from finetuner.lineup import Candidate, Lineup, candidates, lineup_of_model, lineup_of_run
 from finetuner.models.attention import choose_attention
 from finetuner.models.loss import TokenLoss
 from finetuner.models.tokenizer import load_tokenizer
@@ -117,7 +117,11 @@ def evaluate(target: str, overrides: list[str], wishes: Wishes = Wishes()) -> No
     for note in loaded.notes:
         screen.line(f"note: {note}")
     quiet_libraries(screen)
-    job = _of_run(loaded.recipe, world, screen, wishes) if of_run else _of_model(target, loaded, world, screen, wishes)
+    job = (
+        job_of_run(loaded.recipe, world, screen, wishes)
+        if of_run
+        else job_of_model(target, loaded, world, screen, wishes)
+    )
     plan, tokenizer = job.plan, job.tokenizer
     asked = find_questions(job.prepared, tokenizer, wishes.questions) if job.prepared is not None else []
     results: list[Result] = []
@@ -129,15 +133,7 @@ def evaluate(target: str, overrides: list[str], wishes: Wishes = Wishes()) -> No
         vocab_size=len(tokenizer),
         trust_remote_code=job.recipe.model.trust_remote_code,
     ):
-        model = candidate.load().eval()
-        by_source: dict[str, TextScore] = {}
-        if job.prepared is not None:
-            with screen.work(f"evaluating {candidate.name}", "rows") as work:
-                by_source = score_text(model, job.recipe, plan, job.prepared, tokenizer, work.at)
-        answers = score_answers(_answered(model, tokenizer, asked)) if asked else None
-        scored = () if wishes.tasks is None else tuple(score_tasks(model, tokenizer, wishes.tasks))
-        results.append(Result(candidate.name, by_source, answers, scored))
-        del model
+        results.append(measure(candidate, job, asked, screen, wishes.tasks))
         gc.collect()  # the next one takes its place in memory
     if not results:
         raise ModelError(f"there is no model in {job.recipe.output.output_dir} to evaluate. Train it first.")
@@ -149,6 +145,23 @@ def evaluate(target: str, overrides: list[str], wishes: Wishes = Wishes()) -> No
         job.out.mkdir(parents=True, exist_ok=True)
         write_results(job.out, results, table)
         screen.line(f"written: {' and '.join(str(job.out / name) for name in RESULTS)}")
+
+
+def measure(
+    candidate: Candidate, job: Job, asked: list[Question], screen: Screen, tasks: Tasks | None = None
+) -> Result:
+    """Load one model, and score it."""
+    model = candidate.load().eval()
+    by_source: dict[str, TextScore] = {}
+    if job.prepared is not None:
+        with screen.work(f"evaluating {candidate.name}", "rows") as work:
+            by_source = score_text(model, job.recipe, job.plan, job.prepared, job.tokenizer, work.at)
+    answers = None
+    if asked:
+        with screen.work(f"answering, {candidate.name}", "questions") as work:
+            answers = score_answers(_answered(model, job.tokenizer, asked, work.at))
+    scored = () if tasks is None else tuple(score_tasks(model, job.tokenizer, tasks))
+    return Result(candidate.name, by_source, answers, scored)
 
 
 def _require_sense(wishes: Wishes) -> None:
@@ -189,7 +202,7 @@ def read_recipe(target: str, overrides: list[str], wishes: Wishes) -> tuple[Load
     return load_values(values, "evaluate", overrides), False
 
 
-def _of_run(recipe: Recipe, world: World, screen: Screen, wishes: Wishes) -> Job:
+def job_of_run(recipe: Recipe, world: World, screen: Screen, wishes: Wishes) -> Job:
     plan = Plan.from_recipe(recipe, world)
     lineup = lineup_of_run(recipe, DTYPES[plan.precision])
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
@@ -202,7 +215,7 @@ def _of_run(recipe: Recipe, world: World, screen: Screen, wishes: Wishes) -> Job
     return Job(recipe, plan, lineup, vocabulary.tokenizer, rows, out)
 
 
-def _of_model(target: str, loaded: Loaded, world: World, screen: Screen, wishes: Wishes) -> Job:
+def job_of_model(target: str, loaded: Loaded, world: World, screen: Screen, wishes: Wishes) -> Job:
     """The rows become tokens as the model's own tokenizer makes them."""
     recipe, lineup = loaded.recipe, lineup_of_model(target)
     plan = Plan.from_recipe(recipe, world)
@@ -264,11 +277,14 @@ def find_questions(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", mos
 
 @torch.no_grad()
 def _answered(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", questions: list[Question]
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: list[Question],
+    report: Callable[[int, int], None],
 ) -> Iterator[tuple[str, str]]:
     """(greedy answer, what is wanted)"""
     stops, device = stop_ids(tokenizer), next(model.parameters()).device
-    for one in questions:
+    for done, one in enumerate(questions, 1):
         prompt = torch.from_numpy(one.prompt.astype(np.int64))[None].to(device)
         said = model.generate(  # type: ignore[operator]
             input_ids=prompt,
@@ -278,6 +294,7 @@ def _answered(
             eos_token_id=stops or None,
             pad_token_id=stops[0] if stops else 0,
         )
+        report(done, len(questions))
         yield _text(tokenizer, said[0, prompt.shape[1] :].cpu().numpy()), one.answer
 
 

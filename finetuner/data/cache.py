@@ -76,6 +76,17 @@ def prepare_once(
     return prepared
 
 
+def prepared_already(
+    section: DataSection, packing: PackingSection, tokenizer: "PreTrainedTokenizerBase", seed: int
+) -> Prepared | None:
+    """What prepare_once left, or None if it would have to prepare anew."""
+    root = Path(section.dataset_prepared_path)
+    if not (root / "files").is_dir():
+        return None
+    folder = root / cache_key(section, packing, tokenizer, seed)
+    return read_prepared(folder) if (folder / MARK).exists() else None
+
+
 def cache_key(section: DataSection, packing: PackingSection, tokenizer: "PreTrainedTokenizerBase", seed: int) -> str:
     """Equal only if the same documents would come out."""
     facts = {
