@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(error.exit_code)
         rank = _rank()
         if rank:  # if rank 0 found the same, its launcher ends this process meanwhile, and it is said once
-            time.sleep(5)
+            time.sleep(15)
         sys.stderr.write(f"\nrank {rank}: {error}\n" if rank else f"\n{error}\n")
         sys.exit(error.exit_code)
 
