@@ -1,6 +1,7 @@
 """The composition root of training: builds the parts in order and hands them on. commands.py has the other commands."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ from finetuner.training.progress import Screen, TrainingProgress, quiet_librarie
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
 from finetuner.training.trackers import Trackers, require_trackers
+from finetuner.training.watchdog import stacks_when_stuck
 from finetuner.weights import (
     Weights,
     checkpoint_bytes,
@@ -324,6 +326,7 @@ def fit(
         show(row)
 
     def stepped(state: TrainState, stats: StepStats, seconds: float) -> None:
+        alive()
         progress.stepped(state.step, stats.loss, stats.learning_rate, stats.input_tokens, seconds)
         if not stats.updated:
             screen.line(f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update is skipped")
@@ -332,7 +335,12 @@ def fit(
             text = sample_text(weights.bare.model, weights.tokenizer, recipe.evaluation.generate_prompt, state.step)
             screen.line(f"step {state.step} writes: {text}")
 
+    def evaluating(rows: int) -> None:
+        alive()
+        progress.evaluating(rows)
+
     def save(state: TrainState, stops: bool) -> None:
+        alive()
         model_only = recipe.output.save_only_model and not stops
         folder, engine = checkpoint_folder(output_dir, state.step), run.plan.engine
         write: Callable[[Path], None]
@@ -355,17 +363,19 @@ def fit(
             prune(output_dir, recipe.output.save_total_limit, state.best_step if run.guards.saves_best else None)
 
         by_main_rank(run.accelerator, seal_and_prune)
+        alive()
 
     mine = -(-len(run.held_out_rows) // run.plan.data_parallel)
     bar = TrainingProgress(screen, run.schedule.total_steps, state.step, eval_rows=mine)
     ahead = prefetched(feed, run.schedule.total_steps, pin=run.accelerator.device.type == "cuda")
-    with bar as progress, stop_wishes(screen.line) as wish, ahead as batches:
+    stuck = stacks_when_stuck(recipe.sharding.ddp_timeout) if run.plan.data_parallel > 1 else nullcontext(lambda: None)
+    with bar as progress, stop_wishes(screen.line) as wish, ahead as batches, stuck as alive:
         events = Events(
             stepped=stepped,
             logged=partial(record, progress.logged),
             evaluated=partial(record, progress.evaluated),
             save=save,
-            eval_progress=progress.evaluating,
+            eval_progress=evaluating,
             stop_wished=lambda: bool(wish),
         )
         well = False
