@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "resume": {"errors"},
     "checkpoint": {"training"},
     "export": {"recipe", "models", "checkpoint"},
-    "weights": {"training", "models", "checkpoint", "output"},
+    "weights": {"training", "models", "checkpoint", "export", "output"},
     "starting": {"recipe", "resume", "checkpoint", "training"},
     "footprint": {"recipe", "plan", "sharding", "models"},
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
