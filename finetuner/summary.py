@@ -31,7 +31,8 @@ def print_plan(
     plan, schedule, base = weights.run.plan, weights.run.schedule, weights.bare.bare
     trainable, total = counted
     device = weights.run.accelerator.device
-    where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    where = f"{device.type}, {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else device.type
     rows = [
         ("recipe", recipe_name),
         ("model", f"{recipe.model.base_model} ({type(base).__name__}), {base.config._attn_implementation} attention"),

@@ -15,9 +15,10 @@ import pytest
 from conftest import ROOT
 
 from finetuner.errors import PlanError
-from finetuner.footprint import Kept, Parts, kept_by_a_rank, trained_parts
+from finetuner.kept import Kept, Parts, kept_by_a_rank, trained_parts
 from finetuner.sharding import FsdpPlan, ZeroPlan
 from finetuner.training.metrics import read_metrics
+from finetuner.training.watchdog import stacks_when_stuck
 from finetuner.world import available_ram
 
 LLAMA_70B = {
@@ -139,27 +140,75 @@ def test_a_mistake_that_one_rank_finds_ends_all_and_is_said_once_and_a_taken_por
     assert "Traceback" not in "".join(texts)
 
 
+def test_a_rank_without_progress_says_where_it_is(capfd):
+    with stacks_when_stuck(1.0) as alive:
+        for _ in range(6):
+            time.sleep(0.2)
+            alive()
+        assert "Timeout" not in capfd.readouterr().err
+        time.sleep(1.0)
+    assert "in test_a_rank_without_progress_says_where_it_is" in capfd.readouterr().err
+
+
+def until(process: subprocess.Popen, start: str) -> None:
+    """Until the process prints a line that starts like this."""
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith(start):
+            return
+    pytest.fail("".join(seen))
+
+
+SHARDED = {
+    "DDP": {},
+    "FSDP2": {"fsdp": ["full_shard", "auto_wrap"]},
+    "ZeRO-2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
+    "ZeRO-3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.matrix
-def test_a_rank_that_hangs_is_given_up_after_the_timeout(write_recipe):
-    recipe = write_recipe(max_steps=5000, save_strategy="no", logging_steps=1, ddp_timeout=4)
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_signal_to_one_rank_saves_on_all_and_a_rank_that_hangs_or_dies_is_not_waited_for(
+    engine, write_recipe, tmp_path
+):
+    recipe = write_recipe(max_steps=5000, save_strategy="no", logging_steps=1, ddp_timeout=15, **SHARDED[engine])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    main, other = started_by_no_launcher(recipe, port, (0, 1))
+
+    processes = started_by_no_launcher(recipe, port, (0, 1))
     try:
-        assert main.stdout is not None
-        assert any(line.startswith("step 2/") for line in main.stdout)
+        until(processes[0], "step 2/")
+        processes[1].send_signal(signal.SIGTERM)
+        texts = [process.communicate(timeout=60)[0] for process in processes]
+        assert [process.returncode for process in processes] == [75, 75], texts
+        assert len(list((tmp_path / "out" / "checkpoints").glob("step-*"))) == 1
+
+        main, other = processes = started_by_no_launcher(recipe, port, (0, 1), "resume_from_checkpoint=true")
+        until(main, "step ")
         other.send_signal(signal.SIGSTOP)
         stopped = time.monotonic()
-        assert main.wait(timeout=60) not in (0, 2)
-        assert time.monotonic() - stopped > 2, "it waited for the other"
-        assert "imed out" in main.stdout.read()
-    finally:
+        text, _ = main.communicate(timeout=60)
+        assert main.returncode not in (0, 2, 75) and "imed out" in text, text
+        assert 5 < time.monotonic() - stopped < 40
+        stack, _, rest = text.partition("Traceback")
+        assert "Timeout (0:00:12)!" in stack and "training/loop.py" in stack, "where it waited, before it gave up"
+        assert "resume with: accelerate launch" in rest
         other.kill()
-        main.kill()
-        other.communicate()
-        main.communicate()
+
+        main, other = processes = started_by_no_launcher(recipe, port, (0, 1), "resume_from_checkpoint=true")
+        until(main, "step ")
+        other.kill()
+        text, _ = main.communicate(timeout=60)
+        assert main.returncode not in (0, 2, 75) and "resume with: accelerate launch" in text, text
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def network_namespaces_are_permitted() -> bool:

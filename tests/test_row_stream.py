@@ -5,7 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def test_a_stream_goes_on_from_any_row_as_if_it_had_never_stopped(opened: Opener
         for i in range(step):
             stream.rows(2 * i, 2)
         stream.rows(2 * step, 4)  # made ahead
-        state = StreamState.from_json(stream.state_at(2 * step).to_json())
+        state = StreamState(**json.loads(json.dumps(asdict(stream.state_at(2 * step)))))
         resumed = opened(entries, state=state, **keys)
         assert [resumed.rows(2 * i, 2).sha256 for i in range(step, 30)] == shas[step:]
     assert [opened(entries, **keys).rows(0, 2).sha256] == shas[:1]
@@ -149,7 +149,7 @@ def test_a_stream_says_what_it_cannot_use(opened: Opener, tmp_path: Path) -> Non
     stream = opened([entry], on_bad_row="skip", max_dropped_fraction=0.5)
     stream.rows(0, 1)
     assert any("that cannot become text" in note for note in stream.notes)
-    with pytest.raises(DataError, match=r"33.3% of the .* rows read so far are dropped, .* allows 20%"):
+    with pytest.raises(DataError, match=r"30.8% of the 13 rows read so far are dropped, .* allows 20%"):
         opened([entry], on_bad_row="skip").rows(0, 1)
     path.write_text('{"text": 5}\n')
     with pytest.raises(DataError, match=r"no row of '.*a.jsonl' is left to train on: .* rows that cannot become"):

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 from collections import Counter
@@ -136,8 +137,10 @@ def _write(
     seed: int,
     report: Report,
 ) -> None:
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    mine = f"{folder.name}.{platform.node()}"
+    for left in folder.parent.glob(f"{mine}.*.tmp"):  # by a process that was killed: this one has the lock
+        shutil.rmtree(left, ignore_errors=True)
+    aside = folder.with_name(f"{mine}.{os.getpid()}.tmp")
     aside.mkdir()
     try:
         prepared = prepare(section, tokenizer, seed, report, into=aside)

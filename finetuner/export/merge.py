@@ -6,11 +6,11 @@ go through the same round trip before the adapter is added, so that the merged m
 
 import hashlib
 import json
-import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from finetuner.models.targets import is_tied
 Report = Callable[[int, int], None]  # bytes done, bytes in all
 
 MARK = "merge.json"
+MOST_AHEAD = 4  # tensors in memory beside the one that is written
 # What travels from the training run (its template, its added tokens), and what from the base.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -119,15 +120,13 @@ def merge_adapter(
 
             def counted(pieces: list[Piece] = pieces) -> Iterator[tuple[str, torch.Tensor]]:
                 nonlocal done
-                for piece, tensor in _one_ahead(pieces):
+                for piece, tensor in _ahead(pieces):
                     yield piece.name, tensor
                     done += piece.after.num_bytes
                     report(done, num_bytes)
 
             part = aside / f"{file_name}.part"
             write_stream(part, {piece.name: piece.after for piece in pieces}, counted())
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
             part.rename(aside / file_name)
         _write_beside(base, adapter, aside, files, num_bytes, changes.unties, form, token_ids or {})
     seconds = time.monotonic() - started
@@ -150,15 +149,29 @@ def plan_merge(
     return infos, changes, quantised, plan_files(infos, changes, tied, quantised, form)
 
 
-def _one_ahead(pieces: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Each merged while the one before it is written: the disk and the arithmetic wait for each other less."""
-    with ThreadPoolExecutor(1) as worker:
-        coming = worker.submit(merged_tensor, pieces[0])
-        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-            tensor = coming.result()
-            if following is not None:
-                coming = worker.submit(merged_tensor, following)
-            yield piece, tensor
+def _ahead(pieces: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """In their order, while as many as there are cores are read and merged ahead of the one that is written.
+
+    A tensor for each core, not all cores for a tensor: reading and rounding use one core only.
+    """
+    threads = torch.get_num_threads()
+    waiting: deque[tuple[Piece, Future[torch.Tensor]]] = deque()
+    with ThreadPoolExecutor(min(threads, MOST_AHEAD)) as workers:
+        torch.set_num_threads(1)
+        try:
+            for piece in pieces:
+                waiting.append((piece, workers.submit(merged_tensor, piece)))
+                if len(waiting) > min(threads, MOST_AHEAD):
+                    first, tensor = waiting.popleft()
+                    yield first, tensor.result()
+                    del tensor
+            while waiting:
+                first, tensor = waiting.popleft()
+                yield first, tensor.result()
+        finally:
+            torch.set_num_threads(threads)
+            for _, tensor in waiting:
+                tensor.cancel()
 
 
 def merged_tensor(piece: Piece) -> torch.Tensor:

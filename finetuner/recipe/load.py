@@ -10,7 +10,7 @@ from typing import Any
 from finetuner.errors import RecipeError
 from finetuner.recipe.document import MAX_RECIPE_BYTES, Document, parse_value, parse_yaml
 from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, tool_of
-from finetuner.recipe.foreign.translate import translate
+from finetuner.recipe.foreign.translate import ALIASES, translate
 from finetuner.recipe.prefix import drop_fsdp_prefix
 from finetuner.recipe.problems import (
     KeyPath,
@@ -106,6 +106,10 @@ def read_text(path: Path) -> str:
         raise RecipeError(f"'{path}' cannot be read as UTF-8 text: {error}") from error
 
 
+def _our_name(key: Any) -> Any:
+    return ALIASES.get(key, key)
+
+
 _INDEX = re.compile("[0-9]{1,6}")
 
 
@@ -121,6 +125,10 @@ def _apply_override(document: Document, number: int, override: str) -> None:
         document.problems.append(Problem(f"the value is not YAML: {error}", origin))
         return
     path: KeyPath = tuple(int(part) if _INDEX.fullmatch(part) else part for part in key.strip().split("."))
+    if len(path) == 1:  # it also replaces what the file says under another name of the same key
+        ours = _our_name(path[0])
+        for name in [name for name in document.values if name != path[0] and _our_name(name) == ours]:
+            del document.values[name]
     target: Any = document.values
     for step, following in pairwise(path):
         if isinstance(target, dict) and isinstance(step, str):
