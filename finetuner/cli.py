@@ -232,6 +232,21 @@ Seed = Annotated[int, typer.Option(min=0, help="The same seed writes the same te
 
 
 @app.command()
+def push(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="FOLDER|RECIPE", help="An adapter, a merged model, or a recipe.", show_default=False),
+    ],
+    to: Annotated[str | None, typer.Option("--to", help="The repository; default: the recipe's hub_model_id.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="For everyone, if the repository is new.")] = False,
+) -> None:
+    """Upload a result to the hub, with the token of `hf auth login` or HF_TOKEN; what is there is not sent again."""
+    from finetuner.commands import push as upload
+
+    upload(target, to, public=public)
+
+
+@app.command()
 def generate(
     source: ModelOrRecipe,
     overrides: Overrides = None,

@@ -18,6 +18,7 @@ from finetuner.export.layers import verify_layers
 from finetuner.export.merge import Form, merge_adapter, require_same_base
 from finetuner.export.seen import known_settings
 from finetuner.export.serving import check_for_vllm, modelfile
+from finetuner.export.upload import require_hub, upload_result
 from finetuner.export.verify import room_to_verify, verify_merged
 from finetuner.export.wishes import Wishes, read_wishes
 from finetuner.models.files import find_base
@@ -256,3 +257,25 @@ def export(model: Path, to: str, form: str, out: Path | None) -> None:
         (folder / "Modelfile").write_text(page, encoding="utf-8")
         screen.line(f"create it: ollama create {model.resolve().name} -f {folder / 'Modelfile'}")
     screen.line(f"done: {file}")
+
+
+def push(target: str, repo_id: str | None, *, public: bool) -> None:
+    """Upload an adapter, a trained or a merged model: a folder, or what the run of a recipe left. Raises
+    FinetunerError."""
+    folder, recipe = Path(target).expanduser(), None
+    if folder.suffix in (".yml", ".yaml"):
+        recipe = load(target).recipe
+        folder = Path(recipe.output.output_dir)
+    elif repo_id is None:
+        near = (folder / "recipe.yml", folder.parent / "recipe.yml")
+        recipe = next((load(path, check_files=False).recipe for path in near if path.exists()), None)
+    if not any((folder / name).exists() for name in ("adapter_config.json", "config.json")):
+        raise ModelError(f"'{folder}' holds neither an adapter nor a model. Name the folder of a result.")
+    repo_id = repo_id or (None if recipe is None else recipe.output.hub_model_id)
+    if repo_id is None:
+        raise RecipeError("nothing says where to upload to. Name a repository: --to me/my-model")
+    require_hub(repo_id)
+    private = not public and (recipe is None or recipe.output.hub_private_repo)
+    screen = Screen(speaks=True)
+    screen.line(f"uploading {folder} to {repo_id} ({'private' if private else 'public'}, if it is new)")
+    screen.line(f"done: {upload_result(folder, repo_id, private=private)}")

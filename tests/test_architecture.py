@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "resume": {"errors"},
     "checkpoint": {"training"},
     "export": {"recipe", "models", "checkpoint"},
-    "weights": {"training", "models", "checkpoint", "output"},
+    "weights": {"training", "models", "checkpoint", "export", "output"},
     "starting": {"recipe", "resume", "checkpoint", "training"},
     "kept": {"sharding"},
     "footprint": {"recipe", "plan", "sharding", "models", "kept"},

@@ -66,8 +66,8 @@ def logits_of(folder) -> torch.Tensor:
     ).logits
 
 
-@pytest.mark.parametrize("form", ["f16", "q8_0"])
-def test_a_qwen2_with_its_biases_and_its_tokenizer_is_read_back_the_same(form, tmp_path, tokenizer_folder):
+def make_qwen2(folder, tokenizer_folder):
+    """With biases, and a tokenizer that composes and cuts text as Qwen's does."""
     from tokenizers import Regex, normalizers, pre_tokenizers
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -79,14 +79,20 @@ def test_a_qwen2_with_its_biases_and_its_tokenizer_is_read_back_the_same(form, t
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 parameter.normal_()
-    model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     backend = tokenizer.backend_tokenizer
     pattern = next(pattern for pattern, name in SPLITS.items() if name == "qwen2")
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     backend.normalizer = normalizers.NFC()
-    tokenizer.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("form", ["f16", "q8_0"])
+def test_a_qwen2_with_its_biases_and_its_tokenizer_is_read_back_the_same(form, tmp_path, tokenizer_folder):
+    model = make_qwen2(tmp_path / "model", tokenizer_folder)
     commands.export(tmp_path / "model", "gguf", form, tmp_path / "out")
     file = tmp_path / "out" / f"model-{form}.gguf"
     again = import_gguf(file, tmp_path / "again", "float32", report=lambda line: None)
@@ -101,6 +107,35 @@ def test_a_qwen2_with_its_biases_and_its_tokenizer_is_read_back_the_same(form, t
     assert (header.architecture, header.values["tokenizer.ggml.pre"]) == ("qwen2", "qwen2")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     assert kinds["blk.1.attn_k.bias"] == "F32" and kinds["blk.1.attn_k.weight"] == form.upper()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_llama_cpp_writes_the_same_text_with_the_file(kind, tmp_path, tokenizer_folder):
+    llama_cpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    folder = tmp_path / "model"
+    if kind == "llama":
+        make_model(folder, tokenizer_folder, hidden_size=64, initializer_range=0.3)
+    else:
+        make_qwen2(folder, tokenizer_folder)
+    commands.export(folder, "gguf", "f16", tmp_path / "out")
+    settings = llama_cpp.CommonParams()
+    settings.model.path = str(tmp_path / "out" / "model-f16.gguf")
+    settings.n_ctx, settings.n_parallel, settings.warmup, settings.cpuparams.n_threads = 128, 1, False, 1
+    settings.cache_type_k = settings.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    prompt = "Naïve  text,\n\twith 2  numbers: 10, 2026! It's the quick brown fox"
+    wanted = {"prompt": prompt, "n_predict": 12, "temperature": 0, "ignore_eos": True}
+    server = llama_cpp.Server(settings)
+    answer = server.handle_completions(wanted)
+    del server  # it has threads of its own
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(rounded(parameter, "f16"))
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    assert answer["usage"]["prompt_tokens"] == ids.shape[1], "the text is cut alike"
+    said = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)[0, ids.shape[1] :]
+    assert answer["choices"][0]["text"] == tokenizer.decode(said)
 
 
 def test_a_gpt_of_ours_that_is_a_llama_is_written_as_one(tmp_path, tokenizer_folder):

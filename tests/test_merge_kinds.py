@@ -203,14 +203,16 @@ def test_a_value_beyond_float16_is_an_error_and_nothing_is_left(tmp_path, tokeni
     assert not list(tmp_path.glob("*merged*"))
 
 
-def test_generation_stops_at_the_end_of_a_turn_and_at_the_end_of_text(tmp_path, tiny_model):
+def test_generation_stops_at_the_end_of_a_turn_and_at_the_end_of_text(tmp_path, tiny_model, write_recipe, train):
     folder = tmp_path / "adapter"
     adapt(tiny_model, folder, target_modules=["q_proj"])
     merge_adapter(folder, str(tiny_model), tmp_path / "merged")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    assert model.generation_config.eos_token_id == stops
+    train(write_recipe(max_steps=1))  # the whole model
+    for result in (tmp_path / "merged", tmp_path / "out"):
+        tokenizer = AutoTokenizer.from_pretrained(result)
+        model = AutoModelForCausalLM.from_pretrained(result)
+        stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+        assert model.generation_config.eos_token_id == stops, result
 
 
 @pytest.mark.slow
