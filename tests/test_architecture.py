@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "starting": {"recipe", "resume", "checkpoint", "training"},
     "footprint": {"recipe", "plan", "sharding", "models"},
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
-    "summary": {"recipe", "plan", "data", "models", "training", "weights"},
+    "summary": {"recipe", "plan", "sharding", "data", "models", "training", "weights"},
 }
 COMMANDS = {"run", "commands", "evaluate", "generate", "preview", "cli", "train", "merge", "__init__"}
 
