@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
     "lineup": {"recipe", "models", "export"},
     "tasks": {"errors"},
-    "summary": {"recipe", "plan", "data", "models", "training", "weights"},
+    "summary": {"recipe", "plan", "sharding", "data", "models", "training", "weights"},
 }
 COMMANDS = {
     "run", "commands", "evaluate", "generate", "chat", "scaling", "preview", "cli", "train", "merge", "__init__",
