@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from finetuner.errors import FinetunerError
+from finetuner.errors import FinetunerError, RecipeError
 
 app = typer.Typer(
     name="finetuner",
@@ -176,19 +176,37 @@ def preview(
 @app.command()
 def evaluate(
     target: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of its run.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="RECIPE|MODEL",
+            help="A recipe, the folder of its run, or a model's or adapter's folder or hub id.",
+            show_default=False,
+        ),
     ],
     overrides: Overrides = None,
     questions: Annotated[int, typer.Option(min=0, help="Held-out questions to answer; 0: none.")] = 100,
+    data: Annotated[list[str] | None, typer.Option(help="A file of rows to measure by; several are sources.")] = None,
+    type: Annotated[str | None, typer.Option(help="How the rows of --data read, as datasets.type.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="For a MODEL: the recipe whose held-out rows to take.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Benchmark tasks of lm-eval, such as hellaswag,arc_easy.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with YAML tasks of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task to take.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the results; default: MODEL's.")] = None,
 ) -> None:
-    """Score base, adapter and merged model side by side on the recipe's held-out rows."""
-    from finetuner.recipe import load
+    """Score base, adapter and merged model side by side: loss on held-out rows, answers, benchmark tasks."""
+    if not Path(target).is_dir() and Path(target).suffix in (".yml", ".yaml"):
+        from finetuner.recipe import load
 
-    if not Path(target).is_dir():  # what is wrong with a recipe is said before torch is imported
-        load(target, overrides or [])
+        load(target, overrides or [])  # what is wrong with a recipe is said before torch is imported
+    from finetuner.evaluate import Wishes
     from finetuner.evaluate import evaluate as score
+    from finetuner.tasks import Tasks
 
-    score(target, overrides or [], questions=questions)
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    if not names and (include_path is not None or limit is not None):
+        raise RecipeError("--include-path and --limit are about benchmark tasks. Name some: --tasks hellaswag")
+    chosen = Tasks(names, include_path, limit) if names else None
+    score(target, overrides or [], Wishes(questions, tuple(data or ()), type, recipe, chosen, out))
 
 
 @app.command()
@@ -211,6 +229,21 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest that have this share.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed writes the same text.")]
+
+
+@app.command()
+def push(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="FOLDER|RECIPE", help="An adapter, a merged model, or a recipe.", show_default=False),
+    ],
+    to: Annotated[str | None, typer.Option("--to", help="The repository; default: the recipe's hub_model_id.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="For everyone, if the repository is new.")] = False,
+) -> None:
+    """Upload a result to the hub, with the token of `hf auth login` or HF_TOKEN; what is there is not sent again."""
+    from finetuner.commands import push as upload
+
+    upload(target, to, public=public)
 
 
 @app.command()
@@ -311,8 +344,11 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(error.exit_code)
         rank = _rank()
         if rank:  # if rank 0 found the same, its launcher ends this process meanwhile, and it is said once
-            time.sleep(5)
-        sys.stderr.write(f"\nrank {rank}: {error}\n" if rank else f"\n{error}\n")
+            time.sleep(15)  # a busy node takes its time
+        from finetuner.recipe.secrets import without_secrets
+
+        message = without_secrets(str(error))
+        sys.stderr.write(f"\nrank {rank}: {message}\n" if rank else f"\n{message}\n")
         sys.exit(error.exit_code)
 
 

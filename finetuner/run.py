@@ -1,6 +1,7 @@
 """The composition root of training: builds the parts in order and hands them on. commands.py has the other commands."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,10 @@ from finetuner.data.batches import Layout
 from finetuner.data.bytes import token_bytes
 from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
 from finetuner.data.feed import Feed, build_feed, prefetched
+from finetuner.data.listing import LISTED
 from finetuner.data.prepare import Prepared, held_out_only
 from finetuner.data.templates import chosen_template
-from finetuner.errors import FinetunerError, PreemptedError
+from finetuner.errors import FinetunerError, LostConnectionError, PreemptedError
 from finetuner.export.card import write_card
 from finetuner.export.upload import require_hub, upload_result
 from finetuner.flops import peak_of
@@ -72,6 +74,7 @@ from finetuner.training.progress import Screen, TrainingProgress, quiet_librarie
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
 from finetuner.training.trackers import Trackers, require_trackers
+from finetuner.training.watchdog import stacks_when_stuck
 from finetuner.weights import (
     Weights,
     checkpoint_bytes,
@@ -119,7 +122,7 @@ def train(loaded: Loaded, recipe_name: str) -> None:
                 place = upload_result(Path(output.output_dir), output.hub_model_id, private=output.hub_private_repo)
                 screen.line(f"done: the result is at {place}")
         except BaseException as error:
-            ours = isinstance(error, FinetunerError) and not isinstance(error, PreemptedError)
+            ours = isinstance(error, FinetunerError) and not isinstance(error, PreemptedError | LostConnectionError)
             if not ours and list_checkpoints(Path(output.output_dir)):
                 screen.line(
                     f"resume with: accelerate launch -m finetuner.train {recipe_name} resume_from_checkpoint=true"
@@ -172,10 +175,16 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         read_optimizer(weights, checkpoint)
         screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
     print_plan(recipe, weights, counted, prepared, recipe_name, screen)
-    by_main_rank(accelerator, lambda: make_room(recipe, recipe_name, counted[0], state, screen))
     layout = weights.run.layout
-    feed = build_feed(recipe.data, vocabulary.tokenizer, prepared.train_rows, plan, schedule, layout, checkpoint)
-    state = fit(recipe, weights, feed, facts, state, screen)
+    feed = build_feed(
+        recipe.data, vocabulary.tokenizer, prepared.train_rows, plan, schedule, layout, checkpoint,
+        listed=output_dir / LISTED if world.is_main else None, say=screen.line,
+    )  # fmt: skip
+    by_main_rank(accelerator, lambda: make_room(recipe, recipe_name, counted[0], state, screen))
+    try:
+        state = fit(recipe, weights, feed, facts, state, screen)
+    finally:
+        say_what_was_lost(feed, output_dir / LISTED, screen)
     say_how_it_ended(recipe.guards, state, schedule.total_steps, screen)
     if recipe.guards.load_best_model_at_end and state.best_step not in (None, state.step):
         best = state.best_step or 0
@@ -317,6 +326,7 @@ def fit(
         show(row)
 
     def stepped(state: TrainState, stats: StepStats, seconds: float) -> None:
+        alive()
         progress.stepped(state.step, stats.loss, stats.learning_rate, stats.input_tokens, seconds)
         if not stats.updated:
             screen.line(f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update is skipped")
@@ -325,7 +335,12 @@ def fit(
             text = sample_text(weights.bare.model, weights.tokenizer, recipe.evaluation.generate_prompt, state.step)
             screen.line(f"step {state.step} writes: {text}")
 
+    def evaluating(rows: int) -> None:
+        alive()
+        progress.evaluating(rows)
+
     def save(state: TrainState, stops: bool) -> None:
+        alive()
         model_only = recipe.output.save_only_model and not stops
         folder, engine = checkpoint_folder(output_dir, state.step), run.plan.engine
         write: Callable[[Path], None]
@@ -348,17 +363,19 @@ def fit(
             prune(output_dir, recipe.output.save_total_limit, state.best_step if run.guards.saves_best else None)
 
         by_main_rank(run.accelerator, seal_and_prune)
+        alive()
 
     mine = -(-len(run.held_out_rows) // run.plan.data_parallel)
     bar = TrainingProgress(screen, run.schedule.total_steps, state.step, eval_rows=mine)
     ahead = prefetched(feed, run.schedule.total_steps, pin=run.accelerator.device.type == "cuda")
-    with bar as progress, stop_wishes(screen.line) as wish, ahead as batches:
+    stuck = stacks_when_stuck(recipe.sharding.ddp_timeout) if run.plan.data_parallel > 1 else nullcontext(lambda: None)
+    with bar as progress, stop_wishes(screen.line) as wish, ahead as batches, stuck as alive:
         events = Events(
             stepped=stepped,
             logged=partial(record, progress.logged),
             evaluated=partial(record, progress.evaluated),
             save=save,
-            eval_progress=progress.evaluating,
+            eval_progress=evaluating,
             stop_wished=lambda: bool(wish),
         )
         well = False
@@ -368,6 +385,15 @@ def fit(
         finally:
             trackers.close(well=well)
         return state
+
+
+def say_what_was_lost(feed: Feed, listed: Path, screen: Screen) -> None:
+    """The rows that a stream did not learn as they stand; of prepared rows it is said at the start."""
+    num_read, notes = feed.lost()
+    if notes:
+        screen.line(f"of {num_read:,} rows read, not learned as they stand (the first of each are in {listed}):")
+        for note in notes:
+            screen.line(f"  {note}")
 
 
 def say_how_it_ended(section: GuardSection, state: TrainState, total_steps: int, screen: Screen) -> None:

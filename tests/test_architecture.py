@@ -36,12 +36,14 @@ MAY_IMPORT = {
     "resume": {"errors"},
     "checkpoint": {"training"},
     "export": {"recipe", "models", "checkpoint"},
-    "weights": {"training", "models", "checkpoint", "output"},
+    "weights": {"training", "models", "checkpoint", "export", "output"},
     "starting": {"recipe", "resume", "checkpoint", "training"},
     "kept": {"sharding"},
     "footprint": {"recipe", "plan", "sharding", "models", "kept"},
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
-    "summary": {"recipe", "plan", "data", "models", "training", "weights"},
+    "lineup": {"recipe", "models", "export"},
+    "tasks": {"errors"},
+    "summary": {"recipe", "plan", "sharding", "data", "models", "training", "weights"},
 }
 COMMANDS = {
     "run", "commands", "evaluate", "generate", "chat", "scaling", "preview", "cli", "train", "merge", "__init__",

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from finetuner.recipe.secrets import without_secrets
 from finetuner.world import stream_is_terminal
 
 
@@ -33,7 +34,7 @@ class Screen:
 
     def line(self, text: str = "") -> None:
         if self.speaks:
-            self.console.print(text, markup=False)
+            self.console.print(without_secrets(text), markup=False)
 
     def table(self, rows: list[tuple[str, str]]) -> None:
         """A short two-column table."""
@@ -41,7 +42,7 @@ class Screen:
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")  # a path is whole or useless
         for name, value in rows:
-            table.add_row(Text(name, style="bold"), Text(value))
+            table.add_row(Text(name, style="bold"), Text(without_secrets(value)))
         if self.speaks:
             self.console.print(table)
 
