@@ -1,6 +1,7 @@
 """The composition root of training: builds the parts in order and hands them on. commands.py has the other commands."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from finetuner.data.templates import chosen_template
 from finetuner.errors import FinetunerError, LostConnectionError, PreemptedError
 from finetuner.export.card import write_card
 from finetuner.export.upload import require_hub, upload_result
+from finetuner.flops import peak_of
 from finetuner.footprint import require_fit
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
@@ -44,6 +46,7 @@ from finetuner.models.quantized import (
 )
 from finetuner.models.sampling import sample_text
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
+from finetuner.models.work import work_of
 from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
@@ -71,6 +74,7 @@ from finetuner.training.progress import Screen, TrainingProgress, quiet_librarie
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
 from finetuner.training.trackers import Trackers, require_trackers
+from finetuner.training.watchdog import stacks_when_stuck
 from finetuner.weights import (
     Weights,
     checkpoint_bytes,
@@ -163,8 +167,9 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
             leave_ranks(accelerator)
             return
 
+    peak = peak_of(world.device_name) if plan.precision != "fp32" else None  # the table is of 16-bit formats
     weights, counted = assemble(
-        recipe, base, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen
+        recipe, base, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen, peak
     )
     if checkpoint is not None:
         read_optimizer(weights, checkpoint)
@@ -211,8 +216,10 @@ def assemble(
     checkpoint: Path | None,
     accelerator: Accelerator,
     screen: Screen,
+    device_peak: float | None = None,
 ) -> tuple[Weights, tuple[int, int]]:
-    """The model in its engine, ready to train; and its parameters, counted before they were spread."""
+    """The model in its engine, ready to train; and its parameters, counted before they were spread. `device_peak`:
+    FLOPs a second of the device, by its data sheet."""
     is_lora = recipe.adapter.adapter is not None
     with screen.work("loading the model", "MB") as work:
         built = build_model(recipe, base, plan, vocabulary, attention, checkpoint, accelerator, work.at_bytes)
@@ -221,6 +228,7 @@ def assemble(
             screen.line(f"note: {note}")
         counted = count_parameters(bare)
         tables = vocabulary_parameters(bare, bare.bare)
+        flops = work_of(bare.model, bare.bare, prepared.train.longest or recipe.data.sequence_len)
         rates = own_rates(trainable_parameters(bare), recipe.rates, schedule.peak_lr, tables)
         engine = build_engine(
             accelerator,
@@ -235,6 +243,8 @@ def assemble(
     packs = recipe.packing.sample_packing or packs_held_out(recipe.packing)
     with torch.no_grad():
         bare.composed = bool(engine.module(partial(probe, packs=packs)))
+    if flops is not None and not bare.composed:
+        flops = flops.with_head_everywhere()
     run = Run(
         accelerator=accelerator,
         engine=engine,
@@ -247,6 +257,8 @@ def assemble(
         layout=layout_of(recipe, bare.bare, packed=recipe.packing.sample_packing),
         eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
         guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
+        work=flops,
+        device_peak_flops=recipe.output.device_peak_flops or device_peak,
     )
     token_ids = special_ids(recipe, vocabulary.tokenizer)
     return Weights(run, bare, trainable_parameters(bare), vocabulary.tokenizer, is_lora, token_ids), counted
@@ -314,6 +326,7 @@ def fit(
         show(row)
 
     def stepped(state: TrainState, stats: StepStats, seconds: float) -> None:
+        alive()
         progress.stepped(state.step, stats.loss, stats.learning_rate, stats.input_tokens, seconds)
         if not stats.updated:
             screen.line(f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update is skipped")
@@ -322,7 +335,12 @@ def fit(
             text = sample_text(weights.bare.model, weights.tokenizer, recipe.evaluation.generate_prompt, state.step)
             screen.line(f"step {state.step} writes: {text}")
 
+    def evaluating(rows: int) -> None:
+        alive()
+        progress.evaluating(rows)
+
     def save(state: TrainState, stops: bool) -> None:
+        alive()
         model_only = recipe.output.save_only_model and not stops
         folder, engine = checkpoint_folder(output_dir, state.step), run.plan.engine
         write: Callable[[Path], None]
@@ -345,17 +363,19 @@ def fit(
             prune(output_dir, recipe.output.save_total_limit, state.best_step if run.guards.saves_best else None)
 
         by_main_rank(run.accelerator, seal_and_prune)
+        alive()
 
     mine = -(-len(run.held_out_rows) // run.plan.data_parallel)
     bar = TrainingProgress(screen, run.schedule.total_steps, state.step, eval_rows=mine)
     ahead = prefetched(feed, run.schedule.total_steps, pin=run.accelerator.device.type == "cuda")
-    with bar as progress, stop_wishes(screen.line) as wish, ahead as batches:
+    stuck = stacks_when_stuck(recipe.sharding.ddp_timeout) if run.plan.data_parallel > 1 else nullcontext(lambda: None)
+    with bar as progress, stop_wishes(screen.line) as wish, ahead as batches, stuck as alive:
         events = Events(
             stepped=stepped,
             logged=partial(record, progress.logged),
             evaluated=partial(record, progress.evaluated),
             save=save,
-            eval_progress=progress.evaluating,
+            eval_progress=evaluating,
             stop_wished=lambda: bool(wish),
         )
         well = False

@@ -45,7 +45,8 @@ class World:
     """Ranks, and the device of this one.
 
     `size` ranks in all, `local_size` of them on this node. `bf16` says that the device multiplies bfloat16 natively;
-    where it does not, bf16 is emulated and slower than fp32. `num_threads` is this rank's share of the CPU cores.
+    where it does not, bf16 is emulated and slower than fp32. `device_name`: a GPU's, by its maker. `num_threads` is
+    this rank's share of the CPU cores.
     `device_memory`: free bytes of this rank's GPU, or its share of the node's RAM; `host_memory`: the node's available
     RAM. None where they cannot be known.
     """
@@ -56,6 +57,7 @@ class World:
     local_size: int = 1
     device: DeviceType = "cpu"
     bf16: bool = False
+    device_name: str = ""
     num_threads: int = 1
     device_memory: int | None = None
     host_memory: int | None = None
@@ -82,12 +84,8 @@ class World:
                 device = "cuda"
             elif torch.backends.mps.is_available():
                 device = "mps"
-        if device == "cuda" and local_size > torch.cuda.device_count():
-            raise PlanError(
-                f"{local_size} ranks were started on this node, but it has {torch.cuda.device_count()} GPU(s).\n"
-                f"Start with: accelerate launch --num_processes {torch.cuda.device_count()} ..."
-            )
         if device == "cuda":
+            require_a_gpu_for_each(local_size, torch.cuda.device_count())
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             bf16 = device == "mps" or _cpu_multiplies_bf16()
@@ -102,6 +100,7 @@ class World:
             local_size=local_size,
             device=device,
             bf16=bf16,
+            device_name=torch.cuda.get_device_name(local_rank) if device == "cuda" else "",
             num_threads=threads_for_a_rank(env, local_size, _num_usable_cores()),
             device_memory=device_memory,
             host_memory=host,
@@ -148,6 +147,15 @@ def refuse_a_launch_that_lost_its_ranks(env: Mapping[str, str]) -> None:
             "--num_processes.\nType one of these instead (both run several CPU ranks with gloo):\n"
             "  accelerate launch --multi_gpu --num_processes 2 -m finetuner.train RECIPE\n"
             "  torchrun --nproc_per_node 2 -m finetuner.train RECIPE"
+        )
+
+
+def require_a_gpu_for_each(local_size: int, num_gpus: int) -> None:
+    """Raises PlanError if ranks of this node would share a GPU."""
+    if local_size > num_gpus:
+        raise PlanError(
+            f"{local_size} ranks were started on this node, but it has {num_gpus} GPU(s).\n"
+            f"Start with: accelerate launch --num_processes {num_gpus} ..."
         )
 
 

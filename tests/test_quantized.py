@@ -24,7 +24,7 @@ from finetuner.recipe.sections import AdapterSection, FourBitSection, Quantizati
 pytestmark = pytest.mark.slow
 
 NF4 = Format("nf4", torch.float32, double=True, compute_dtype=torch.float32)
-SHAPES = [(96, 48), (7, 5), (2048, 300)]  # (in, out): whole blocks, less than one, scales of scales for 38 blocks
+SHAPES = [(96, 48), (7, 5), (2048, 300)]  # (in, out): whole blocks, less than one, three pieces
 
 
 def pair(sizes, kind, double, dtype, bias) -> tuple[FourBitLinear, torch.nn.Module]:

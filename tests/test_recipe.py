@@ -398,6 +398,15 @@ def test_an_override_is_as_if_written_in_the_file(
     assert reads(load_recipe(write(BASE), overrides)) == value
 
 
+def test_an_override_replaces_the_key_whichever_of_its_names_the_file_has(
+    write: Callable[..., Path], refusal: Callable[..., str]
+) -> None:
+    for name in ("sequence_length", "sequence_len", "max_seq_length"):
+        for other in ("sequence_length=128", "sequence_len=128"):
+            assert load_recipe(write(BASE + f"{name}: 512\n"), [other]).data.sequence_len == 128
+    assert "are the same key" in refusal(BASE + "sequence_len: 512\nsequence_length: 512\n")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

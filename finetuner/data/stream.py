@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.documents import Document, DocumentMaker, Outcome
+from finetuner.data.documents import DocumentMaker, Outcome
 from finetuner.data.endless import START, EndlessRows, FileFacts, Place
 from finetuner.data.listing import READ, Listing, dropped_share, notes_of
 from finetuner.data.order import mix, row_order
 from finetuner.data.packing import best_fit_decreasing
 from finetuner.data.steady import PATIENT, Patience
+from finetuner.data.tokens import Document
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 

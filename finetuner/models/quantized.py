@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BLOCK = 64  # weights that share a scale; bitsandbytes' default
 SCALE_BLOCK = 256  # scales that share a scale of their own, when they are quantised too
+PIECE = 1 << 18  # weights that a CPU quantises at once; a multiple of BLOCK, and even
 ALIGN = 16  # bytes at which each part of the packed parameter begins: its kernels read 16 at a time
 
 RECORD = "quantization.json"  # beside the adapter: which modules it was trained on in which format
@@ -120,6 +121,8 @@ class FourBitLinear(nn.Linear):
     @classmethod
     def quantize(cls, weight: torch.Tensor, form: Format, bias: torch.Tensor | None = None) -> "FourBitLinear":
         """`weight`: (out, in) in `form.dtype`, quantised on its own device."""
+        if weight.device.type == "cpu":
+            return cls.of(*_quantize_in_pieces(weight.contiguous(), form), form, bias)
         codes, state = require_bitsandbytes().functional.quantize_4bit(
             weight.contiguous(), blocksize=BLOCK, compress_statistics=form.double, quant_type=form.kind
         )
@@ -217,6 +220,30 @@ class _Product(torch.autograd.Function):
         return grads[0] @ ctx.layer.dequantized().to(grads[0].dtype), None
 
 
+def _quantize_in_pieces(weight: torch.Tensor, form: Format) -> "tuple[torch.Tensor, QuantState]":
+    """As bitsandbytes' quantize_4bit, bit for bit. On a CPU it takes some 20 bytes for each weight in passing, and most
+    of its time to get that memory from the system: pieces that stay in the processor's cache have neither."""
+    functional = require_bitsandbytes().functional
+    done = [
+        functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=form.kind)
+        for piece in weight.reshape(-1).split(PIECE)
+    ]
+    codes, scales = torch.cat([codes for codes, _ in done]), torch.cat([state.absmax for _, state in done])
+    of_scales: dict[str, Any] = {"absmax": scales}
+    if form.double:
+        mean = scales.mean()
+        in_bytes, state = functional.quantize_blockwise(scales - mean, blocksize=SCALE_BLOCK)
+        of_scales = {"absmax": in_bytes, "offset": mean, "state2": state}
+    return codes, functional.QuantState(
+        **of_scales,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        blocksize=BLOCK,
+        code=_levels(form.kind, weight.device),
+        quant_type=form.kind,
+    )
+
+
 @cache
 def _levels(kind: str, device: torch.device) -> torch.Tensor:
     """The 16 values that a weight can have, before its scale."""
@@ -238,13 +265,14 @@ def adopt_layers(model: "PreTrainedModel", form: Format) -> None:
     quantizer.remove_quantization_config(model)  # what is left is an ordinary model of ordinary modules
 
 
-def make_room_for_layers(model: "PreTrainedModel", form: Format) -> list[str]:
+def make_room_for_layers(model: "PreTrainedModel", form: Format, skip: tuple[str, ...] | None = None) -> list[str]:
     """Put an empty layer of ours in the place of each layer of a model on the meta device that `from_pretrained` would
-    keep in 4 bits. Returns their names."""
+    keep in 4 bits. Returns their names. `skip`: names or expressions of layers to leave; None: the head, and what is
+    tied."""
     from transformers.integrations import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    stay = get_keys_to_not_convert(model)
+    stay = get_keys_to_not_convert(model) if skip is None else list(skip)
     replace_with_bnb_linear(model, modules_to_not_convert=stay, quantization_config=bitsandbytes_config(form))
     theirs = _their_layers(model)
     for name, layer in theirs.items():

@@ -1,5 +1,6 @@
 """File and overrides -> Recipe, with every mistake reported at once."""
 
+import json
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -9,7 +10,7 @@ from typing import Any
 from finetuner.errors import RecipeError
 from finetuner.recipe.document import MAX_RECIPE_BYTES, Document, parse_value, parse_yaml
 from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, tool_of
-from finetuner.recipe.foreign.translate import translate
+from finetuner.recipe.foreign.translate import ALIASES, translate
 from finetuner.recipe.prefix import drop_fsdp_prefix
 from finetuner.recipe.problems import (
     KeyPath,
@@ -41,18 +42,27 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *
 
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check_files: bool = True) -> Loaded:
     """As load_recipe, with the notes. `check_files=False` leaves out whether named files exist."""
-    document = parse_yaml(read_text(Path(path)), str(path))
+    return _load_text(read_text(Path(path)), str(path), overrides, check_files=check_files)
+
+
+def load_values(values: dict[str, Any], source: str, overrides: tuple[str, ...] | list[str] = ()) -> Loaded:
+    """As load, of keys that a command makes for itself; `source` names it in messages."""
+    return _load_text(json.dumps(values, indent=0), source, overrides, check_files=True)
+
+
+def _load_text(text: str, source: str, overrides: tuple[str, ...] | list[str], *, check_files: bool) -> Loaded:
+    document = parse_yaml(text, source)
     drop_fsdp_prefix(document)
     for number, override in enumerate(overrides, 1):
         _apply_override(document, number, override)
     drop_fsdp_prefix(document, overrides=True)
     if not document.is_whole:
-        raise RecipeError(render_problems(str(path), document.problems))
+        raise RecipeError(render_problems(source, document.problems))
     tool = tool_of(document.values)
     if tool is not AXOLOTL_TOOL:
         raise RecipeError(
-            f"'{path}' is a recipe of {tool.name}. Write it as one of finetuner:\n"
-            f"  finetuner convert {path} -o recipe.yml"
+            f"'{source}' is a recipe of {tool.name}. Write it as one of finetuner:\n"
+            f"  finetuner convert {source} -o recipe.yml"
         )
     return resolve(document, translate(document), check_files=check_files)
 
@@ -96,6 +106,10 @@ def read_text(path: Path) -> str:
         raise RecipeError(f"'{path}' cannot be read as UTF-8 text: {error}") from error
 
 
+def _our_name(key: Any) -> Any:
+    return ALIASES.get(key, key)
+
+
 _INDEX = re.compile("[0-9]{1,6}")
 
 
@@ -111,6 +125,10 @@ def _apply_override(document: Document, number: int, override: str) -> None:
         document.problems.append(Problem(f"the value is not YAML: {error}", origin))
         return
     path: KeyPath = tuple(int(part) if _INDEX.fullmatch(part) else part for part in key.strip().split("."))
+    if len(path) == 1:  # it also replaces what the file says under another name of the same key
+        ours = _our_name(path[0])
+        for name in [name for name in document.values if name != path[0] and _our_name(name) == ours]:
+            del document.values[name]
     target: Any = document.values
     for step, following in pairwise(path):
         if isinstance(target, dict) and isinstance(step, str):
