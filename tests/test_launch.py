@@ -47,7 +47,7 @@ def llama_70b(tmp_path: Path) -> Path:
     [
         ({"adapter": None}, 16, "adapter: qlora"),
         ({"adapter": "lora", "bf16": True}, 2, "adapter: qlora"),
-        ({"adapter": "lora", "bf16": True, "fsdp": ["full_shard", "auto_wrap"]}, 2, "more ranks"),
+        ({"adapter": "lora", "bf16": True, "fsdp": ["full_shard", "auto_wrap"]}, 2, "more nodes"),
     ],
 )
 def test_a_model_too_big_is_refused_with_both_sizes_before_its_weights_or_the_rows_are_touched(
@@ -195,9 +195,9 @@ def test_a_signal_to_one_rank_saves_on_all_and_a_rank_that_hangs_or_dies_is_not_
         text, _ = main.communicate(timeout=60)
         assert main.returncode not in (0, 2, 75) and "imed out" in text, text
         assert 5 < time.monotonic() - stopped < 40
-        stack, _, rest = text.partition("Traceback")
+        stack = text.partition("Traceback")[0]
         assert "Timeout (0:00:12)!" in stack and "training/loop.py" in stack, "where it waited, before it gave up"
-        assert "resume with: accelerate launch" in rest
+        assert "resume with: accelerate launch" in text
         other.kill()
 
         main, other = processes = started_by_no_launcher(recipe, port, (0, 1), "resume_from_checkpoint=true")
