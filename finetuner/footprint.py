@@ -46,12 +46,13 @@ def require_fit(
         (kept.host * world.local_size, world.host_memory, "this node has {} of RAM available for its ranks"),
     ]
     for needed, there, words in checks:
+        in_ram = on_cpu or words.startswith("this node")
         if there is not None and needed > there:
             raise PlanError(
                 f"'{recipe.model.base_model}' does not fit: {_engine_name(plan)}, it takes {_gb(needed)} "
                 f"(weights {_gb(parts.weights)}, gradients {_gb(parts.gradients)}, optimizer {_gb(parts.optimizer)} in "
                 f"all; activations come on top), and {words.format(_gb(there))}.\n"
-                + "\n".join(f"  {line}" for line in advice(recipe, plan, world, needed / there))
+                + "\n".join(f"  {line}" for line in advice(recipe, plan, world, needed / there, in_ram=in_ram))
             )
 
 
@@ -73,8 +74,9 @@ def parts_to_keep(recipe: Recipe, plan: Plan, model: "PreTrainedModel") -> Parts
     return Parts(weights // 2 if recipe.quantization.load_in_8bit else weights)
 
 
-def advice(recipe: Recipe, plan: Plan, world: World, times: float) -> list[str]:
-    """What makes it smaller, the strongest first; `times` too large is it now."""
+def advice(recipe: Recipe, plan: Plan, world: World, times: float, *, in_ram: bool) -> list[str]:
+    """What makes it smaller, the strongest first; `times` too large is it now. `in_ram`: for the RAM of the node, which
+    all its ranks share."""
     lines = []
     if world.device == "cpu":
         lines.append("This machine shows no GPU to PyTorch: start it where `nvidia-smi` lists one.")
@@ -87,7 +89,12 @@ def advice(recipe: Recipe, plan: Plan, world: World, times: float) -> list[str]:
     if plan.engine is None or (isinstance(plan.engine, ZeroPlan) and plan.engine.stage < 3):
         lines.append("fsdp: [full_shard, auto_wrap]   spreads the model over the ranks")
     else:
-        lines.append(f"more ranks: {math.ceil(times * plan.engine.num_shards)} or more share what {world.size} cannot")
+        ranks = math.ceil(times * plan.engine.num_shards)
+        if in_ram:
+            nodes, now = math.ceil(ranks / world.local_size), -(-world.size // world.local_size)
+            lines.append(f"more nodes: {nodes} or more like this one share what {now} cannot")
+        else:
+            lines.append(f"more ranks: {ranks} or more share what {world.size} cannot")
         if world.device == "cuda" and not plan.engine.offload:
             lines.append("fsdp: [full_shard, auto_wrap, offload]   keeps it in the RAM of the nodes")
     return lines

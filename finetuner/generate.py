@@ -65,7 +65,7 @@ def speaker_of(source: str, overrides: list[str]) -> Speaker:
     path, base, trust = Path(source), None, False
     values: Mapping[str, Any] = {}
     if path.suffix in (".yml", ".yaml"):
-        recipe = load(source, overrides).recipe
+        recipe = load(source, overrides, check_files=False).recipe  # the rows may be elsewhere by now
         path, trust = Path(recipe.output.output_dir), recipe.model.trust_remote_code
         values = recipe.data.chat_template_kwargs
         base = readable_base(recipe, World()) if recipe.adapter.adapter is not None else None

@@ -56,6 +56,7 @@ class ZeroPlan:
     stage: int
     num_shards: int
     config: Mapping[str, Any] = field(repr=False)
+    filled_in: tuple[str, ...] = ()  # dotted names of what the user left as "auto"
 
     @property
     def offload(self) -> bool:
@@ -179,6 +180,7 @@ def _plan_zero(
     config: dict[str, Any] = json.loads(json.dumps(read_deepspeed(given)))  # a copy, all the way down
     if "bfloat16" in config:  # DeepSpeed's older name
         config["bf16"] = config.pop("bfloat16")
+    filled_in = tuple(".".join(path) for path in _autos(config))
     ours = {
         "train_batch_size": (micro_batch * grad_accum * world.size, "ranks x micro-batch x accumulation"),
         "train_micro_batch_size_per_gpu": (micro_batch, "micro_batch_size"),
@@ -210,7 +212,8 @@ def _plan_zero(
     left = [path for path in _autos(config) if path[-1] not in HIDDEN_SIZE_KEYS]
     if left:
         raise PlanError(f'{where}: {".".join(left[0])} is "auto", which nothing here can fill in. Write its value.')
-    return ZeroPlan(stage=config["zero_optimization"]["stage"], num_shards=world.size, config=config)
+    stage = config["zero_optimization"]["stage"]
+    return ZeroPlan(stage=stage, num_shards=world.size, config=config, filled_in=filled_in)
 
 
 def zero_config_for(plan: ZeroPlan, hidden_size: int) -> dict[str, Any]:
@@ -222,6 +225,19 @@ def zero_config_for(plan: ZeroPlan, hidden_size: int) -> dict[str, Any]:
             zero[key] = formula(hidden_size)
     assert not list(_autos(config))
     return config
+
+
+def filled_in(plan: ZeroPlan, hidden_size: int) -> str:
+    """What became of each "auto": "gradient_clipping 1.0, bf16.enabled true"; empty if there was none."""
+    config = zero_config_for(plan, hidden_size)
+
+    def value(name: str) -> Any:
+        found: Any = config
+        for part in name.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
+
+    return ", ".join(f"{name} {json.dumps(value(name))}" for name in plan.filled_in)
 
 
 def _autos(block: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

@@ -11,6 +11,7 @@ from finetuner.models.build import count_parameters
 from finetuner.models.quantized import quantized_layers, record_of
 from finetuner.plan import Schedule
 from finetuner.recipe import Recipe
+from finetuner.sharding import EnginePlan, ZeroPlan, filled_in
 from finetuner.training.loop import Run
 from finetuner.training.progress import Screen
 from finetuner.weights import Weights
@@ -39,6 +40,7 @@ def print_plan(
         ("parameters", f"{trainable:,} trained of {total:,} ({trainable / total:.2%})"),
         ("precision", f"{plan.precision} on {where}; trained weights in fp32"),
         ("engine", weights.run.engine.name),
+        *_filled_rows(plan.engine, base),
         ("each rank holds", _held_line(weights.run)),
         *_base_rows(base),
         ("rows", rows_line(prepared, recipe)),
@@ -52,6 +54,13 @@ def print_plan(
     for note in prepared.notes:
         screen.line(f"note: {note}")
     screen.line()
+
+
+def _filled_rows(engine: EnginePlan, base: "PreTrainedModel") -> list[tuple[str, str]]:
+    """What became of DeepSpeed's "auto"."""
+    if not (isinstance(engine, ZeroPlan) and engine.filled_in):
+        return []
+    return [("deepspeed", filled_in(engine, base.config.get_text_config().hidden_size))]
 
 
 def _held_line(run: Run) -> str:

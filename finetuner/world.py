@@ -84,12 +84,8 @@ class World:
                 device = "cuda"
             elif torch.backends.mps.is_available():
                 device = "mps"
-        if device == "cuda" and local_size > torch.cuda.device_count():
-            raise PlanError(
-                f"{local_size} ranks were started on this node, but it has {torch.cuda.device_count()} GPU(s).\n"
-                f"Start with: accelerate launch --num_processes {torch.cuda.device_count()} ..."
-            )
         if device == "cuda":
+            require_a_gpu_for_each(local_size, torch.cuda.device_count())
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             bf16 = device == "mps" or _cpu_multiplies_bf16()
@@ -151,6 +147,15 @@ def refuse_a_launch_that_lost_its_ranks(env: Mapping[str, str]) -> None:
             "--num_processes.\nType one of these instead (both run several CPU ranks with gloo):\n"
             "  accelerate launch --multi_gpu --num_processes 2 -m finetuner.train RECIPE\n"
             "  torchrun --nproc_per_node 2 -m finetuner.train RECIPE"
+        )
+
+
+def require_a_gpu_for_each(local_size: int, num_gpus: int) -> None:
+    """Raises PlanError if ranks of this node would share a GPU."""
+    if local_size > num_gpus:
+        raise PlanError(
+            f"{local_size} ranks were started on this node, but it has {num_gpus} GPU(s).\n"
+            f"Start with: accelerate launch --num_processes {num_gpus} ..."
         )
 
 

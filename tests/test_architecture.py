@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "unpickled": {"recipe", "models", "once"},
     "lineup": {"recipe", "models", "export"},
     "tasks": {"errors"},
-    "summary": {"recipe", "plan", "data", "models", "training", "weights"},
+    "summary": {"recipe", "plan", "sharding", "data", "models", "training", "weights"},
 }
 COMMANDS = {
     "run", "commands", "evaluate", "generate", "chat", "scaling", "preview", "cli", "train", "merge", "__init__",

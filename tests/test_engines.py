@@ -218,12 +218,19 @@ def test_a_resumed_run_is_bitwise_the_unbroken_run_in_every_engine(engine, preci
 @pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.parametrize("after", ENGINES)
-@pytest.mark.parametrize("before", ["FSDP2", "ZeRO-2", "ZeRO-3"])
-def test_a_run_goes_on_in_another_engine(before, after, recipe, train, tmp_path):
-    run_ranks(recipe, tmp_path / "a", "micro_batch_size=4", *override(**ENGINES[before]))
+@pytest.mark.parametrize("before", ["one rank", "FSDP2", "ZeRO-2", "ZeRO-3"])
+def test_a_run_goes_on_in_another_engine_and_on_another_number_of_ranks(before, after, recipe, train, tmp_path):
+    if before == "one rank":
+        train(recipe, "micro_batch_size=8", f"output_dir={tmp_path / 'a'}")
+    else:
+        run_ranks(recipe, tmp_path / "a", "micro_batch_size=4", *override(**ENGINES[before]))
     run_ranks(recipe, resumed(recipe, tmp_path / "a", tmp_path / "b"), *SPLIT, *override(**ENGINES[after]))
-    assert_same_numbers(*(read_metrics(tmp_path / name / "metrics.jsonl") for name in ("a", "b")))
-    assert largest_difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) < 1e-6
+    alone = resumed(recipe, tmp_path / "a", tmp_path / "c")
+    train(recipe, f"output_dir={alone}", "micro_batch_size=8", "resume_from_checkpoint=true")
+    unbroken = read_metrics(tmp_path / "a" / "metrics.jsonl")
+    for name in ("b", "c"):
+        assert_same_numbers(read_metrics(tmp_path / name / "metrics.jsonl"), unbroken)
+        assert largest_difference(weights_of(tmp_path / "a"), weights_of(tmp_path / name)) < 1e-6
 
 
 @pytest.mark.slow
@@ -243,7 +250,7 @@ KEYS: dict[str, dict] = {
     "dora": {"adapter": "lora", "lora_r": 3, "peft_use_dora": True},
     "unfrozen": {"unfrozen_parameters": ["model.layers.1", "lm_head"]},
     "best": {"load_best_model_at_end": True, "save_strategy": "best", "eval_steps": 1, "save_steps": None},
-    "packs": {"adapter": "qlora", "sample_packing": True, "sequence_len": 64, "max_steps": 2, "save_steps": 1},
+    "packs": {"adapter": "qlora", "sample_packing": True, "max_steps": 2, "save_steps": 1},
     "8 bits": {"adapter": "lora", "lora_r": 3, "load_in_8bit": True},
 }
 

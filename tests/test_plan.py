@@ -14,7 +14,12 @@ from finetuner.errors import PlanError
 from finetuner.plan import Plan, Schedule, ceil_of, choose_precision
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import EvaluationSection, OutputSection, PrecisionSection, ScheduleSection, Section
-from finetuner.world import World, refuse_a_launch_that_lost_its_ranks, threads_for_a_rank
+from finetuner.world import (
+    World,
+    refuse_a_launch_that_lost_its_ranks,
+    require_a_gpu_for_each,
+    threads_for_a_rank,
+)
 
 CPU, CPU_BF16 = World(), World(bf16=True)
 GPU, OLD_GPU = World(device="cuda", bf16=True), World(device="cuda")
@@ -329,6 +334,12 @@ def test_a_fraction_of_epochs_is_that_fraction_of_steps_rounded_up(rows: int, ba
 # --- the world's pure parts ---
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
+
+
+def test_more_ranks_than_gpus_are_refused_with_both_numbers():
+    with pytest.raises(PlanError, match=r"4 ranks were started .* 2 GPU\(s\)(.|\n)*--num_processes 2"):
+        require_a_gpu_for_each(4, 2)
+    require_a_gpu_for_each(2, 2)
 
 
 @pytest.mark.parametrize(

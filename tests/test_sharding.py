@@ -10,7 +10,7 @@ from finetuner.errors import PlanError, RecipeError
 from finetuner.plan import Plan
 from finetuner.recipe import load, load_recipe
 from finetuner.recipe.sections import FsdpConfig, ShardingSection
-from finetuner.sharding import FsdpPlan, ZeroPlan, plan_engine, zero_config_for
+from finetuner.sharding import FsdpPlan, ZeroPlan, filled_in, plan_engine, zero_config_for
 from finetuner.world import Launch, World, read_launch
 
 TWO = World(size=2, local_size=2)
@@ -196,8 +196,12 @@ def test_every_deepspeed_config_is_filled_in_from_the_plan(path):
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 3)
     assert config["gradient_clipping"] == 1.0
     assert config["bf16"]["enabled"] is True and config["fp16"]["enabled"] is False
+    said = filled_in(plan, hidden_size=64)
+    assert "train_batch_size 24" in said and "gradient_clipping 1.0" in said and "auto" not in said
+    assert ("bf16.enabled true" in said) == ("bf16" not in path.stem)
     if plan.stage == 3:
         assert config["zero_optimization"]["reduce_bucket_size"] == 64 * 64
+        assert "zero_optimization.reduce_bucket_size 4096" in said
     if "bf16" in path.stem:
         with pytest.raises(PlanError, match=r"bf16\.enabled is true, but the run computes in fp32"):
             engine_of(section(deepspeed=str(path)))

@@ -370,6 +370,7 @@ def test_a_corpus_that_changed_since_the_checkpoint_is_refused(
     first.batches(0)
     first.write_position(1, checkpoint)
     assert feed(checkpoint).stream.next == first.stream.state_at(2)
+    first.close()
     change(path)
     with pytest.raises(CheckpointError, match=message):
         feed(checkpoint)

@@ -33,6 +33,9 @@ class Feed(Protocol):
     def write_position(self, step: int, folder: Path) -> None:
         """Write what a checkpoint needs to go on with that step, if it needs anything."""
 
+    def close(self) -> None:
+        """End what runs beside."""
+
     def lost(self) -> tuple[int, list[str]]:
         """How many rows were read while training, and what became of those that are not learned as they stand."""
 
@@ -51,6 +54,9 @@ class StoreFeed:
 
     def write_position(self, step: int, folder: Path) -> None:
         """The step is enough."""
+
+    def close(self) -> None:
+        """Nothing runs beside."""
 
     def lost(self) -> tuple[int, list[str]]:
         """They were prepared: all is said before the first step."""
@@ -74,6 +80,9 @@ class StreamFeed:
         state = self.stream.state_at(step * self.plan.global_batch)
         facts = {"state": asdict(state), "files": self.stream.files}
         (folder / STREAM_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        self.stream.close()
 
     def lost(self) -> tuple[int, list[str]]:
         return self.stream.num_read, self.stream.notes
@@ -100,8 +109,9 @@ def build_feed(
         return StoreFeed(rows, plan, schedule, layout)
     state, files = read_position(checkpoint) if checkpoint is not None else (None, None)
     stream = RowStream(
-        section, tokenizer, plan.seed, packing=layout.packed, state=state, listed=listed, patience=Patience(say)
-    )
+        section, tokenizer, plan.seed,
+        packing=layout.packed, state=state, listed=listed, patience=Patience(say), ahead=True,
+    )  # fmt: skip
     if files is not None:
         for entry, before, now in zip(section.datasets, files, stream.files, strict=True):
             require_same_files(entry.path, before, now)
@@ -173,9 +183,10 @@ class Prefetched:
 
 @contextmanager
 def prefetched(feed: Feed, total_steps: int, *, pin: bool) -> Iterator[Prefetched]:
-    """The thread ends with the block."""
+    """The threads end with the block."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
     try:
         yield Prefetched(feed.batches, total_steps, pin=pin, pool=pool)
     finally:
+        feed.close()  # first: the other thread may be waiting for it
         pool.shutdown(wait=True, cancel_futures=True)

@@ -2,7 +2,8 @@
 
 The stream is made block by block, and a block is a pure function of the state at its start, which is a small value: a
 checkpoint keeps it, and the run that goes on makes the same block again. Every rank makes the same rows and learns its
-share of them, so that the order does not depend on the number of ranks.
+share of them, so that the order does not depend on the number of ranks. A thread makes the next block while the rows
+of one are learned.
 
 Documents are drawn so that each source keeps to its weight: always the one that is furthest behind. They are shuffled
 within the block. Plain texts (all sources `type: completion`) are joined, with their end-of-text between them, and cut
@@ -14,6 +15,7 @@ import hashlib
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,12 +23,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.documents import Document, DocumentMaker, Outcome
+from finetuner.data.documents import DocumentMaker, Outcome
 from finetuner.data.endless import START, EndlessRows, FileFacts, Place
 from finetuner.data.listing import READ, Listing, dropped_share, notes_of
 from finetuner.data.order import mix, row_order
 from finetuner.data.packing import best_fit_decreasing
 from finetuner.data.steady import PATIENT, Patience
+from finetuner.data.tokens import Document
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 
@@ -125,9 +128,11 @@ class RowStream:
         state: StreamState | None = None,
         listed: Path | None = None,
         patience: Patience = PATIENT,
+        ahead: bool = False,
     ) -> None:
         """`packing`: whole documents share a row; where documents are joined, they do not see each other. `listed`:
-        the file that lists the rows that are not learned. `patience`: with a connection that breaks.
+        the file that lists the rows that are not learned. `patience`: with a connection that breaks. `ahead`: make the
+        next block beside, until `close` is called.
 
         Raises DataError if a source cannot be read.
         """
@@ -145,6 +150,9 @@ class RowStream:
         self.next = start
         self.listing = Listing(listed, start.block)
         self.blocks: deque[tuple[StreamState, list[Row]]] = deque()
+        self.maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blocks") if ahead else None
+        self.coming: Future[tuple[list[Row], StreamState]] | None = None
+        self.is_closed = threading.Event()
         self.lock = threading.Lock()  # a thread makes rows ahead while another asks for the position
 
     def rows(self, first: int, count: int) -> StreamedRows:
@@ -155,8 +163,10 @@ class RowStream:
     def _rows(self, first: int, count: int) -> StreamedRows:
         while self.next.first_row < first + count:
             state = self.next
-            rows, self.next = self._block(state)
+            rows, self.next = self._block(state) if self.coming is None else self.coming.result()
             self.blocks.append((state, rows))
+            if self.maker is not None:
+                self.coming = self.maker.submit(self._block, self.next)
         while len(self.blocks) > 1 and self.blocks[1][0].first_row <= first - _STEPS_BACK * count:
             self.blocks.popleft()
         some: list[Row] = []
@@ -164,6 +174,12 @@ class RowStream:
             some += rows[max(0, first - state.first_row) : max(0, first + count - state.first_row)]
         assert len(some) == count, "rows are asked for in order"
         return StreamedRows(some)
+
+    def close(self) -> None:
+        """End the thread that makes blocks; whoever waits for one gets CancelledError."""
+        self.is_closed.set()
+        if self.maker is not None:
+            self.maker.shutdown(wait=True, cancel_futures=True)
 
     def state_at(self, row: int) -> StreamState:
         """The state from which a new stream comes to this row."""
@@ -191,6 +207,8 @@ class RowStream:
         taken, counts = list(state.taken), Counter(state.counts)
 
         def tally(outcomes: list[Outcome], passed: int) -> Counter[str]:
+            if self.is_closed.is_set():
+                raise CancelledError
             counts.update([READ, *(outcome.reason for outcome in outcomes)])
             if passed == 0:  # later passes lose the same rows again
                 self.listing.add(outcomes, state.block)

@@ -42,6 +42,8 @@ def _state_can_be_spread(values: Values) -> Iterator[Finding]:
         why = OPTIMIZERS[name].not_sharded.get(key.partition("_")[0])
         if values[key] and why is not None:
             message = f"optimizer {name} is not supported under {engine}: {why}. Write `optimizer: adamw_torch`."
+            if engine == "FSDP" and "deepspeed" not in OPTIMIZERS[name].not_sharded:
+                message += " DeepSpeed can spread it: `deepspeed: deepspeed_configs/zero2.json` instead of fsdp."
             yield Finding(("optimizer",), message, ((key,),))
             return
 
