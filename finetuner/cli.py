@@ -1,14 +1,17 @@
 """The command line: parse, call run, and turn a FinetunerError into a message and an exit code."""
 
+import contextlib
+import importlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from finetuner.errors import FinetunerError
+from finetuner.errors import FinetunerError, RecipeError
 
 app = typer.Typer(
     name="finetuner",
@@ -75,6 +78,27 @@ def check(
 
     for line in check_recipe(recipe, overrides or [], verbose=verbose):
         typer.echo(line)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    devices: Annotated[str, typer.Option(help="How many, of which kind: 8, or 8xH100.")] = "1",
+    flops: Annotated[
+        float | None, typer.Option(help="FLOPs a second of one device, such as 312e12.", show_default=False)
+    ] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="The share of it that training reaches.")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
+) -> None:
+    """Say what a run will compute: parameters by part, tokens, FLOPs, hours, memory; no weights are loaded."""
+    from finetuner.recipe import load
+    from finetuner.scaling import devices_of
+    from finetuner.scaling import plan as show
+
+    loaded = load(recipe, overrides or [], check_files=False)
+    there = devices_of(devices, flops or loaded.recipe.output.device_peak_flops)
+    show(loaded, recipe, there, mfu, as_json=as_json)
 
 
 @app.command()
@@ -152,19 +176,37 @@ def preview(
 @app.command()
 def evaluate(
     target: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of its run.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="RECIPE|MODEL",
+            help="A recipe, the folder of its run, or a model's or adapter's folder or hub id.",
+            show_default=False,
+        ),
     ],
     overrides: Overrides = None,
     questions: Annotated[int, typer.Option(min=0, help="Held-out questions to answer; 0: none.")] = 100,
+    data: Annotated[list[str] | None, typer.Option(help="A file of rows to measure by; several are sources.")] = None,
+    type: Annotated[str | None, typer.Option(help="How the rows of --data read, as datasets.type.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="For a MODEL: the recipe whose held-out rows to take.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Benchmark tasks of lm-eval, such as hellaswag,arc_easy.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with YAML tasks of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task to take.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the results; default: MODEL's.")] = None,
 ) -> None:
-    """Score base, adapter and merged model side by side on the recipe's held-out rows."""
-    from finetuner.recipe import load
+    """Score base, adapter and merged model side by side: loss on held-out rows, answers, benchmark tasks."""
+    if not Path(target).is_dir() and Path(target).suffix in (".yml", ".yaml"):
+        from finetuner.recipe import load
 
-    if not Path(target).is_dir():  # what is wrong with a recipe is said before torch is imported
-        load(target, overrides or [])
+        load(target, overrides or [])  # what is wrong with a recipe is said before torch is imported
+    from finetuner.evaluate import Wishes
     from finetuner.evaluate import evaluate as score
+    from finetuner.tasks import Tasks
 
-    score(target, overrides or [], questions=questions)
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    if not names and (include_path is not None or limit is not None):
+        raise RecipeError("--include-path and --limit are about benchmark tasks. Name some: --tasks hellaswag")
+    chosen = Tasks(names, include_path, limit) if names else None
+    score(target, overrides or [], Wishes(questions, tuple(data or ()), type, recipe, chosen, out))
 
 
 @app.command()
@@ -180,30 +222,94 @@ def export(
     write(model, to, form, out)
 
 
+ModelOrRecipe = Annotated[
+    str, typer.Argument(metavar="MODEL_OR_RECIPE", help="A model's folder or hub id, or a recipe.", show_default=False)
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest that have this share.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed writes the same text.")]
+
+
+@app.command()
+def push(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="FOLDER|RECIPE", help="An adapter, a merged model, or a recipe.", show_default=False),
+    ],
+    to: Annotated[str | None, typer.Option("--to", help="The repository; default: the recipe's hub_model_id.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="For everyone, if the repository is new.")] = False,
+) -> None:
+    """Upload a result to the hub, with the token of `hf auth login` or HF_TOKEN; what is there is not sent again."""
+    from finetuner.commands import push as upload
+
+    upload(target, to, public=public)
+
+
 @app.command()
 def generate(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="MODEL_OR_RECIPE", help="A model's folder or hub id, or a recipe.", show_default=False),
-    ],
+    source: ModelOrRecipe,
     overrides: Overrides = None,
     prompt: Annotated[str, typer.Option(help="How the text begins.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest that have this share.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same text.")] = 0,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
 ) -> None:
     """Write text with a model, or with what a recipe trained (an adapter on its base)."""
     from finetuner.generate import Manner
     from finetuner.generate import generate as write_text
 
-    def show(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    write_text(source, overrides or [], prompt, Manner(max_new_tokens, temperature, top_p, seed), _write_at_once)
 
-    write_text(source, overrides or [], prompt, Manner(max_new_tokens, temperature, top_p, seed), show)
+
+@app.command()
+def chat(
+    source: ModelOrRecipe,
+    overrides: Overrides = None,
+    system: Annotated[str, typer.Option(help="An instruction at the head of the conversation.")] = "",
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
+) -> None:
+    """Talk with a model, or with what a recipe trained: a line of input is a turn; /quit or the end of input ends."""
+    from finetuner.chat import chat as talk
+    from finetuner.generate import Manner
+
+    manner = Manner(max_new_tokens, temperature, top_p, seed)
+    talk(
+        source,
+        overrides or [],
+        system,
+        manner,
+        _lines_of_input,
+        _write_at_once,
+        lambda text: typer.echo(text, err=True),
+    )
+
+
+def _write_at_once(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _lines_of_input() -> Iterator[str]:
+    """From a person, who is asked with a mark and may edit the line; or from a file or pipe."""
+    from finetuner.world import stream_is_terminal
+
+    if not stream_is_terminal(sys.stdin):
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # lends its editing to input()
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            sys.stdout.write("\n")
+            return
+        yield line
 
 
 @app.command()
@@ -238,8 +344,11 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(error.exit_code)
         rank = _rank()
         if rank:  # if rank 0 found the same, its launcher ends this process meanwhile, and it is said once
-            time.sleep(15)
-        sys.stderr.write(f"\nrank {rank}: {error}\n" if rank else f"\n{error}\n")
+            time.sleep(15)  # a busy node takes its time
+        from finetuner.recipe.secrets import without_secrets
+
+        message = without_secrets(str(error))
+        sys.stderr.write(f"\nrank {rank}: {message}\n" if rank else f"\n{message}\n")
         sys.exit(error.exit_code)
 
 
@@ -247,3 +356,7 @@ def _rank() -> int:
     from finetuner.world import launched_rank
 
     return launched_rank()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,26 +1,38 @@
 """Commands beside training, for a recipe: make its tokenizer, prepare its rows, merge its adapter, export a model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from finetuner.data.cache import prepared_already
+from finetuner.data.prepare import held_out_only
 from finetuner.errors import ModelError, RecipeError
 from finetuner.export.card import write_card
 from finetuner.export.changes import read_config
 from finetuner.export.gguf import export_gguf, read_source
+from finetuner.export.layers import verify_layers
 from finetuner.export.merge import Form, merge_adapter, require_same_base
+from finetuner.export.seen import known_settings
 from finetuner.export.serving import check_for_vllm, modelfile
+from finetuner.export.upload import require_hub, upload_result
 from finetuner.export.verify import room_to_verify, verify_merged
 from finetuner.export.wishes import Wishes, read_wishes
+from finetuner.models.files import find_base
 from finetuner.models.quantized import read_record
 from finetuner.models.tokenizer import load_tokenizer
-from finetuner.recipe import Loaded, load
+from finetuner.recipe import Loaded, Recipe, load
 from finetuner.run import prepare_rows, special_ids
 from finetuner.scratch import texts_of, tokenizer_name
 from finetuner.summary import rows_line
 from finetuner.training.progress import Screen, duration, quiet_libraries
 from finetuner.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def prepare_data(loaded: Loaded, recipe_name: str) -> None:
@@ -84,8 +96,8 @@ def merge(target: str, overrides: list[str]) -> None:
     quiet_libraries(screen)
     if job.note:
         screen.line(f"note: {job.note}")
-    if is_folder and read_record(job.adapter) is None:  # only ours record it; PEFT's config does not say
-        screen.line("note: the adapter does not record whether its base was quantised: merged onto the base as it is")
+    for line in _on_what(job, is_folder, wishes.dequantize):
+        screen.line(f"note: {line}")
     with screen.work("merging", "MB") as work:
         output = wishes.output or job.adapter / "merged"
         merged = merge_adapter(job.adapter, job.base_model, output, work.at_bytes, job.token_ids, form)
@@ -101,39 +113,76 @@ def merge(target: str, overrides: list[str]) -> None:
         )
     if merged.untied:
         screen.line("note: the adapter changes only one of embedding and head, which were tied: the result has both")
-    facts = _verified(job, merged.folder, wishes, screen)
+    facts = _verified(job, merged.folder, form, wishes, screen)
     write_card(merged.folder, job.adapter, job.base_model, "An adapter merged into its base model", facts)
     screen.line(f"done: {merged.folder}")
 
 
-def _verified(job: "MergeJob", folder: Path, wishes: Wishes, screen: Screen) -> list[str]:
+def _on_what(job: "MergeJob", is_folder: bool, wanted: bool | None) -> list[str]:
+    """What to know about the base of an adapter that has no record of ours."""
+    if read_record(job.adapter) is not None or wanted is False:
+        return []
+    known = known_settings(job.adapter)
+    if known is None and wanted is None:
+        if not is_folder:
+            return []  # ours record it: the base was not quantised
+        return [
+            "nothing says whether the base was quantised in training: merged onto the base as it is. If it was "
+            "(QLoRA): base=dequantized"
+        ]
+    rules = "as its settings say" if known is not None else "which nothing says: bitsandbytes' nf4, double quantised"
+    return [f"the base is rounded as in training, {rules}: every linear layer but the head. Not so: base=original"]
+
+
+def _verified(job: "MergeJob", folder: Path, form: Form, wishes: Wishes, screen: Screen) -> list[str]:
     """What was found, for the card. Raises ModelError if the result is not what was trained."""
     if not wishes.verify:
         return []
     too_large = room_to_verify(job.base_model)
     if too_large is not None:
-        screen.line(f"note: not verified against base + adapter: {too_large}")
-        return []
+        screen.line(f"verifying tensor by tensor, because base + adapter cannot be held: {too_large}")
+        with screen.work("verifying", "MB") as work:
+            by_layers = verify_layers(job.adapter, find_base(job.base_model), folder, form, work.at_bytes)
+        screen.line(f"verified, read back, against base + update in fp32: {by_layers}")
+        return [f"Read back and compared with base + update in fp32, tensor by tensor: {by_layers}."]
+    rows = [] if job.held_out is None else job.held_out()
+    what = f"{len(rows)} held-out rows of the recipe" if rows else "built-in prompts"
     agreement = verify_merged(
         job.adapter,
         job.base_model,
         folder,
         dequantised=wishes.dequantize,
         trust_remote_code=job.trust_remote_code,
+        rows=rows,
     )
-    screen.line(f"verified, read back, against base + adapter: {agreement}")
-    return [f"Read back and compared with base + adapter in fp32: {agreement}."]
+    screen.line(f"verified, read back, against base + adapter on {what}: {agreement}")
+    return [f"Read back and compared with base + adapter in fp32 on {what}: {agreement}."]
 
 
 @dataclass(frozen=True)
 class MergeJob:
-    """What is merged. `token_ids`: special tokens that the recipe chose, by role."""
+    """What is merged. `token_ids`: special tokens that the recipe chose, by role; `held_out`: token ids of some of the
+    recipe's held-out rows."""
 
     adapter: Path
     base_model: str
     token_ids: dict[str, int]
     note: str = ""
     trust_remote_code: bool = False
+    held_out: Callable[[], list[torch.Tensor]] | None = None
+
+
+_HELD_OUT_ROWS, _ROW_TOKENS = 8, 512
+
+
+def _held_out(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> list[torch.Tensor]:
+    """The beginnings of a few held-out rows, if the training run left them prepared."""
+    section = held_out_only(recipe.data) if recipe.data.streaming else recipe.data
+    prepared = prepared_already(section, recipe.packing, tokenizer, recipe.output.seed)
+    if prepared is None:
+        return []
+    documents = (prepared.held_out.document(i)[0] for i in range(min(_HELD_OUT_ROWS, len(prepared.held_out))))
+    return [torch.tensor(ids[:_ROW_TOKENS].tolist()) for ids in documents]
 
 
 def _of_recipe(recipe_name: str, overrides: list[str], screen: Screen) -> MergeJob:
@@ -155,9 +204,16 @@ def _of_recipe(recipe_name: str, overrides: list[str], screen: Screen) -> MergeJ
     require_same_base(output_dir, recipe.model.base_model)
     from transformers import AutoTokenizer
 
-    token_ids = special_ids(recipe, AutoTokenizer.from_pretrained(output_dir))
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    held_out = partial(_held_out, recipe, tokenizer)
     trust = recipe.model.trust_remote_code
-    return MergeJob(output_dir, recipe.model.base_model, token_ids, trust_remote_code=trust)
+    return MergeJob(
+        output_dir,
+        recipe.model.base_model,
+        special_ids(recipe, tokenizer),
+        trust_remote_code=trust,
+        held_out=held_out,
+    )
 
 
 def _of_folder(folder: Path, overrides: list[str]) -> MergeJob:
@@ -201,3 +257,25 @@ def export(model: Path, to: str, form: str, out: Path | None) -> None:
         (folder / "Modelfile").write_text(page, encoding="utf-8")
         screen.line(f"create it: ollama create {model.resolve().name} -f {folder / 'Modelfile'}")
     screen.line(f"done: {file}")
+
+
+def push(target: str, repo_id: str | None, *, public: bool) -> None:
+    """Upload an adapter, a trained or a merged model: a folder, or what the run of a recipe left. Raises
+    FinetunerError."""
+    folder, recipe = Path(target).expanduser(), None
+    if folder.suffix in (".yml", ".yaml"):
+        recipe = load(target).recipe
+        folder = Path(recipe.output.output_dir)
+    elif repo_id is None:
+        near = (folder / "recipe.yml", folder.parent / "recipe.yml")
+        recipe = next((load(path, check_files=False).recipe for path in near if path.exists()), None)
+    if not any((folder / name).exists() for name in ("adapter_config.json", "config.json")):
+        raise ModelError(f"'{folder}' holds neither an adapter nor a model. Name the folder of a result.")
+    repo_id = repo_id or (None if recipe is None else recipe.output.hub_model_id)
+    if repo_id is None:
+        raise RecipeError("nothing says where to upload to. Name a repository: --to me/my-model")
+    require_hub(repo_id)
+    private = not public and (recipe is None or recipe.output.hub_private_repo)
+    screen = Screen(speaks=True)
+    screen.line(f"uploading {folder} to {repo_id} ({'private' if private else 'public'}, if it is new)")
+    screen.line(f"done: {upload_result(folder, repo_id, private=private)}")

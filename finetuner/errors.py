@@ -4,6 +4,7 @@
     ├── RecipeError       the YAML says something it cannot mean          exit 2
     ├── PlanError         the recipe does not fit this machine            exit 2
     ├── DataError         a dataset or one of its rows cannot be used     exit 2
+    │   └── LostConnectionError   a server went away for good: try later  exit 75
     ├── ModelError        a model, tokenizer or adapter cannot be used    exit 2
     ├── CheckpointError   a checkpoint or output folder cannot be used    exit 2
     ├── TrainingError     the run itself went wrong (NaN, no progress)    exit 1
@@ -34,6 +35,12 @@ class PlanError(FinetunerError):
 
 class DataError(FinetunerError):
     """A dataset is missing, empty, or holds a row that cannot become tokens."""
+
+
+class LostConnectionError(DataError):
+    """Rows that are read over a network cannot be reached any more. The same command may succeed later."""
+
+    exit_code = 75
 
 
 class ModelError(FinetunerError):

@@ -1,11 +1,10 @@
-"""`finetuner evaluate`: the held-out rows of a recipe, under base, adapter and merged model side by side."""
+"""`finetuner evaluate`: held-out rows and benchmark tasks, under base, adapter and merged model side by side."""
 
 import gc
 import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +13,22 @@ import torch
 
 from finetuner.assemble import DTYPES, probe
 from finetuner.data.batches import evaluation_batches
-from finetuner.data.prepare import Part, Prepared
+from finetuner.data.cache import prepare_once
+from finetuner.data.prepare import Part, Prepared, held_out_only
+from finetuner.data.templates import chosen_template
 from finetuner.data.tokens import IGNORE, Ids
 from finetuner.errors import DataError, ModelError, RecipeError
 from finetuner.export.generation import stop_ids
+from finetuner.lineup import Candidate, Lineup, candidates, lineup_of_model, lineup_of_run
 from finetuner.models.attention import choose_attention
-from finetuner.models.build import grow_embeddings, load_model
 from finetuner.models.loss import TokenLoss
-from finetuner.models.quantized import Format, choose_format
+from finetuner.models.tokenizer import load_tokenizer
 from finetuner.plan import Plan
-from finetuner.recipe import Recipe, load
-from finetuner.recipe.shapes import FROM_SCRATCH
+from finetuner.recipe import Loaded, Recipe, load, load_values
+from finetuner.recipe.sections import TokenizerSection
 from finetuner.run import layout_of, prepare_rows
 from finetuner.scores import AnswerScore, TextScore, score_answers, total
+from finetuner.tasks import Tasks, TaskScore, require_tasks, score_tasks
 from finetuner.training.loop import loss_of
 from finetuner.training.progress import Screen, quiet_libraries
 from finetuner.world import World
@@ -39,6 +41,31 @@ RESULTS = ("evaluation.json", "evaluation.md")
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What to measure by. `data`: files of held-out rows, all of `type`; `recipe`: the one whose held-out rows to take;
+    `out`: the folder for the results."""
+
+    questions: int = 100
+    data: tuple[str, ...] = ()
+    type: str | None = None
+    recipe: str | None = None
+    tasks: Tasks | None = None
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Models, and what they are measured by; `prepared`: None if only by tasks."""
+
+    recipe: Recipe
+    plan: Plan
+    lineup: Lineup
+    tokenizer: "PreTrainedTokenizerBase"
+    prepared: Prepared | None
+    out: Path | None
+
+
+@dataclass(frozen=True)
 class Question:
     """A row with one short trained span: what stands before it, and the text that is wanted."""
 
@@ -47,117 +74,162 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One of the models that are compared."""
-
-    name: str
-    load: Callable[[], "PreTrainedModel"]
-
-
-@dataclass(frozen=True)
 class Result:
     name: str
     by_source: dict[str, TextScore]
     answers: AnswerScore | None
+    tasks: tuple[TaskScore, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        scored = {**self.by_source, "": total(self.by_source.values())}
-        figures = {
-            name: {
-                "loss": one.loss,
-                "perplexity": one.perplexity,
-                "bits_per_byte": one.bits_per_byte,
-                "num_tokens": one.num_tokens,
-                "num_bytes": one.num_bytes,
-            }
-            for name, one in scored.items()
-        }
-        found: dict[str, Any] = {"model": self.name} | figures.pop("") | {"sources": figures}
+        found: dict[str, Any] = {"model": self.name}
+        if self.by_source:
+            found |= _figures(total(self.by_source.values()))
+            found["sources"] = {name: _figures(one) for name, one in self.by_source.items()}
         if self.answers is not None:
             found |= {
                 "exact_match": self.answers.exact_match,
                 "f1": self.answers.f1,
                 "num_questions": self.answers.num_rows,
             }
+        for one in self.tasks:
+            of_task = found.setdefault("tasks", {}).setdefault(one.task, {"num_rows": one.num_rows})
+            of_task[one.metric] = one.value
         return found
 
 
-def evaluate(target: str, overrides: list[str], *, questions: int) -> None:
-    """Score what `target` names: a recipe, or the folder of a run or of its merged model. Raises FinetunerError."""
-    recipe_name = find_recipe(target)
-    loaded = load(recipe_name, overrides)
-    recipe, screen, world = loaded.recipe, Screen(speaks=True), World.detect()
+def _figures(one: TextScore) -> dict[str, Any]:
+    return {
+        "loss": one.loss,
+        "perplexity": one.perplexity,
+        "bits_per_byte": one.bits_per_byte,
+        "num_tokens": one.num_tokens,
+        "num_bytes": one.num_bytes,
+    }
+
+
+def evaluate(target: str, overrides: list[str], wishes: Wishes = Wishes()) -> None:
+    """Score what `target` names: a recipe, the folder of a run, or a model folder or hub id. Raises FinetunerError."""
+    screen, world = Screen(speaks=True), World.detect()
+    _require_sense(wishes)
+    if wishes.tasks is not None:
+        require_tasks(wishes.tasks)
+    loaded, of_run = read_recipe(target, overrides, wishes)
     for note in loaded.notes:
         screen.line(f"note: {note}")
     quiet_libraries(screen)
+    job = (
+        job_of_run(loaded.recipe, world, screen, wishes)
+        if of_run
+        else job_of_model(target, loaded, world, screen, wishes)
+    )
+    plan, tokenizer = job.plan, job.tokenizer
+    asked = find_questions(job.prepared, tokenizer, wishes.questions) if job.prepared is not None else []
+    results: list[Result] = []
+    for candidate in candidates(
+        job.lineup,
+        dtype=DTYPES[plan.precision],
+        attention=choose_attention(job.recipe.model.attn_implementation, world, plan.precision),
+        device=torch.device(world.device),
+        vocab_size=len(tokenizer),
+        trust_remote_code=job.recipe.model.trust_remote_code,
+    ):
+        results.append(measure(candidate, job, asked, screen, wishes.tasks))
+        gc.collect()  # the next one takes its place in memory
+    if not results:
+        raise ModelError(f"there is no model in {job.recipe.output.output_dir} to evaluate. Train it first.")
+    table = "\n\n".join(part for part in (markdown(results), task_table(results)) if part)
+    screen.line(table)
+    if job.out is None:
+        screen.line("note: written nowhere; to keep the results: --out FOLDER")
+    elif wishes.out is not None or job.out.is_dir():
+        job.out.mkdir(parents=True, exist_ok=True)
+        write_results(job.out, results, table)
+        screen.line(f"written: {' and '.join(str(job.out / name) for name in RESULTS)}")
+
+
+def measure(
+    candidate: Candidate, job: Job, asked: list[Question], screen: Screen, tasks: Tasks | None = None
+) -> Result:
+    """Load one model, and score it."""
+    model = candidate.load().eval()
+    by_source: dict[str, TextScore] = {}
+    if job.prepared is not None:
+        with screen.work(f"evaluating {candidate.name}", "rows") as work:
+            by_source = score_text(model, job.recipe, job.plan, job.prepared, job.tokenizer, work.at)
+    answers = None
+    if asked:
+        with screen.work(f"answering, {candidate.name}", "questions") as work:
+            answers = score_answers(_answered(model, job.tokenizer, asked, work.at))
+    scored = () if tasks is None else tuple(score_tasks(model, job.tokenizer, tasks))
+    return Result(candidate.name, by_source, answers, scored)
+
+
+def _require_sense(wishes: Wishes) -> None:
+    if wishes.data and wishes.recipe is not None:
+        raise RecipeError("--data and --recipe both say which rows to take. Remove one of the two.")
+    if wishes.data and wishes.type is None:
+        raise RecipeError(f"--data {wishes.data[0]} needs --type beside it: how its rows read, such as --type alpaca.")
+    if wishes.type is not None and not wishes.data:
+        raise RecipeError(f"--type {wishes.type} says how the rows of --data read. Give --data FILE, or remove it.")
+
+
+def read_recipe(target: str, overrides: list[str], wishes: Wishes) -> tuple[Loaded, bool]:
+    """What says how rows are made and models loaded; and whether it is that of the run `target`.
+
+    For a model it is the recipe that is named, or one made of --data. Raises RecipeError."""
+    explicit = wishes.data or wishes.recipe is not None
+    folder = Path(target).expanduser()
+    if not explicit and (folder.suffix in (".yml", ".yaml") or folder.is_file()):
+        return load(target, overrides), True
+    if not explicit and folder.is_dir():
+        found = [place / "recipe.yml" for place in (folder, folder.parent) if (place / "recipe.yml").exists()]
+        if found:
+            return load(found[0], overrides), True
+    if wishes.recipe is not None:
+        return load(wishes.recipe, overrides), False
+    if not wishes.data and wishes.tasks is None:
+        raise RecipeError(
+            f"'{target}' is a model without the recipe of a run beside it, so nothing says what to measure it by. "
+            "Add one of:\n"
+            "  --data FILE --type alpaca   rows of a file\n"
+            "  --recipe RECIPE             the held-out rows of a recipe\n"
+            "  --tasks hellaswag,arc_easy  benchmark tasks of lm-eval"
+        )
+    sources = [{"path": path, "type": wishes.type} for path in wishes.data]
+    values: dict[str, Any] = {"base_model": target, "learning_rate": 1e-5, "test_datasets": sources}
+    # a recipe has training rows; nothing reads these
+    values["datasets"] = sources or [{"path": "none", "type": "completion"}]
+    return load_values(values, "evaluate", overrides), False
+
+
+def job_of_run(recipe: Recipe, world: World, screen: Screen, wishes: Wishes) -> Job:
     plan = Plan.from_recipe(recipe, world)
-    output_dir = Path(recipe.output.output_dir)
+    lineup = lineup_of_run(recipe, DTYPES[plan.precision])
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
-    if not len(prepared.held_out_rows):
+    if not len(prepared.held_out_rows) and wishes.tasks is None:
         raise DataError(
             "the recipe holds no rows out. Write val_set_size (such as 0.05) or test_datasets, as the training run had."
         )
-    tokenizer = vocabulary.tokenizer
-    asked = find_questions(prepared, tokenizer, questions)
-    results: list[Result] = []
-    for candidate in candidates(recipe, plan, world, output_dir, len(tokenizer)):
-        model = candidate.load().eval()
-        with screen.work(f"evaluating {candidate.name}", "rows") as work:
-            by_source = score_text(model, recipe, plan, prepared, tokenizer, work.at)
-        answers = score_answers(_answered(model, tokenizer, asked)) if asked else None
-        results.append(Result(candidate.name, by_source, answers))
-        del model
-        gc.collect()  # the next one takes its place in memory
-    if not results:
-        raise ModelError(f"there is no model in {output_dir} to evaluate. Train it first.")
-    table = markdown(results)
-    screen.line(table)
-    if output_dir.is_dir():
-        write_results(output_dir, results, table)
-        screen.line(f"written: {' and '.join(str(output_dir / name) for name in RESULTS)}")
+    rows = prepared if len(prepared.held_out_rows) else None
+    out = wishes.out or Path(recipe.output.output_dir)
+    return Job(recipe, plan, lineup, vocabulary.tokenizer, rows, out)
 
 
-def find_recipe(target: str) -> str:
-    """The recipe that `target` is, or that a run left in the folder `target` or above its merged model."""
-    folder = Path(target)
-    if not folder.is_dir():
-        return target
-    found = [place / "recipe.yml" for place in (folder, folder.parent) if (place / "recipe.yml").exists()]
-    if not found:
-        raise RecipeError(f"'{target}' is not the folder of a run: no recipe.yml is there. Name a recipe.")
-    return str(found[0])
-
-
-def candidates(recipe: Recipe, plan: Plan, world: World, output_dir: Path, vocab_size: int) -> Iterator[Candidate]:
-    """The base, what the run in output_dir trained, and the merged model, as far as they are there."""
-    attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
-    dtype, trust = DTYPES[plan.precision], recipe.model.trust_remote_code
-    device = torch.device(world.device)
-
-    def read(name: str, form: Format | None = None) -> "PreTrainedModel":
-        model: Any = load_model(
-            name, dtype=dtype, attention=attention, trust_remote_code=trust, form=form, device=device
-        )
-        return model if form is not None else model.to(device)  # quantised, it is there already and cannot be moved
-
-    def base() -> "PreTrainedModel":
-        model = read(recipe.model.base_model, choose_format(recipe.adapter.adapter, recipe.quantization, dtype))
-        grow_embeddings(model, vocab_size)
-        return model
-
-    def adapted() -> "PreTrainedModel":
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(base(), str(output_dir))  # type: ignore[return-value]
-
-    if recipe.model.base_model != FROM_SCRATCH:
-        yield Candidate("base", base)
-    if recipe.adapter.adapter is None and (output_dir / "config.json").exists():
-        yield Candidate("trained", partial(read, str(output_dir)))
-    if recipe.adapter.adapter is not None and (output_dir / "adapter_config.json").exists():
-        yield Candidate("adapter", adapted)
-        if (output_dir / "merged" / "config.json").exists():
-            yield Candidate("merged", partial(read, str(output_dir / "merged")))
+def job_of_model(target: str, loaded: Loaded, world: World, screen: Screen, wishes: Wishes) -> Job:
+    """The rows become tokens as the model's own tokenizer makes them."""
+    recipe, lineup = loaded.recipe, lineup_of_model(target)
+    plan = Plan.from_recipe(recipe, world)
+    tokenizer = load_tokenizer(TokenizerSection(), lineup.tokenizer, recipe.model.trust_remote_code).tokenizer
+    tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)
+    prepared = None
+    if wishes.data or wishes.recipe is not None:
+        section = held_out_only(recipe.data) if recipe.data.test_datasets else recipe.data
+        with screen.work("tokenising", "rows") as work:
+            prepared = prepare_once(section, recipe.packing, tokenizer, plan.seed, world, work.at)
+        if not len(prepared.held_out_rows):
+            raise DataError(f"{wishes.recipe} holds no rows out. Write val_set_size or test_datasets, or give --data.")
+    folder = Path(target).expanduser()
+    return Job(recipe, plan, lineup, tokenizer, prepared, wishes.out or (folder if folder.is_dir() else None))
 
 
 @torch.no_grad()
@@ -205,11 +277,14 @@ def find_questions(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", mos
 
 @torch.no_grad()
 def _answered(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", questions: list[Question]
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: list[Question],
+    report: Callable[[int, int], None],
 ) -> Iterator[tuple[str, str]]:
     """(greedy answer, what is wanted)"""
     stops, device = stop_ids(tokenizer), next(model.parameters()).device
-    for one in questions:
+    for done, one in enumerate(questions, 1):
         prompt = torch.from_numpy(one.prompt.astype(np.int64))[None].to(device)
         said = model.generate(  # type: ignore[operator]
             input_ids=prompt,
@@ -219,6 +294,7 @@ def _answered(
             eos_token_id=stops or None,
             pad_token_id=stops[0] if stops else 0,
         )
+        report(done, len(questions))
         yield _text(tokenizer, said[0, prompt.shape[1] :].cpu().numpy()), one.answer
 
 
@@ -228,7 +304,9 @@ def _text(tokenizer: "PreTrainedTokenizerBase", ids: Any) -> str:
 
 
 def markdown(results: list[Result]) -> str:
-    """A row for each model, then for each source that it was measured on."""
+    """A row for each model, then for each source that it was measured on; nothing, if only tasks were asked for."""
+    if not any(result.by_source for result in results):
+        return ""
     asked = any(result.answers is not None for result in results)
     heading = ["model", "source", "tokens", "loss", "perplexity", "bits per byte"]
     heading += ["exact match", "F1"] if asked else []
@@ -245,6 +323,19 @@ def markdown(results: list[Result]) -> str:
     if asked:
         count = next(result.answers.num_rows for result in results if result.answers is not None)
         lines += ["", f"Exact match and F1 as SQuAD counts them, over {count:,} held-out questions, greedy answers."]
+    return "\n".join(lines)
+
+
+def task_table(results: list[Result]) -> str:
+    """A row for each figure of each task, a column for each model; nothing, if no tasks were asked for."""
+    if not results[0].tasks:
+        return ""
+    heading = ["task", "rows", "figure", *(result.name for result in results)]
+    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
+    for i, one in enumerate(results[0].tasks):
+        found = [result.tasks[i] for result in results]
+        values = [f"{score.value:.4f}" + ("" if score.error is None else f" ± {score.error:.4f}") for score in found]
+        lines.append("| " + " | ".join([one.task, f"{one.num_rows:,}", one.metric, *values]) + " |")
     return "\n".join(lines)
 
 

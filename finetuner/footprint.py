@@ -1,69 +1,25 @@
-"""Does the model fit, before anything but its config.json is fetched? What is kept between steps, in bytes.
+"""Does the model fit, before anything but its config.json is fetched?
 
-For a weight that is trained: itself in fp32 (under ZeRO with bf16 a bf16 copy beside it), its gradient in fp32, and
-the state of its optimizer (of AdamW: two moments in fp32, or in 8 bits). For one that is not: itself as it is kept.
-Activations come on top, so what is refused here cannot run, while what passes may still be too large.
+Activations come on top of what kept.py counts, so what is refused here cannot run, while what passes may still be too
+large.
 """
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from finetuner.errors import PlanError
+from finetuner.kept import Parts, kept_by_a_rank, trained_parts
 from finetuner.models.build import bare_bones
 from finetuner.models.quantized import choose_format
 from finetuner.plan import Plan
 from finetuner.recipe import Recipe
-from finetuner.sharding import EnginePlan, FsdpPlan, ZeroPlan
+from finetuner.sharding import ZeroPlan
 from finetuner.world import World
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-# Of a weight, on its device, at the least: an optimizer that is not named here counts as having none.
-_STATE_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_bnb_8bit": 2, "adamw_8bit": 2}
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Bytes of a whole model and of what trains it."""
-
-    weights: int
-    gradients: int = 0
-    optimizer: int = 0
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Bytes that one rank keeps, on its device and in its node's memory."""
-
-    device: int
-    host: int
-
-
-def trained_parts(count: int, *, engine: EnginePlan, bf16: bool, optimizer: str) -> Parts:
-    """Of `count` weights that are all trained."""
-    in_copies = isinstance(engine, ZeroPlan) and bf16
-    state = _STATE_BYTES.get(optimizer, 0)
-    return Parts((2 if in_copies else 4) * count, 4 * count, (state + 4 * in_copies) * count)
-
-
-def kept_by_a_rank(parts: Parts, engine: EnginePlan) -> Kept:
-    """As each engine spreads weights, gradients and optimizer; what is offloaded is in the node's memory."""
-    weights, gradients, optimizer = parts.weights, parts.gradients, parts.optimizer
-    if engine is None:
-        return Kept(weights + gradients + optimizer, 0)
-    stage = 3 if isinstance(engine, FsdpPlan) else engine.stage
-    weights //= engine.num_shards if stage == 3 else 1
-    gradients //= engine.num_shards if stage >= 2 else 1
-    optimizer //= engine.num_shards
-    if isinstance(engine, FsdpPlan) and engine.offload:
-        return Kept(0, weights + gradients + optimizer)
-    if engine.offload:  # at the least the optimizer; which of the others, DeepSpeed's configuration says
-        return Kept(0, optimizer)
-    return Kept(weights + gradients + optimizer, 0)
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def require_fit(
@@ -77,18 +33,10 @@ def require_fit(
     size cannot be known without running its own code. `config`: of a model that is not in base_model."""
     if world.device_memory is None or recipe.model.trust_remote_code:
         return
-    full = recipe.adapter.adapter is None
-    dtype = torch.float32 if full or plan.precision == "fp32" else torch.bfloat16
-    form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
-    model = bare_bones(config or recipe.model.base_model, dtype=dtype, attention=attention, form=form)
+    model = model_without_weights(recipe, plan, attention, config)
     if model is None:
         return
-    count, weights = (sum(p.numel() * size(p) for p in model.parameters()) for size in (lambda p: 1, _itemsize))
-    if full and recipe.adapter.unfrozen_parameters is None:
-        name = recipe.optimizer.optimizer
-        parts = trained_parts(count, engine=plan.engine, bf16=plan.precision == "bf16", optimizer=name)
-    else:
-        parts = Parts(weights // 2 if recipe.quantization.load_in_8bit else weights)
+    parts = parts_to_keep(recipe, plan, model)
     kept = kept_by_a_rank(parts, plan.engine)
     on_cpu = world.device == "cpu"
     checks = [
@@ -106,6 +54,24 @@ def require_fit(
                 f"all; activations come on top), and {words.format(_gb(there))}.\n"
                 + "\n".join(f"  {line}" for line in advice(recipe, plan, world, needed / there, in_ram=in_ram))
             )
+
+
+def model_without_weights(
+    recipe: Recipe, plan: Plan, attention: tuple[str, ...], config: "PreTrainedConfig | None" = None
+) -> "PreTrainedModel | None":
+    """On the meta device, in the number formats it is trained in; None where it cannot be built from its config."""
+    dtype = torch.float32 if recipe.adapter.adapter is None or plan.precision == "fp32" else torch.bfloat16
+    form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
+    return bare_bones(config or recipe.model.base_model, dtype=dtype, attention=attention, form=form)
+
+
+def parts_to_keep(recipe: Recipe, plan: Plan, model: "PreTrainedModel") -> Parts:
+    """Of a `model` without weights; an adapter is too small to count."""
+    count, weights = (sum(p.numel() * size(p) for p in model.parameters()) for size in (lambda p: 1, _itemsize))
+    if recipe.adapter.adapter is None and recipe.adapter.unfrozen_parameters is None:
+        name = recipe.optimizer.optimizer
+        return trained_parts(count, engine=plan.engine, bf16=plan.precision == "bf16", optimizer=name)
+    return Parts(weights // 2 if recipe.quantization.load_in_8bit else weights)
 
 
 def advice(recipe: Recipe, plan: Plan, world: World, times: float, *, in_ram: bool) -> list[str]:

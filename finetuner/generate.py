@@ -1,7 +1,7 @@
 """`finetuner generate`: text from a model folder, a hub id, or what a recipe trained."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +37,11 @@ class Manner:
 
 @dataclass(frozen=True)
 class Speaker:
+    """A model that writes. `template_values`: variables that its recipe gives the chat template."""
+
     model: Any
     tokenizer: "PreTrainedTokenizerBase"
+    template_values: Mapping[str, Any] = field(default_factory=dict)
 
 
 def generate(source: str, overrides: list[str], prompt: str, manner: Manner, write: Callable[[str], None]) -> None:
@@ -59,9 +62,11 @@ def generate(source: str, overrides: list[str], prompt: str, manner: Manner, wri
 def speaker_of(source: str, overrides: list[str]) -> Speaker:
     """A recipe's trained model, or its base with its adapter; or a folder of either, or a model on the hub."""
     path, base, trust = Path(source), None, False
+    values: Mapping[str, Any] = {}
     if path.suffix in (".yml", ".yaml"):
         recipe = load(source, overrides).recipe
         path, trust = Path(recipe.output.output_dir), recipe.model.trust_remote_code
+        values = recipe.data.chat_template_kwargs
         base = recipe.model.base_model if recipe.adapter.adapter is not None else None
         if not (path / (ADAPTER if base else "config.json")).exists():
             raise ModelError(
@@ -84,7 +89,7 @@ def speaker_of(source: str, overrides: list[str]) -> Speaker:
 
         grow_embeddings(model, len(tokenizer))
         model = PeftModel.from_pretrained(model, source)
-    return Speaker(model.to(world.device).eval(), tokenizer)
+    return Speaker(model.to(world.device).eval(), tokenizer, values)
 
 
 def _base_of(adapter: Path) -> str:

@@ -16,6 +16,7 @@ METRICS = "metrics.jsonl"  # the sign that a run of ours wrote here
 RUN_FILES = (
     METRICS,
     "recipe.yml",
+    "dropped.jsonl",
     "adapter_model.safetensors",
     "adapter_config.json",
     "config.json",

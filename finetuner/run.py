@@ -23,11 +23,13 @@ from finetuner.data.batches import Layout
 from finetuner.data.bytes import token_bytes
 from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
 from finetuner.data.feed import Feed, build_feed, prefetched
+from finetuner.data.listing import LISTED
 from finetuner.data.prepare import Prepared, held_out_only
 from finetuner.data.templates import chosen_template
-from finetuner.errors import FinetunerError, PreemptedError
+from finetuner.errors import FinetunerError, LostConnectionError, PreemptedError
 from finetuner.export.card import write_card
 from finetuner.export.upload import require_hub, upload_result
+from finetuner.flops import peak_of
 from finetuner.footprint import require_fit
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
@@ -44,6 +46,7 @@ from finetuner.models.quantized import (
 )
 from finetuner.models.sampling import sample_text
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
+from finetuner.models.work import work_of
 from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
@@ -119,7 +122,7 @@ def train(loaded: Loaded, recipe_name: str) -> None:
                 place = upload_result(Path(output.output_dir), output.hub_model_id, private=output.hub_private_repo)
                 screen.line(f"done: the result is at {place}")
         except BaseException as error:
-            ours = isinstance(error, FinetunerError) and not isinstance(error, PreemptedError)
+            ours = isinstance(error, FinetunerError) and not isinstance(error, PreemptedError | LostConnectionError)
             if not ours and list_checkpoints(Path(output.output_dir)):
                 screen.line(
                     f"resume with: accelerate launch -m finetuner.train {recipe_name} resume_from_checkpoint=true"
@@ -164,17 +167,24 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
             leave_ranks(accelerator)
             return
 
+    peak = peak_of(world.device_name) if plan.precision != "fp32" else None  # the table is of 16-bit formats
     weights, counted = assemble(
-        recipe, base, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen
+        recipe, base, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen, peak
     )
     if checkpoint is not None:
         read_optimizer(weights, checkpoint)
         screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
     print_plan(recipe, weights, counted, prepared, recipe_name, screen)
-    by_main_rank(accelerator, lambda: make_room(recipe, recipe_name, counted[0], state, screen))
     layout = weights.run.layout
-    feed = build_feed(recipe.data, vocabulary.tokenizer, prepared.train_rows, plan, schedule, layout, checkpoint)
-    state = fit(recipe, weights, feed, facts, state, screen)
+    feed = build_feed(
+        recipe.data, vocabulary.tokenizer, prepared.train_rows, plan, schedule, layout, checkpoint,
+        listed=output_dir / LISTED if world.is_main else None, say=screen.line,
+    )  # fmt: skip
+    by_main_rank(accelerator, lambda: make_room(recipe, recipe_name, counted[0], state, screen))
+    try:
+        state = fit(recipe, weights, feed, facts, state, screen)
+    finally:
+        say_what_was_lost(feed, output_dir / LISTED, screen)
     say_how_it_ended(recipe.guards, state, schedule.total_steps, screen)
     if recipe.guards.load_best_model_at_end and state.best_step not in (None, state.step):
         best = state.best_step or 0
@@ -206,8 +216,10 @@ def assemble(
     checkpoint: Path | None,
     accelerator: Accelerator,
     screen: Screen,
+    device_peak: float | None = None,
 ) -> tuple[Weights, tuple[int, int]]:
-    """The model in its engine, ready to train; and its parameters, counted before they were spread."""
+    """The model in its engine, ready to train; and its parameters, counted before they were spread. `device_peak`:
+    FLOPs a second of the device, by its data sheet."""
     is_lora = recipe.adapter.adapter is not None
     with screen.work("loading the model", "MB") as work:
         built = build_model(recipe, base, plan, vocabulary, attention, checkpoint, accelerator, work.at_bytes)
@@ -216,6 +228,7 @@ def assemble(
             screen.line(f"note: {note}")
         counted = count_parameters(bare)
         tables = vocabulary_parameters(bare, bare.bare)
+        flops = work_of(bare.model, bare.bare, prepared.train.longest or recipe.data.sequence_len)
         rates = own_rates(trainable_parameters(bare), recipe.rates, schedule.peak_lr, tables)
         engine = build_engine(
             accelerator,
@@ -230,6 +243,8 @@ def assemble(
     packs = recipe.packing.sample_packing or packs_held_out(recipe.packing)
     with torch.no_grad():
         bare.composed = bool(engine.module(partial(probe, packs=packs)))
+    if flops is not None and not bare.composed:
+        flops = flops.with_head_everywhere()
     run = Run(
         accelerator=accelerator,
         engine=engine,
@@ -242,6 +257,8 @@ def assemble(
         layout=layout_of(recipe, bare.bare, packed=recipe.packing.sample_packing),
         eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
         guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
+        work=flops,
+        device_peak_flops=recipe.output.device_peak_flops or device_peak,
     )
     token_ids = special_ids(recipe, vocabulary.tokenizer)
     return Weights(run, bare, trainable_parameters(bare), vocabulary.tokenizer, is_lora, token_ids), counted
@@ -368,6 +385,15 @@ def fit(
         finally:
             trackers.close(well=well)
         return state
+
+
+def say_what_was_lost(feed: Feed, listed: Path, screen: Screen) -> None:
+    """The rows that a stream did not learn as they stand; of prepared rows it is said at the start."""
+    num_read, notes = feed.lost()
+    if notes:
+        screen.line(f"of {num_read:,} rows read, not learned as they stand (the first of each are in {listed}):")
+        for note in notes:
+            screen.line(f"  {note}")
 
 
 def say_how_it_ended(section: GuardSection, state: TrainState, total_steps: int, screen: Screen) -> None:

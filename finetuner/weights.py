@@ -19,6 +19,7 @@ from torch import nn
 
 from finetuner.checkpoint import MANIFEST, checkpoint_folder, damage, written_aside
 from finetuner.errors import CheckpointError
+from finetuner.export.generation import write_generation_config
 from finetuner.models.adapter import write_adapter
 from finetuner.models.build import use_token_ids, write_model_folder
 from finetuner.models.loss import TokenLoss
@@ -121,6 +122,8 @@ def write_model(weights: Weights, values: dict[str, torch.Tensor], folder: Path,
         use_token_ids(model, weights.token_ids)
         write_model_folder(model, folder, values, portable=portable)
     weights.tokenizer.save_pretrained(folder)
+    if portable and not weights.is_lora:
+        write_generation_config(folder, weights.token_ids)
 
 
 def _write_record(weights: Weights, folder: Path) -> None:

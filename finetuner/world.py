@@ -45,7 +45,8 @@ class World:
     """Ranks, and the device of this one.
 
     `size` ranks in all, `local_size` of them on this node. `bf16` says that the device multiplies bfloat16 natively;
-    where it does not, bf16 is emulated and slower than fp32. `num_threads` is this rank's share of the CPU cores.
+    where it does not, bf16 is emulated and slower than fp32. `device_name`: a GPU's, by its maker. `num_threads` is
+    this rank's share of the CPU cores.
     `device_memory`: free bytes of this rank's GPU, or its share of the node's RAM; `host_memory`: the node's available
     RAM. None where they cannot be known.
     """
@@ -56,6 +57,7 @@ class World:
     local_size: int = 1
     device: DeviceType = "cpu"
     bf16: bool = False
+    device_name: str = ""
     num_threads: int = 1
     device_memory: int | None = None
     host_memory: int | None = None
@@ -98,6 +100,7 @@ class World:
             local_size=local_size,
             device=device,
             bf16=bf16,
+            device_name=torch.cuda.get_device_name(local_rank) if device == "cuda" else "",
             num_threads=threads_for_a_rank(env, local_size, _num_usable_cores()),
             device_memory=device_memory,
             host_memory=host,

@@ -164,15 +164,18 @@ class Result:
         return self.out + self.err
 
 
-def run_command(*arguments: object, ranks: int = 0, cwd: Path | None = None, timeout: int = 300) -> Result:
-    """Run `python -m MODULE ...` (ranks=0), or the same under torchrun with so many CPU ranks."""
+def run_command(
+    *arguments: object, ranks: int = 0, cwd: Path | None = None, timeout: int = 300, given: str = ""
+) -> Result:
+    """Run `python -m MODULE ...` (ranks=0), or the same under torchrun with so many CPU ranks; `given` is its input."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("COV_", "PYTEST_"))}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m"]
     if ranks:
         launch += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    command = [*launch, *map(str, arguments)]
     done = subprocess.run(
-        [*launch, *map(str, arguments)], cwd=cwd or ROOT, env=env, capture_output=True, text=True, timeout=timeout
+        command, cwd=cwd or ROOT, env=env, capture_output=True, text=True, timeout=timeout, input=given
     )
     return Result(done.returncode, done.stdout, done.stderr)
 

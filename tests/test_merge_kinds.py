@@ -203,14 +203,16 @@ def test_a_value_beyond_float16_is_an_error_and_nothing_is_left(tmp_path, tokeni
     assert not list(tmp_path.glob("*merged*"))
 
 
-def test_generation_stops_at_the_end_of_a_turn_and_at_the_end_of_text(tmp_path, tiny_model):
+def test_generation_stops_at_the_end_of_a_turn_and_at_the_end_of_text(tmp_path, tiny_model, write_recipe, train):
     folder = tmp_path / "adapter"
     adapt(tiny_model, folder, target_modules=["q_proj"])
     merge_adapter(folder, str(tiny_model), tmp_path / "merged")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    assert model.generation_config.eos_token_id == stops
+    train(write_recipe(max_steps=1))  # the whole model
+    for result in (tmp_path / "merged", tmp_path / "out"):
+        tokenizer = AutoTokenizer.from_pretrained(result)
+        model = AutoModelForCausalLM.from_pretrained(result)
+        stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+        assert model.generation_config.eos_token_id == stops, result
 
 
 @pytest.mark.slow
@@ -254,7 +256,7 @@ def test_the_merged_files_are_read_back_and_compared_with_what_was_trained(tmp_p
     folder, out = tmp_path / "adapter", tmp_path / "merged"
     adapt(tiny_model, folder, target_modules="all-linear")
     commands.merge(str(folder), [f"output={out}"])
-    assert "verified, read back, against base + adapter: largest logit difference" in capsys.readouterr().out
+    assert "verified, read back, against base + adapter on built-in prompts: largest logit" in capsys.readouterr().out
     verified = json.loads((out / "merge.json").read_text())["verified"]
     assert verified["kl"] < 1e-9 and verified["same_choice"] == 1 and verified["num_tokens"] > 50
     commands.merge(str(folder), [f"output={out}", "dtype=bfloat16"])

@@ -18,11 +18,12 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
-from conftest import ROOT, alpaca_rows, write_rows
+from conftest import ROOT, RecipeWriter, alpaca_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from finetuner.cli import main
 from finetuner.data.cache import prepare_once
 from finetuner.data.documents import BAD, DUPLICATE
 from finetuner.data.files import CHUNK, local_file
@@ -31,6 +32,7 @@ from finetuner.data.prepare import BY_WEIGHT, Prepared, packed, prepare, require
 from finetuner.data.sources import load_source
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry, PackingSection
+from finetuner.training.progress import Screen
 from finetuner.world import World
 
 
@@ -96,6 +98,20 @@ def test_rows_come_from_a_server_and_stay_when_it_is_gone(
     assert rows_of(f"{address}/rows.jsonl", fetched) == text(5, 6, 7, 8)
     with pytest.raises(DataError, match=r"(?s)cannot read '.*/other.jsonl': .*refused.*Check the address"):
         rows_of(f"{address}/other.jsonl", fetched)
+
+
+def test_a_key_in_an_address_is_not_shown(
+    served: tuple[str, Path, http.server.HTTPServer], write_recipe: RecipeWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, _, _ = served
+    recipe = write_recipe(datasets=[{"path": f"{address}/none.jsonl?token=geheim", "type": "alpaca"}])
+    with pytest.raises(SystemExit):
+        main(["preview", str(recipe)])
+    Screen(speaks=True).line("from https://me:geheim@host/rows.jsonl")
+    Screen(speaks=True).table([("rows", "streamed from https://me:geheim@host/rows.jsonl")])
+    said = "".join(capsys.readouterr())
+    assert "geheim" not in said
+    assert said.count("***") == 3
 
 
 def test_rows_come_through_fsspec_file_folder_or_pattern(tmp_path: Path) -> None:
@@ -250,21 +266,24 @@ _PREPARE = """
 import sys
 from pathlib import Path
 from transformers import AutoTokenizer
+from finetuner.cli import main
 from finetuner.data.cache import prepare_once
 from finetuner.recipe.sections import DataSection, PackingSection
 from finetuner.world import World
 section = DataSection.model_validate_json(Path(sys.argv[1]).read_text())
+tokenizer, reported = AutoTokenizer.from_pretrained(sys.argv[2]), []
 print("begin", flush=True)
-prepare_once(section, PackingSection(), AutoTokenizer.from_pretrained(sys.argv[2]), 0, World())
+prepared = prepare_once(section, PackingSection(), tokenizer, 0, World(), lambda done, total: reported.append(done))
+print(prepared.train.sha256, len(prepared.train), max(reported, default=0))
 """
 
 
 @pytest.mark.slow
-def test_a_killed_preparation_leaves_nothing_that_is_used_and_the_next_one_is_mapped(
+def test_a_killed_preparation_leaves_nothing_and_of_two_at_once_one_does_the_work(
     tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared_path = tmp_path / "prepared"
-    entry = {"path": str(texts(tmp_path / "a.jsonl", 60_000)), "type": "completion"}
+    entry = {"path": str(texts(tmp_path / "a.jsonl", 12_000)), "type": "completion"}
     section = DataSection.model_validate({"datasets": [entry], "dataset_prepared_path": str(prepared_path)})
     (tmp_path / "section.json").write_text(section.model_dump_json())
     command = [sys.executable, "-c", _PREPARE, str(tmp_path / "section.json"), str(tokenizer_folder)]
@@ -276,13 +295,23 @@ def test_a_killed_preparation_leaves_nothing_that_is_used_and_the_next_one_is_ma
             time.sleep(0.005)
         process.kill()
     assert not list(prepared_path.glob("*/prepared.json"))
+    assert list(prepared_path.glob("*.tmp"))
+
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0].split() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    (_, one, count, rows), (_, other, other_count, other_rows) = said
+    assert (one, count) == (other, other_count)
+    assert int(count) == 12_000
+    assert sorted([int(rows), int(other_rows)]) == [0, 12_000], "one reads the rows, the other waits for its folder"
+    assert not list(prepared_path.glob("*.tmp")), "nor is anything left of the one that was killed"
+    assert len(list(prepared_path.glob("*/prepared.json"))) == 1
+
+    monkeypatch.setattr("finetuner.data.cache.prepare", None)  # a further start prepares nothing
+    assert prepare_once(section, PackingSection(), tokenizer, 0, World()).train.sha256 == one
     short = section.model_copy(update={"datasets": (section.datasets[0].model_copy(update={"max_samples": 50}),)})
-    first = prepare_once(short, PackingSection(), tokenizer, 0, World())
-    assert first.train.sha256 == prepare(short, tokenizer, 0).train.sha256
-    monkeypatch.setattr("finetuner.data.cache.prepare", None)  # a second start prepares nothing
-    assert prepare_once(short, PackingSection(), tokenizer, 0, World()).train.sha256 == first.train.sha256
     with pytest.raises(TypeError):
-        prepare_once(section, PackingSection(), tokenizer, 0, World())
+        prepare_once(short, PackingSection(), tokenizer, 0, World())
 
 
 # --- mixtures ---

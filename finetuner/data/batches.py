@@ -51,6 +51,7 @@ class Batch:
     targets: torch.Tensor
     num_tokens: int  # without padding
     position_ids: torch.Tensor | None = None
+    num_pairs: int = 0  # T^2, summed over the documents of T tokens
 
     @property
     def num_trained(self) -> int:
@@ -67,6 +68,7 @@ class Batch:
             targets=moved(self.targets),
             num_tokens=self.num_tokens,
             position_ids=None if self.position_ids is None else moved(self.position_ids),
+            num_pairs=self.num_pairs,
         )
 
     def pinned(self) -> "Batch":
@@ -78,6 +80,7 @@ class Batch:
             targets=self.targets.pin_memory(),
             num_tokens=self.num_tokens,
             position_ids=None if self.position_ids is None else self.position_ids.pin_memory(),
+            num_pairs=self.num_pairs,
         )
 
 
@@ -155,7 +158,7 @@ _FILLER = (np.zeros(2, dtype=np.int32), np.full(2, IGNORE, np.int32))
 def collate(rows: Rows, numbers: list[int], layout: Layout = PADDED) -> Batch:
     """Lay rows out, padded on the right. FILLER_ROW stands for two tokens that nothing is learned from."""
     documents = [[_FILLER] if number == FILLER_ROW else rows.documents(number) for number in numbers]
-    num_tokens = sum(len(ids) for row in documents for ids, _ in row) if numbers != [FILLER_ROW] else 0
+    lengths = [len(ids) for row in documents for ids, _ in row] if numbers != [FILLER_ROW] else []
     length = layout.pad_to
     if layout.flat:
         documents = [[document for row in documents for document in row]]
@@ -179,7 +182,8 @@ def collate(rows: Rows, numbers: list[int], layout: Layout = PADDED) -> Batch:
         attention_mask=None if layout.packed else torch.from_numpy(mask),
         positions=torch.from_numpy(places),
         targets=torch.from_numpy(following.ravel()[places]),
-        num_tokens=num_tokens,
+        num_tokens=sum(lengths),
+        num_pairs=sum(length * length for length in lengths),
         position_ids=torch.from_numpy(positions) if layout.packed else None,
     )
 

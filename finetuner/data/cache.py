@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 from collections import Counter
@@ -75,6 +76,17 @@ def prepare_once(
     return prepared
 
 
+def prepared_already(
+    section: DataSection, packing: PackingSection, tokenizer: "PreTrainedTokenizerBase", seed: int
+) -> Prepared | None:
+    """What prepare_once left, or None if it would have to prepare anew."""
+    root = Path(section.dataset_prepared_path)
+    if not (root / "files").is_dir():
+        return None
+    folder = root / cache_key(section, packing, tokenizer, seed)
+    return read_prepared(folder) if (folder / MARK).exists() else None
+
+
 def cache_key(section: DataSection, packing: PackingSection, tokenizer: "PreTrainedTokenizerBase", seed: int) -> str:
     """Equal only if the same documents would come out."""
     facts = {
@@ -125,8 +137,10 @@ def _write(
     seed: int,
     report: Report,
 ) -> None:
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    mine = f"{folder.name}.{platform.node()}"
+    for left in folder.parent.glob(f"{mine}.*.tmp"):  # by a process that was killed: this one has the lock
+        shutil.rmtree(left, ignore_errors=True)
+    aside = folder.with_name(f"{mine}.{os.getpid()}.tmp")
     aside.mkdir()
     try:
         prepared = prepare(section, tokenizer, seed, report, into=aside)

@@ -191,8 +191,9 @@ class ChatRenderer:
         closing = turns[-1].following
         last = max((i for i, wish in enumerate(trained) if wish), default=-1)
         spans = []
+        endings = {following: self.ends.after(following, closing) for following in {turn.following for turn in turns}}
         for i, turn in enumerate(turns):
-            (start, stop), ending = turn.body, self.ends.after(turn.following, closing)
+            (start, stop), ending = turn.body, endings[turn.following]
             policy = self.ends.policy(ending)
             if trained[i] and not ending.strip() and (policy in ("turn", "all") or (policy == "last" and i == last)):
                 raise DataError(_endless(i, turn.following))

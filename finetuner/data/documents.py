@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from finetuner.data.chat import build_chat_renderer
+from finetuner.data.encoding import Encoder
 from finetuner.data.files import Row
 from finetuner.data.formats import (
     Rendered,
@@ -15,14 +16,13 @@ from finetuner.data.formats import (
 )
 from finetuner.data.messages import MessageReader
 from finetuner.data.sources import Placed
-from finetuner.data.tokens import IGNORE, Ids, read_tokens, tokenize
+from finetuner.data.tokens import IGNORE, Document, read_tokens
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry, InstructionFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Document = tuple[Ids, Ids]
 Renderer = Callable[[Row], Rendered]
 
 TOO_LONG = "longer than sequence_len"
@@ -56,27 +56,54 @@ class Made(NamedTuple):
     outcomes: list[Outcome]
 
 
+class Texts(NamedTuple):
+    """Rows, and what each is before it is tokenised: a text, a document where the row holds tokens, or None for a row
+    that is left out, which is among the outcomes."""
+
+    rows: Sequence[Placed]
+    texts: list[Rendered | Document | None]
+    outcomes: list[Outcome]
+
+    def with_more(self, other: "Texts") -> "Texts":
+        return Texts([*self.rows, *other.rows], self.texts + other.texts, self.outcomes + other.outcomes)
+
+    @property
+    def num_characters(self) -> int:
+        return sum(len(text.text) for text in self.texts if isinstance(text, Rendered))
+
+
 class DocumentMaker:
-    """Turns rows of one entry into documents."""
+    """Turns rows of one entry into documents, in three steps of which the second, the costly one, is no Python's, so
+    that it can go on beside the others."""
 
     def __init__(self, entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raises DataError if the tokenizer cannot render this entry's rows."""
-        self.entry, self.section, self.tokenizer = entry, section, tokenizer
-        self.render = _renderer(entry, section, tokenizer) if entry.type is not None else None
+        self.entry, self.section, self.vocab_size = entry, section, len(tokenizer)
+        self.encoder = Encoder(tokenizer)
+        self.renderer = _renderer(entry, section, tokenizer) if entry.type is not None else None
         # Far more characters than so many tokens can stand for: not worth the minutes that tokenising them takes.
         self.hopeless = section.sequence_len * max(map(len, tokenizer.get_vocab())) * 8
 
     def make(self, rows: Sequence[Placed]) -> Made:
         """Raises DataError at a row that cannot become tokens, unless on_bad_row says to skip it."""
+        texts = self.render(rows)
+        return self.fit(texts, self.tokenize(texts))
+
+    def render(self, rows: Sequence[Placed]) -> Texts:
         outcomes: list[Outcome] = []
-        texts = [self._text(placed, outcomes) for placed in rows]
-        tokenized = iter(tokenize([text for text in texts if isinstance(text, Rendered)], self.tokenizer))
+        return Texts(rows, [self._text(placed, outcomes) for placed in rows], outcomes)
+
+    def tokenize(self, texts: Texts) -> list[Document]:
+        return self.encoder.tokenize([text for text in texts.texts if isinstance(text, Rendered)])
+
+    def fit(self, texts: Texts, tokenized: Sequence[Document]) -> Made:
         documents: list[list[Document]] = []
-        for placed, text in zip(rows, texts, strict=True):
+        outcomes, of_texts = list(texts.outcomes), iter(tokenized)
+        for placed, text in zip(texts.rows, texts.texts, strict=True):
             if text is None:
                 documents.append([])
                 continue
-            document = next(tokenized) if isinstance(text, Rendered) else text
+            document = next(of_texts) if isinstance(text, Rendered) else text
             if isinstance(text, Rendered) and self.entry.type == "completion" and not text.text.strip():
                 outcomes.append(Outcome(placed.file, placed.number, BLANK, 0))
                 documents.append([])
@@ -89,13 +116,13 @@ class DocumentMaker:
         try:
             if isinstance(placed.row, DataError):
                 raise placed.row
-            if self.render is not None:
-                text = self.render(placed.row)
+            if self.renderer is not None:
+                text = self.renderer(placed.row)
                 if len(text.text) > self.hopeless and self.section.excess_length_strategy == "drop":
                     outcomes.append(Outcome(placed.file, placed.number, TOO_LONG, 0, f"{len(text.text):,} characters"))
                     return None
                 return text
-            return read_tokens(placed.row, len(self.tokenizer))
+            return read_tokens(placed.row, self.vocab_size)
         except DataError as error:
             if self.section.on_bad_row == "raise":
                 raise DataError(

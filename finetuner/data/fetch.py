@@ -41,7 +41,7 @@ def fetch(address: str, folder: Path) -> list[Path]:
     try:
         found: list[str] = sorted(fs.glob(place)) if "*" in place else [place]
         if "*" not in place and fs.isdir(place):
-            found = sorted(name for name in fs.find(place) if name.endswith(DATA_SUFFIXES))
+            found = data_files_in(fs, place)
         facts = {name: fs.info(name) for name in found}
     except Exception as error:  # a driver raises anything
         raise DataError(_unreachable(address, error)) from error
@@ -56,6 +56,11 @@ def fetch(address: str, folder: Path) -> list[Path]:
         return run
 
     return [_kept(f"{address} {name}", Path(name).name, facts[name], folder, download(name)) for name in found]
+
+
+def data_files_in(fs: Any, place: str) -> list[str]:
+    """The data files of a bucket's folder, and of those in it."""
+    return sorted(name for name in fs.find(place) if name.endswith(DATA_SUFFIXES))
 
 
 def open_filesystem(address: str) -> tuple[Any, str]:

@@ -82,6 +82,8 @@ class MessageReader:
                 f"message {i} of column '{self.column}' must have text in '{self.role_key}' and '{self.content_key}'; "
                 f"it is {given!r:.150}"
             )
+        if not message and role != TOOL_CALL_ROLE:  # nearly all messages
+            return {"role": self.roles.get(role, role), "content": content}, None
         wish = self._wish(i, message)
         thought = next((message.pop(name) for name in THOUGHTS if name in message), None)
         if thought is not None:
@@ -166,5 +168,9 @@ def _parsed(text: str, what: str) -> Any:
 def without_nulls(value: Any) -> Any:
     """The value as it was in its file: a table gives every block the keys of all, with nulls for those not there."""
     if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+        return {
+            key: inner if isinstance(inner, str) else without_nulls(inner)
+            for key, inner in value.items()
+            if inner is not None
+        }
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value

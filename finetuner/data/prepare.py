@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +19,10 @@ from finetuner.data.documents import (
     DUPLICATE,
     SPLIT,
     TOO_LONG,
-    Document,
     DocumentMaker,
     Made,
     Outcome,
+    Texts,
 )
 from finetuner.data.fetch import is_address
 from finetuner.data.mixing import mixed
@@ -29,7 +30,7 @@ from finetuner.data.order import held_out_rows
 from finetuner.data.packing import Packs
 from finetuner.data.sources import Placed, Source, load_source
 from finetuner.data.store import Collector, FileCollector, MemoryCollector
-from finetuner.data.tokens import Rows, TokenStore
+from finetuner.data.tokens import Document, Rows, TokenStore
 from finetuner.errors import DataError
 from finetuner.recipe.rules import looks_local
 from finetuner.recipe.sections import DataSection, DatasetEntry
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 
 Report = Callable[[int, int], None]  # rows done, rows in all
 
-BATCH_ROWS = 512
+READ_ROWS = 32
+BATCH_ROWS, BATCH_CHARACTERS = 512, 1 << 20
+BATCHES_AHEAD = 2  # one that is tokenised, and one that is ready for it
 BY_WEIGHT = "left out by the weights of the datasets"
 
 
@@ -153,11 +156,53 @@ def prepare(
 
 def make_documents(
     source: Source, section: DataSection, tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[tuple[list[Placed], Made]]:
-    """The rows of a source, in order, and what they become."""
+) -> Iterator[tuple[Sequence[Placed], Made]]:
+    """The rows of a source, in order, and what they become.
+
+    While one batch is tokenised, on every core and without Python's lock, the next is read and rendered, and the one
+    before is written. Raises DataError at the first row that is wrong.
+    """
     maker = DocumentMaker(source.entry, section, tokenizer)
-    for batch in source.batches(BATCH_ROWS):
-        yield batch, maker.make(batch)
+    ahead: deque[tuple[Texts, Future[list[Document]]]] = deque()
+    rendered = _rendered(source, maker)
+
+    def first() -> tuple[Sequence[Placed], Made]:
+        texts, tokenized = ahead.popleft()
+        return texts.rows, maker.fit(texts, tokenized.result())
+
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
+        try:
+            for texts in rendered:
+                if isinstance(texts, DataError):
+                    while ahead:  # what is wrong with an earlier row is to be told before
+                        yield first()
+                    raise texts
+                ahead.append((texts, pool.submit(maker.tokenize, texts)))
+                if len(ahead) > BATCHES_AHEAD:
+                    yield first()
+            while ahead:
+                yield first()
+        finally:
+            for _, tokenized in ahead:
+                tokenized.cancel()
+
+
+def _rendered(source: Source, maker: DocumentMaker) -> Iterator[Texts | DataError]:
+    """The rows as texts, so many at a time that few and long ones take no more memory than many short ones; last, what
+    is wrong with a row, if something is."""
+    some = Texts([], [], [])
+    try:
+        for rows in source.batches(READ_ROWS):
+            some = some.with_more(maker.render(rows))
+            if len(some.rows) >= BATCH_ROWS or some.num_characters >= BATCH_CHARACTERS:
+                yield some
+                some = Texts([], [], [])
+    except DataError as error:
+        yield some
+        yield error
+    else:
+        if some.rows:
+            yield some
 
 
 class OutcomeLog:

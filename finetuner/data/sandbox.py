@@ -29,6 +29,7 @@ CHARACTERS_PER_GIVEN = 200
 MAX_NUMBER = 1_000_000  # as an argument: a width to fill, a number of parts
 # What stands around an answer in a rendered text until it is found; no row can know it.
 _OPENED, _CLOSED = (f"\ue000{word}{secrets.token_hex(8)}\ue001" for word in ("a", "z"))
+_SIZED = (str, list, tuple)  # what is measured
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -123,23 +124,31 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise DataError(f"the chat template takes more than {MAX_STEPS:,} steps. It would not come to an end")
 
     def measured(self, value: Any) -> Any:
-        if isinstance(value, str | list | tuple):
+        if isinstance(value, _SIZED):
             self.characters += len(value)
-            limit = MAX_CHARACTERS
-            if self.characters > limit and self.characters > (limit := limit + CHARACTERS_PER_GIVEN * self._num_given):
-                raise DataError(f"the chat template makes more than {limit:,} characters of this conversation")
+            if self.characters > MAX_CHARACTERS:
+                self._require_within_what_was_given()
         return value
+
+    def _require_within_what_was_given(self) -> None:
+        limit = MAX_CHARACTERS + CHARACTERS_PER_GIVEN * self._num_given
+        if self.characters > limit:
+            raise DataError(f"the chat template makes more than {limit:,} characters of this conversation")
 
     @property
     def _num_given(self) -> int:
         return len(json.dumps(self.given, default=str))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and isinstance(left, str) and isinstance(right, str):
-            return self.measured(left + right)
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):  # most of all that templates do
+            joined = left + right
+            self.characters += len(joined)
+            if self.characters > MAX_CHARACTERS:
+                self._require_within_what_was_given()
+            return joined
         if operator == "*":
             for text, times in ((left, right), (right, left)):
-                if isinstance(text, str | list | tuple) and isinstance(times, int) and len(text) * times > MAX_NUMBER:
+                if isinstance(text, _SIZED) and isinstance(times, int) and len(text) * times > MAX_NUMBER:
                     raise SecurityError(f"{times} times a text of {len(text)}")
         if operator == "%" and isinstance(left, str):
             raise SecurityError("a text's % is not for chat templates")

@@ -157,7 +157,7 @@ def row_files(entry: DatasetEntry, fetched: Path) -> dict[str, tuple[RowFile, ..
             return None
         files = [path] if path.is_file() else fetch(entry.path, fetched)
         return {split_name(entry): tuple(_checked_file(entry, file, kind) for file in files)}
-    if not path.is_dir() or _is_saved_to_disk(path):
+    if not path.is_dir() or is_saved_to_disk(path):
         return None
     names: Any = list(entry.data_files) if isinstance(entry.data_files, tuple) else entry.data_files
     if entry.ds_type is not None:
@@ -239,7 +239,7 @@ def _load(entry: DatasetEntry, fetched: Path) -> "datasets.Dataset":
             data_files={split_name(entry): [glob.escape(str(file)) for file in files]},
             split=entry.split,
         )
-    if _is_saved_to_disk(path):
+    if is_saved_to_disk(path):
         return _saved_to_disk(entry, path)
     names: Any = list(entry.data_files) if isinstance(entry.data_files, tuple) else entry.data_files
     if entry.ds_type is not None:
@@ -271,7 +271,7 @@ def kind_of_name(entry: DatasetEntry, name: str) -> str:
     return _BUILDERS.get(suffix, "json")
 
 
-def _is_saved_to_disk(path: Path) -> bool:
+def is_saved_to_disk(path: Path) -> bool:
     return path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file())
 
 

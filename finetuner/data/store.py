@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.tokens import IGNORE, Ids, TokenStore, joined_digest
+from finetuner.data.tokens import Ids, TokenStore, joined_digest
+
+_WAITING_TOKENS = 1 << 17  # are written at once: documents are often too short to be worth a call each
 
 
 class Collector(Protocol):
@@ -47,19 +49,20 @@ class FileCollector:
         self.digests = [hashlib.sha256(), hashlib.sha256()]
         self.offsets = array("q", [0])
         self.trained = 0
+        self.waiting: list[tuple[Ids, Ids]] = []
+        self.num_written = 0
 
     def add(self, ids: Ids, labels: Ids) -> None:
-        for part, file, digest in zip((ids, labels), self.files, self.digests, strict=True):
-            data = np.ascontiguousarray(part, dtype=np.int32).tobytes()
-            file.write(data)
-            digest.update(data)
+        self.waiting.append((ids, labels))
         self.offsets.append(self.offsets[-1] + len(ids))
-        self.trained += int((labels[1:] != IGNORE).sum())
+        if self.offsets[-1] - self.num_written >= _WAITING_TOKENS:
+            self._write()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def finish(self) -> TokenStore:
+        self._write()
         borders = memoryview(self.offsets).cast("B")
         with (self.folder / f"{self.name}.offsets").open("wb") as file_of_borders:
             file_of_borders.write(borders)
@@ -71,6 +74,18 @@ class FileCollector:
             file.close()
         digest = joined_digest(*self.digests, hashlib.sha256(borders))
         return map_store(self.folder, self.name, {"sha256": digest, "trained": self.trained})
+
+    def _write(self) -> None:
+        if not self.waiting:
+            return
+        store = TokenStore.of(self.waiting)
+        for part, file, digest in zip((store.ids, store.labels), self.files, self.digests, strict=True):
+            data = part.tobytes()
+            file.write(data)
+            digest.update(data)
+        self.trained += store.num_trained
+        self.num_written += store.num_tokens
+        self.waiting.clear()
 
 
 def map_store(folder: Path, name: str, facts: dict[str, Any]) -> TokenStore:

@@ -23,6 +23,8 @@ UNSUPPORTED_NOTE = "PEFT's own merge_and_unload can do it where the model fits i
 # Ways to start an adapter that leave the base as it is. The others (pissa, olora, corda, loftq, ...) move a part of
 # each weight into the adapter.
 HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+BLOCK = 1 << 18  # elements of a product that are made at once: 1 MB in fp32
+MIN_ROWS = 16  # of a block: fewer take another path through the matrix library, which rounds differently
 
 
 class Change(Protocol):
@@ -34,7 +36,7 @@ class Change(Protocol):
 
     @abstractmethod
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """In fp32, rounded once at the end to the number format of `weight`."""
+        """In fp32, rounded once at the end to the number format of `weight`, whose memory the result may take."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,22 @@ class LowRank:
         return shape
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        merged = self.a.float().t() @ self.b.float().t() if self.stored_in_out else self.b.float() @ self.a.float()
-        merged.mul_(self.scale).add_(weight)  # in place: fresh pages cost more than the arithmetic
-        if self.magnitude is not None:
-            along = 0 if self.stored_in_out else 1
-            length = torch.linalg.vector_norm(merged, dim=along)
-            merged.mul_((self.magnitude.float() / length).unsqueeze(along))
-        return merged.to(weight.dtype)
+        """Over blocks of rows that stay in the processor's cache: a whole product in fp32 costs more in fresh pages
+        than in arithmetic."""
+        left, right = (self.a.t(), self.b.t()) if self.stored_in_out else (self.b, self.a)
+        along = 0 if self.stored_in_out else 1
+        by_column = self.magnitude is not None and self.stored_in_out
+        blocks = 1 if by_column else max(1, min(len(weight) // MIN_ROWS, weight.numel() // BLOCK))
+        lengths = [None] * blocks if self.magnitude is None else self.magnitude.float().tensor_split(blocks)
+        right = right.float()
+        for rows, of_left, length in zip(
+            weight.tensor_split(blocks), left.float().tensor_split(blocks), lengths, strict=True
+        ):
+            merged = (of_left @ right).mul_(self.scale).add_(rows)
+            if length is not None:
+                merged.mul_((length / torch.linalg.vector_norm(merged, dim=along)).unsqueeze(along))
+            rows.copy_(merged)
+        return weight
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ class Whole:
         return after
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        return self.tensor.to(weight.dtype)
+        return self.tensor.to(weight.dtype, copy=True)
 
 
 @dataclass(frozen=True)

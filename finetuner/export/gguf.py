@@ -1,7 +1,8 @@
-"""A model folder of the Llama shape as one GGUF file, tensor by tensor, for llama.cpp and what is built on it.
+"""A model folder of the Llama or Qwen2 shape as one GGUF file, tensor by tensor, for llama.cpp and what is built on it.
 
-GGUF keeps the two halves of a rotated pair side by side where transformers keeps them half a head apart: rows of the
-query and key projections change places. Norms stay in fp32, as llama.cpp's kernels want them.
+Of a Llama, GGUF keeps the two halves of a rotated pair side by side where transformers keeps them half a head apart:
+rows of the query and key projections change places. Norms and biases stay in fp32, as llama.cpp's kernels want them. A
+GPT of ours that is a Llama in all but its name is written as one.
 """
 
 import importlib.util
@@ -19,9 +20,10 @@ import torch
 from finetuner.errors import ModelError
 from finetuner.export.generation import stop_ids
 from finetuner.export.verify import Agreement, agreement_of, prompt_rows
-from finetuner.models.build import load_model
+from finetuner.models.build import know_our_own, load_model
 from finetuner.models.files import weight_files
 from finetuner.models.gguf import import_gguf
+from finetuner.models.portable import portable_config
 from finetuner.models.safetensors_stream import TensorInfo, read_header, read_tensor
 
 if TYPE_CHECKING:
@@ -36,22 +38,29 @@ PROBE = "Naïve  text,\n\twith 2  numbers: 10, 2026!"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # How text is cut before byte-pair encoding -> llama.cpp's name for it.
-_SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+
+
+# model_type of a config -> llama.cpp's architecture.
+_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2"}
+# Where transformers' reader of an architecture cuts text as the file says.
+_READ_AS_WRITTEN = {("llama", "gpt-2"), ("llama", "smollm"), ("qwen2", "qwen2")}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder that can be written as GGUF."""
+    """A folder that can be written as GGUF. `config`: transformers', of a GPT of ours that of its portable twin."""
 
     folder: Path
     config: Any
+    architecture: str
     tokenizer: "PreTrainedTokenizerBase"
     pre: str  # llama.cpp's name of the way in which text is cut
     tensors: dict[str, tuple[Path, TensorInfo]]
 
 
 def read_source(folder: Path) -> Source:
-    """Raises ModelError for what GGUF's Llama shape cannot say: it would be another model."""
+    """Raises ModelError for what the shapes that are known here cannot say: it would be another model."""
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("writing GGUF needs the package gguf, which is missing: pip install 'finetuner[gguf]'")
     if (folder / "adapter_config.json").exists():
@@ -60,18 +69,23 @@ def read_source(folder: Path) -> Source:
         raise ModelError(f"'{folder}' is not a model folder: it has no config.json.")
     from transformers import AutoConfig, AutoTokenizer
 
+    know_our_own()
     config: Any = AutoConfig.from_pretrained(folder)
+    if config.model_type == "finetuner_gpt":
+        config = portable_config(config)  # what has no twin is refused here
     rope = getattr(config, "rope_parameters", None) or {}
     for wrong, what in (
-        (config.model_type != "llama", f"model_type {config.model_type}; the Llama shape can be written"),
+        (config.model_type not in _ARCHITECTURES, f"model_type {config.model_type}; llama and qwen2 can be written"),
         (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False), "biases"),
         (rope.get("rope_type", "default") != "default", f"positions scaled by {rope.get('rope_type')}"),
+        (getattr(config, "use_sliding_window", False), "attention in a sliding window"),
     ):
         if wrong:
             raise ModelError(f"'{folder}' has {what}. Convert it with llama.cpp's own convert_hf_to_gguf.py.")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tensors = {name: (path, info) for path in weight_files(folder) for name, info in read_header(path).items()}
-    return Source(folder, config, tokenizer, _way_of_cutting(folder, tokenizer), tensors)
+    architecture = _ARCHITECTURES[config.model_type]
+    return Source(folder, config, architecture, tokenizer, _way_of_cutting(folder, tokenizer), tensors)
 
 
 def export_gguf(folder: Path, output: Path, form: str, report: Callable[[int, int], None]) -> Agreement:
@@ -97,16 +111,16 @@ def export_gguf(folder: Path, output: Path, form: str, report: Callable[[int, in
 def _write(source: Source, file: Path, form: str, report: Callable[[int, int], None]) -> None:
     import gguf
 
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, source.architecture)
     _describe(writer, source, form)
     layers = source.config.num_hidden_layers
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[source.architecture.upper()], layers)
     total, done = 0, 0
     planned: list[tuple[str, Any]] = []
     for name, (_, info) in source.tensors.items():
-        theirs = names.get_name(name, try_suffixes=(".weight",))
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is None:
-            raise ModelError(f"the tensor '{name}' of '{source.folder}' has no place in a Llama's GGUF.")
+            raise ModelError(f"the tensor '{name}' of '{source.folder}' has no place in GGUF's {source.architecture}.")
         kind = _kind(info, form)
         block, itemsize = gguf.GGML_QUANT_SIZES[kind]
         count = int(torch.Size(info.shape).numel())
@@ -146,6 +160,8 @@ def _laid_out(source: Source, name: str) -> Any:
     path, info = source.tensors[name]
     weight = read_tensor(path, info).float()
     config = source.config
+    if source.architecture != "llama":
+        return weight.contiguous().numpy()
     for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
         if name.endswith(f".{part}.weight"):
             weight = weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
@@ -215,15 +231,24 @@ def _way_of_cutting(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> str:
     steps = settings.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     kinds = [step.get("type") for step in steps]
-    if settings["model"].get("type") == "BPE" and settings.get("normalizer") is None and kinds[-1] == "ByteLevel":
+    normalises = settings.get("normalizer") is not None
+    if settings["model"].get("type") == "BPE" and kinds[-1] == "ByteLevel":
         before = steps[:-1]
-        if not before and steps[-1].get("use_regex", True):
+        if not normalises and not before and steps[-1].get("use_regex", True):
             return "gpt-2"
-        if kinds[:-1] == ["Digits"] and before[0]["individual_digits"] and steps[-1].get("use_regex", True):
+        if (
+            not normalises
+            and kinds[:-1] == ["Digits"]
+            and before[0]["individual_digits"]
+            and steps[-1].get("use_regex", True)
+        ):
             return "smollm"
         pattern = before[0].get("pattern", {}).get("Regex") if kinds[:-1] == ["Split"] else None
-        if pattern in _SPLITS and not steps[-1].get("use_regex", True):
-            return _SPLITS[pattern]
+        name = SPLITS.get(pattern or "")
+        # llama.cpp composes no characters before it cuts, as Qwen's tokenizer does: nearly all text is composed already
+        composes = name == "qwen2" and settings.get("normalizer") == {"type": "NFC"}
+        if name and not steps[-1].get("use_regex", True) and (composes or not normalises):
+            return name
     raise ModelError(
         f"the tokenizer of '{folder}' ({type(tokenizer).__name__}) cuts text in a way that is not known to be one of "
         "llama.cpp's. Convert it with llama.cpp's own convert_hf_to_gguf.py."
@@ -233,10 +258,10 @@ def _way_of_cutting(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> str:
 def _read_back(source: Source, file: Path, form: str) -> Agreement:
     """The model in the file against the one in the folder, both in fp32, and their tokens of a text."""
     with tempfile.TemporaryDirectory(dir=file.parent) as place:
-        again = import_gguf(file, Path(place) / "model", "float32", report=lambda line: None)
+        again = import_gguf(file, Path(place) / "model", "float32", lambda line: None, try_it=False)
         from transformers import AutoTokenizer
 
-        if source.pre in ("gpt-2", "smollm"):  # the others' cutting is lost on transformers' reader
+        if (source.architecture, source.pre) in _READ_AS_WRITTEN:  # other ways are lost on transformers' reader
             wanted = source.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
             found = AutoTokenizer.from_pretrained(again)(PROBE, add_special_tokens=False)["input_ids"]
             if wanted != found:

@@ -6,11 +6,11 @@ go through the same round trip before the adapter is added, so that the merged m
 
 import hashlib
 import json
-import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,17 @@ from finetuner.checkpoint import aside_of, written_aside
 from finetuner.errors import ModelError
 from finetuner.export.changes import Change, Changes, Tied, base_name, read_changes, read_config
 from finetuner.export.generation import write_generation_config
+from finetuner.export.seen import quantised_tensors, record_for
 from finetuner.models.build import on_meta
 from finetuner.models.files import INDEX, find_base, weight_files
-from finetuner.models.quantized import RECORD, Record, read_record, require_bitsandbytes, seen_in_training
+from finetuner.models.quantized import Record, seen_in_training
 from finetuner.models.safetensors_stream import NAMES, TensorInfo, read_header, read_tensor, write_stream
 from finetuner.models.targets import is_tied
 
 Report = Callable[[int, int], None]  # bytes done, bytes in all
 
 MARK = "merge.json"
+MOST_AHEAD = 4  # tensors in memory beside the one that is written
 # What travels from the training run (its template, its added tokens), and what from the base.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -40,11 +42,12 @@ BASE_FILES = ("config.json", "generation_config.json")
 
 @dataclass(frozen=True)
 class Form:
-    """How the merged model is written; None: as the base is. `dequantise`: the base as training saw it."""
+    """How the merged model is written; None: as the base is. `dequantise`: onto the base as it was quantised in
+    training, or not; None: onto what training saw, as far as that is known."""
 
     dtype: torch.dtype | None = None
     shard_bytes: int | None = None
-    dequantise: bool = True
+    dequantise: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,9 @@ def merge_adapter(
     started = time.monotonic()
     base = find_base(base_model)
     _require_replaceable(output, base, adapter)
-    infos = {path: read_header(path) for path in weight_files(base)}
-    if "quantization_config" in json.loads((base / "config.json").read_text()):
-        raise ModelError(f"the base model '{base}' is quantised; an adapter is merged into full weights. Name those.")
-    shapes = {name: info.shape for of_file in infos.values() for name, info in of_file.items()}
-    tied = _tied_pair(adapter, base, set(shapes))
-    changes = read_changes(adapter, shapes, tied)
-    quantised = read_quantised(adapter, set(shapes)) if form.dequantise else {}
-    files = plan_files(infos, changes, tied, quantised, form)
+    infos, changes, quantised, files = plan_merge(adapter, base, form)
     num_bytes = sum(piece.after.num_bytes for pieces in files.values() for piece in pieces)
-    work = _work(adapter, infos, files, form)
+    work = _work(adapter, infos, files)
     output.parent.mkdir(parents=True, exist_ok=True)
     _require_space(output, num_bytes)
     done = kept = 0
@@ -124,15 +120,13 @@ def merge_adapter(
 
             def counted(pieces: list[Piece] = pieces) -> Iterator[tuple[str, torch.Tensor]]:
                 nonlocal done
-                for piece, tensor in _one_ahead(pieces):
+                for piece, tensor in _ahead(pieces):
                     yield piece.name, tensor
                     done += piece.after.num_bytes
                     report(done, num_bytes)
 
             part = aside / f"{file_name}.part"
             write_stream(part, {piece.name: piece.after for piece in pieces}, counted())
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
             part.rename(aside / file_name)
         _write_beside(base, adapter, aside, files, num_bytes, changes.unties, form, token_ids or {})
     seconds = time.monotonic() - started
@@ -140,15 +134,44 @@ def merge_adapter(
     return Merged(output, num_merged, num_tensors, len(quantised), num_bytes, kept, changes.unties, seconds)
 
 
-def _one_ahead(pieces: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Each merged while the one before it is written: the disk and the arithmetic wait for each other less."""
-    with ThreadPoolExecutor(1) as worker:
-        coming = worker.submit(merged_tensor, pieces[0])
-        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-            tensor = coming.result()
-            if following is not None:
-                coming = worker.submit(merged_tensor, following)
-            yield piece, tensor
+def plan_merge(
+    adapter: Path, base: Path, form: Form
+) -> tuple[dict[Path, dict[str, TensorInfo]], Changes, dict[str, Record], dict[str, list[Piece]]]:
+    """The base's files, what the adapter changes, what was quantised, and the files of the result. Raises ModelError
+    for what cannot be merged."""
+    infos = {path: read_header(path) for path in weight_files(base)}
+    if "quantization_config" in json.loads((base / "config.json").read_text()):
+        raise ModelError(f"the base model '{base}' is quantised; an adapter is merged into full weights. Name those.")
+    shapes = {name: info.shape for of_file in infos.values() for name, info in of_file.items()}
+    tied = _tied_pair(adapter, base, set(shapes))
+    changes = read_changes(adapter, shapes, tied)
+    quantised = quantised_tensors(record_for(adapter, base, form.dequantise), set(shapes))
+    return infos, changes, quantised, plan_files(infos, changes, tied, quantised, form)
+
+
+def _ahead(pieces: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """In their order, while as many as there are cores are read and merged ahead of the one that is written.
+
+    A tensor for each core, not all cores for a tensor: reading and rounding use one core only.
+    """
+    threads = torch.get_num_threads()
+    waiting: deque[tuple[Piece, Future[torch.Tensor]]] = deque()
+    with ThreadPoolExecutor(min(threads, MOST_AHEAD)) as workers:
+        torch.set_num_threads(1)
+        try:
+            for piece in pieces:
+                waiting.append((piece, workers.submit(merged_tensor, piece)))
+                if len(waiting) > min(threads, MOST_AHEAD):
+                    first, tensor = waiting.popleft()
+                    yield first, tensor.result()
+                    del tensor
+            while waiting:
+                first, tensor = waiting.popleft()
+                yield first, tensor.result()
+        finally:
+            torch.set_num_threads(threads)
+            for _, tensor in waiting:
+                tensor.cancel()
 
 
 def merged_tensor(piece: Piece) -> torch.Tensor:
@@ -238,15 +261,6 @@ def _tied_pair(adapter: Path, base: Path, base_names: set[str]) -> Tied | None:
     return Tied(base_name(embedding, embedding, base_names), head)
 
 
-def read_quantised(adapter: Path, base_names: set[str]) -> dict[str, Record]:
-    """Base tensor -> how it was kept while the adapter was trained, for those that were quantised."""
-    record = read_record(adapter)
-    if record is None:
-        return {}
-    require_bitsandbytes()
-    return {base_name(f"{module}.weight", f"{module} of {RECORD}", base_names): record for module in record.modules}
-
-
 def _require_replaceable(output: Path, base: Path, adapter: Path) -> None:
     """A folder that an earlier merge wrote may be replaced; anything else stays."""
     for what, folder in (("the base model", base), ("the adapter", adapter)):
@@ -273,13 +287,13 @@ def adapter_digest(adapter: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _work(adapter: Path, infos: dict[Path, dict[str, TensorInfo]], files: dict[str, list[Piece]], form: Form) -> str:
+def _work(adapter: Path, infos: dict[Path, dict[str, TensorInfo]], files: dict[str, list[Piece]]) -> str:
     """All that the bytes of the result depend on."""
     stats = {str(path.resolve()): (path.stat().st_size, path.stat().st_mtime_ns) for path in infos}
     layout = {name: [(p.name, p.after.dtype, p.after.shape) for p in pieces] for name, pieces in files.items()}
     settings = (adapter / "adapter_config.json").read_text()
-    record = (adapter / RECORD).read_text() if (adapter / RECORD).exists() else ""
-    return json.dumps([stats, layout, adapter_digest(adapter), settings, record, form.dequantise])
+    kept = {p.name: str(replace(p.record, modules=())) for of_file in files.values() for p in of_file if p.record}
+    return json.dumps([stats, layout, adapter_digest(adapter), settings, kept])
 
 
 def _write_beside(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from finetuner.errors import PlanError, TrainingError
+from finetuner.export.merge import MARK
 
 # What a result consists of, by how its files' names end; checkpoints, figures and logs stay here.
 RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
@@ -34,7 +35,8 @@ def upload_result(folder: Path, repo_id: str, *, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix in RESULT_SUFFIXES)
+    found = (path for path in folder.iterdir() if path.is_file() and path.suffix in RESULT_SUFFIXES)
+    names = sorted(path.name for path in found if path.name != MARK)  # it has names of folders of this machine
     try:
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -48,8 +50,8 @@ def upload_result(folder: Path, repo_id: str, *, private: bool) -> str:
     except Exception as error:  # of its network library, of its own, of the disk: all mean the same here
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            f"the run is done, but its result could not be uploaded to '{repo_id}': {first}\n"
-            f"It is whole in {folder}. Start again with resume_from_checkpoint=true to try once more, or type:\n"
-            f"  hf upload {repo_id} {folder} . --exclude 'checkpoints/*'"
+            f"the result could not be uploaded to '{repo_id}': {first}\n"
+            f"It is whole in {folder}. Try once more (what has arrived is not sent again):\n"
+            f"  finetuner push {folder} --to {repo_id}{'' if private else ' --public'}"
         ) from error
     return f"{api.endpoint}/{repo_id}"

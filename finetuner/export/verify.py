@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional
 
 from finetuner.errors import ModelError
-from finetuner.export.merge import MARK, read_quantised
+from finetuner.export.merge import MARK
+from finetuner.export.seen import quantised_tensors, record_for
 from finetuner.models.build import load_model
 from finetuner.models.files import find_base, weight_files
 from finetuner.models.quantized import Record, seen_in_training
@@ -66,10 +67,17 @@ def room_to_verify(base_model: str) -> str | None:
 
 
 def verify_merged(
-    adapter: Path, base_model: str, merged: Path, *, dequantised: bool = True, trust_remote_code: bool = False
+    adapter: Path,
+    base_model: str,
+    merged: Path,
+    *,
+    dequantised: bool | None = None,
+    trust_remote_code: bool = False,
+    rows: Sequence[torch.Tensor] = (),
 ) -> Agreement:
-    """Compare, and write the figures beside the merged weights. Raises ModelError beyond the bound."""
-    rows = prompt_rows(merged, trust_remote_code)
+    """Compare on `rows` of token ids, or on prompts, and on the last tokens of the vocabulary; write the figures beside
+    the merged weights. Raises ModelError beyond the bound."""
+    rows = [*rows, last_tokens(merged)] if rows else prompt_rows(merged, trust_remote_code)
     stored = {info.dtype for path in weight_files(merged) for info in read_header(path).values()}
     bound = BOUNDS["bfloat16" if "BF16" in stored else "float16" if "F16" in stored else "float32"]
 
@@ -118,15 +126,15 @@ def _load(folder: str, trust_remote_code: bool) -> "PreTrainedModel":
 
 
 def _adapted(
-    adapter: Path, base_model: str, merged: Path, dequantised: bool, trust_remote_code: bool
+    adapter: Path, base_model: str, merged: Path, dequantised: bool | None, trust_remote_code: bool
 ) -> "PreTrainedModel":
     """Base and adapter as PEFT puts them together."""
     from peft import PeftModel
 
     model: Any = _load(base_model, trust_remote_code)
-    names = {name for path in weight_files(find_base(base_model)) for name in read_header(path)}
-    if dequantised:
-        _round(model, read_quantised(adapter, names))
+    base = find_base(base_model)
+    names = {name for path in weight_files(base) for name in read_header(path)}
+    _round(model, quantised_tensors(record_for(adapter, base, dequantised), names))
     settings = json.loads((merged / "config.json").read_text())
     vocab_size = settings.get("text_config", settings)["vocab_size"]
     if vocab_size > model.get_input_embeddings().weight.shape[0]:
@@ -144,13 +152,18 @@ def _round(model: "PreTrainedModel", quantised: Mapping[str, Record]) -> None:
         parameter.copy_(seen_in_training(parameter, record))
 
 
-def prompt_rows(folder: Path, trust_remote_code: bool = False) -> list[torch.Tensor]:
-    """Token ids of the prompts, as text and as a turn where there is a template, and the last ids of the vocabulary."""
+def last_tokens(folder: Path) -> torch.Tensor:
+    """The last ids of a model's vocabulary."""
     settings = json.loads((folder / "config.json").read_text())
     vocab_size = settings.get("text_config", settings)["vocab_size"]
-    last = torch.arange(max(0, vocab_size - NUM_LAST_TOKENS), vocab_size)
+    return torch.arange(max(0, vocab_size - NUM_LAST_TOKENS), vocab_size)
+
+
+def prompt_rows(folder: Path, trust_remote_code: bool = False) -> list[torch.Tensor]:
+    """Token ids of the prompts, as text and as a turn where there is a template, and the last ids of the vocabulary."""
+    last = last_tokens(folder)
     if not (folder / "tokenizer_config.json").exists():
-        spread = torch.arange(64) * 7919 % vocab_size
+        spread = torch.arange(64) * 7919 % (int(last[-1]) + 1)
         return [spread, last]
     from transformers import AutoTokenizer
 

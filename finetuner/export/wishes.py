@@ -14,12 +14,13 @@ QUANTISED = ("4bit", "8bit", "int4", "int8", "nf4", "fp4", "4", "8")
 
 @dataclass(frozen=True)
 class Wishes:
-    """None: as the base is. `dequantize`: onto the base as training saw it, where it was quantised."""
+    """None: as the base is. `dequantize`: onto the base as it was quantised, or not; None: as training saw it, as far
+    as that is known."""
 
     output: Path | None = None
     dtype: str | None = None
     shard_bytes: int | None = None
-    dequantize: bool = True
+    dequantize: bool | None = None
     verify: bool = True
     others: list[str] = field(default_factory=list)
 
@@ -39,7 +40,7 @@ def read_wishes(words: list[str]) -> Wishes:
     verify = values.get("verify", "true")
     if verify not in ("true", "false"):
         raise RecipeError(f"verify={verify} is neither true nor false.")
-    dtype, base = values.get("dtype"), values.get("base", "dequantized")
+    dtype, base = values.get("dtype"), values.get("base")
     if dtype in QUANTISED:
         raise RecipeError(
             f"dtype={dtype}: an adapter is not merged into {dtype} weights: their steps are wider than most of what it "
@@ -48,7 +49,7 @@ def read_wishes(words: list[str]) -> Wishes:
         )
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"dtype={dtype} is not one that weights are stored in. Write one of {', '.join(DTYPES)}.")
-    if base not in BASES:
+    if base is not None and base not in BASES:
         raise RecipeError(
             f"base={base}: it says onto which form of the base to merge, {' or '.join(BASES)}.\n"
             f"To name another base model: base_model={base}"
@@ -57,7 +58,7 @@ def read_wishes(words: list[str]) -> Wishes:
         output=Path(values["output"]) if "output" in values else None,
         dtype=dtype,
         shard_bytes=_bytes(values["shard_size"]) if "shard_size" in values else None,
-        dequantize=base == "dequantized",
+        dequantize=None if base is None else base == "dequantized",
         verify=verify == "true",
         others=others,
     )

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -353,3 +354,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     layers = [m for m in model.modules() if isinstance(m, FourBitLinear)]
     unpacked = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in layers)
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + unpacked
+
+
+def layers_to_quantize(base_model: str, form: Format, skip: tuple[str, ...]) -> list[str]:
+    """Names of the layers of a base that bitsandbytes, as transformers uses it, would keep in few bits; only its config
+    is read. `skip`: what its settings leave out beside, or, where they name any, in place of the head."""
+    model = on_meta(base_model, dtype=form.dtype, attention=("sdpa", "eager"))
+    return make_room_for_layers(model, replace(form, kind="nf4"), skip or None)

@@ -10,6 +10,7 @@ rebuilds gguf's table of tensor names for every submodule (397 times, 4 to 5 s).
 
 import importlib.util
 import io
+import math
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -19,9 +20,15 @@ from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+from torch.nn import functional
+
 from finetuner.errors import ModelError
+from finetuner.models.sampling import as_text, ends_of, first_tokens, sampled
 
 DTYPES = ("bfloat16", "float16", "float32")
+PLAIN = "The sun rises in the east and sets in the west. Water is a liquid, and when it is very cold it turns to ice."
+BEGINNING, NUM_TRIED = "The capital of France is", 8
 
 # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "File structure". Everything is little-endian.
 MAGIC = b"GGUF"
@@ -35,12 +42,20 @@ STRING, ARRAY = 8, 9
 SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva"})
 
 
-def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", report: Callable[[str], None] = print) -> Path:
+def import_gguf(
+    source: Path,
+    output: Path,
+    dtype: str = "bfloat16",
+    report: Callable[[str], None] = print,
+    *,
+    try_it: bool = True,
+) -> Path:
     """Write the model, tokenizer and generation settings in `source` to the folder `output`; return its full path.
 
     `source` is a .gguf file, or a folder with exactly one. `output` must be absent or empty, and appears only when
     complete. Weights are unpacked and rounded to `dtype`, so nothing is gained over the quantised file but the format.
-    `report` receives three lines: reading, writing, done. Raises ModelError.
+    `report` receives a line for each stage: reading, checking (with a text by the model, unless `try_it` is False),
+    writing, done. Raises ModelError, also for a model that computes what is no number.
     """
     file, output = find_gguf(source).resolve(), output.resolve()
     if dtype not in DTYPES:
@@ -54,6 +69,9 @@ def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", report: Cal
     with _quiet_transformers():
         tokenizer, model = _load(file, header, dtype)
 
+    if try_it:
+        for line in try_out(model, tokenizer):
+            report(line)
     report(f"writing {output} ({dtype})")
     with _complete_or_absent(output) as folder, _quiet_transformers():
         model.save_pretrained(folder)
@@ -61,6 +79,29 @@ def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", report: Cal
         _require_same_tokenizer(file, folder, tokenizer)
     report(f"done: {output} ({_megabytes(output.iterdir())})")
     return output
+
+
+@torch.no_grad()
+def try_out(model: Any, tokenizer: Any) -> list[str]:
+    """What the model makes of a plain beginning, token by likeliest token; and a warning where it predicts plain
+    English hardly better than a blind guess, ln(vocabulary) nats a token, as a model that was read wrongly does.
+
+    Raises ModelError for logits that are not finite."""
+    ids = torch.tensor([tokenizer(PLAIN).input_ids])
+    logits = model(input_ids=ids).logits[0, :-1].float()
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError("the model computes values that are not finite: its weights are damaged. Get the file again")
+    loss, blind = float(functional.cross_entropy(logits, ids[0, 1:])), math.log(logits.shape[-1])
+    start = first_tokens(tokenizer, BEGINNING)
+    ends = ends_of(model, tokenizer)
+    tokens = sampled(model, start, count=NUM_TRIED, choice=lambda row: int(row.argmax()), ends=ends)
+    lines = [f"checking: {BEGINNING}{''.join(as_text(tokenizer, start, tokens))!r}, {loss:.2f} nats a token of English"]
+    if loss > 0.8 * blind:
+        lines.append(
+            f"note: a blind guess has {blind:.2f}. This model never learned English, or transformers reads it wrongly "
+            "from GGUF"
+        )
+    return lines
 
 
 def find_gguf(source: Path) -> Path:

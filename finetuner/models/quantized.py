@@ -265,13 +265,14 @@ def adopt_layers(model: "PreTrainedModel", form: Format) -> None:
     quantizer.remove_quantization_config(model)  # what is left is an ordinary model of ordinary modules
 
 
-def make_room_for_layers(model: "PreTrainedModel", form: Format) -> list[str]:
+def make_room_for_layers(model: "PreTrainedModel", form: Format, skip: tuple[str, ...] | None = None) -> list[str]:
     """Put an empty layer of ours in the place of each layer of a model on the meta device that `from_pretrained` would
-    keep in 4 bits. Returns their names."""
+    keep in 4 bits. Returns their names. `skip`: names or expressions of layers to leave; None: the head, and what is
+    tied."""
     from transformers.integrations import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    stay = get_keys_to_not_convert(model)
+    stay = get_keys_to_not_convert(model) if skip is None else list(skip)
     replace_with_bnb_linear(model, modules_to_not_convert=stay, quantization_config=bitsandbytes_config(form))
     theirs = _their_layers(model)
     for name, layer in theirs.items():

@@ -8,7 +8,9 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the library's own bound
+FLUSH_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,7 @@ class TensorFile:
         info = self.infos[name]
         assert tuple(tensor.shape) == info.shape and NAMES[tensor.dtype] == info.dtype, name
         self.file.seek(self.begins[name])
-        room = _bytes_of(tensor.detach().cpu().contiguous())
-        while room:
-            room = room[self.file.write(room) :]
+        _write_all(self.file, _bytes_of(tensor.detach().cpu().contiguous()))
         self.missing.discard(name)
 
     def close(self) -> None:
@@ -112,13 +113,31 @@ class TensorFile:
 
 
 def write_stream(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write `tensors`, which come one at a time in the order of `infos` and as it says."""
+    """Write `tensors`, which come one at a time in the order of `infos` and as it says; they are on the disk then.
+
+    The disk gets its work all along: left to the kernel, it would begin at the end, when nothing else is left to do.
+    """
     text, _ = _header(infos)
-    with path.open("wb") as file:
+    unflushed = 0
+    flushes: list[Future[None]] = []
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as flusher:
         file.write(text)
         for (name, tensor), (expected, info) in zip(tensors, infos.items(), strict=True):
             assert name == expected and tuple(tensor.shape) == info.shape and NAMES[tensor.dtype] == info.dtype, name
-            file.write(_bytes_of(tensor.contiguous()))
+            _write_all(file, _bytes_of(tensor.contiguous()))
+            unflushed += info.num_bytes
+            if unflushed > FLUSH_BYTES and all(flush.done() for flush in flushes):
+                flushes.append(flusher.submit(os.fdatasync, file.fileno()))
+                unflushed = 0
+        for flush in flushes:  # a disk's error is told to one flush only
+            flush.result()
+        os.fsync(file.fileno())
+
+
+def _write_all(file: FileIO, room: memoryview) -> None:
+    """A write without a buffer may take only a part, and never more than 2 GB."""
+    while room:
+        room = room[file.write(room) :]
 
 
 def _header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:

@@ -1,5 +1,6 @@
 """File and overrides -> Recipe, with every mistake reported at once."""
 
+import json
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -41,18 +42,27 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *
 
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check_files: bool = True) -> Loaded:
     """As load_recipe, with the notes. `check_files=False` leaves out whether named files exist."""
-    document = parse_yaml(read_text(Path(path)), str(path))
+    return _load_text(read_text(Path(path)), str(path), overrides, check_files=check_files)
+
+
+def load_values(values: dict[str, Any], source: str, overrides: tuple[str, ...] | list[str] = ()) -> Loaded:
+    """As load, of keys that a command makes for itself; `source` names it in messages."""
+    return _load_text(json.dumps(values, indent=0), source, overrides, check_files=True)
+
+
+def _load_text(text: str, source: str, overrides: tuple[str, ...] | list[str], *, check_files: bool) -> Loaded:
+    document = parse_yaml(text, source)
     drop_fsdp_prefix(document)
     for number, override in enumerate(overrides, 1):
         _apply_override(document, number, override)
     drop_fsdp_prefix(document, overrides=True)
     if not document.is_whole:
-        raise RecipeError(render_problems(str(path), document.problems))
+        raise RecipeError(render_problems(source, document.problems))
     tool = tool_of(document.values)
     if tool is not AXOLOTL_TOOL:
         raise RecipeError(
-            f"'{path}' is a recipe of {tool.name}. Write it as one of finetuner:\n"
-            f"  finetuner convert {path} -o recipe.yml"
+            f"'{source}' is a recipe of {tool.name}. Write it as one of finetuner:\n"
+            f"  finetuner convert {source} -o recipe.yml"
         )
     return resolve(document, translate(document), check_files=check_files)
 

@@ -15,6 +15,7 @@ from finetuner.data.order import mix
 from finetuner.data.prepare import Part
 from finetuner.data.tokens import Rows
 from finetuner.errors import PreemptedError
+from finetuner.flops import Work
 from finetuner.plan import Plan, Schedule
 from finetuner.training.engine import Engine
 from finetuner.training.guards import Guards
@@ -37,6 +38,8 @@ class Run:
     guards: Guards
     held_out_parts: tuple[Part, ...] = ()  # of held_out_rows, source by source; none: all are one part
     token_bytes: tuple[int, ...] | None = None  # bytes of text that each token stands for, where they are known
+    work: Work | None = None  # what the model computes, where a formula says it
+    device_peak_flops: float | None = None  # FLOPs a second of one rank's device, where they are known
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class StepStats:
     learning_rate: float
     num_tokens: int
     input_tokens: int  # without padding
+    num_pairs: int  # see Batch
     updated: bool
 
 
@@ -73,7 +77,7 @@ def train(run: Run, batches: Callable[[int], list[Batch]], state: TrainState, ev
     saves_when_bad = run.plan.precision == "fp16"
     if state.step == 0 and schedule.eval_on_start:
         events.evaluated(_evaluation_row(run, state, events))
-    tokens, seconds = 0, 0.0
+    tokens, flops, seconds = 0, 0.0, 0.0
     saved_at = state.step
     while state.step < schedule.total_steps and not state.stopped_early:
         if _stop_is_wished(run, events):
@@ -86,10 +90,12 @@ def train(run: Run, batches: Callable[[int], list[Batch]], state: TrainState, ev
         state = guards.after_step(state, updated=stats.updated, loss=stats.loss)
         elapsed = time.perf_counter() - started
         tokens, seconds = tokens + stats.input_tokens, seconds + elapsed
+        if run.work is not None:
+            flops += run.work.flops(stats.input_tokens, stats.num_tokens, stats.num_pairs)
         events.stepped(state, stats, elapsed)
         if schedule.logs_at(state.step):
-            events.logged(_log_row(run, state, stats, tokens / seconds))
-            tokens, seconds = 0, 0.0
+            events.logged(_log_row(run, state, stats, tokens / seconds) | _utilisation(run, flops / seconds))
+            tokens, flops, seconds = 0, 0.0, 0.0
         guards.require_sound(state, loss=stats.loss, grad_norm=stats.grad_norm, peak_lr=schedule.peak_lr)
         if len(run.held_out_rows) and schedule.evaluates_at(state.step):
             row = _evaluation_row(run, state, events)
@@ -121,9 +127,10 @@ def train_step(run: Run, batches: list[Batch], step: int) -> StepStats:
     torch.manual_seed(mix(plan.seed, step, plan.rank) >> 1)
     group = [b.to(accelerator.device) for b in batches]
     counts = torch.tensor(
-        [sum(b.num_trained for b in group), sum(b.num_tokens for b in group)], device=accelerator.device
+        [sum(count) for count in zip(*((b.num_trained, b.num_tokens, b.num_pairs) for b in group), strict=True)],
+        device=accelerator.device,
     )
-    num_tokens, input_tokens = (int(n) for n in accelerator.reduce(counts, "sum"))
+    num_tokens, input_tokens, num_pairs = (int(n) for n in accelerator.reduce(counts, "sum"))
     # The gradients of the ranks are averaged. Undo that: the gradient must not depend on how the global batch is split.
     scale = plan.data_parallel / num_tokens
     engine.module.train()
@@ -135,7 +142,7 @@ def train_step(run: Run, batches: list[Batch], step: int) -> StepStats:
         total += loss.detach()
     loss_sum = float(accelerator.reduce(total, "sum"))  # makes a GPU's queue run dry, as the norm does, once a step
     grad_norm, updated = engine.update(run.max_grad_norm, loss_is_finite=math.isfinite(loss_sum))
-    return StepStats(loss_sum / num_tokens, grad_norm, lr, num_tokens, input_tokens, updated=updated)
+    return StepStats(loss_sum / num_tokens, grad_norm, lr, num_tokens, input_tokens, num_pairs, updated=updated)
 
 
 def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -197,6 +204,13 @@ def _log_row(run: Run, state: TrainState, stats: StepStats, tokens_per_second: f
         "tokens_per_second": tokens_per_second,
         "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
     }
+
+
+def _utilisation(run: Run, flops_per_second: float) -> dict[str, float]:
+    """Model FLOP utilisation (flops.py), where both the formula and the devices' peak are known."""
+    if run.work is None or run.device_peak_flops is None:
+        return {}
+    return {"mfu": flops_per_second / (run.device_peak_flops * run.plan.data_parallel)}
 
 
 def _evaluation_row(run: Run, state: TrainState, events: Events) -> dict:

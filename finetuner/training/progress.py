@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from finetuner.recipe.secrets import without_secrets
 from finetuner.world import stream_is_terminal
 
 
@@ -33,7 +34,7 @@ class Screen:
 
     def line(self, text: str = "") -> None:
         if self.speaks:
-            self.console.print(text, markup=False)
+            self.console.print(without_secrets(text), markup=False)
 
     def table(self, rows: list[tuple[str, str]]) -> None:
         """A short two-column table."""
@@ -41,7 +42,7 @@ class Screen:
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")  # a path is whole or useless
         for name, value in rows:
-            table.add_row(Text(name, style="bold"), Text(value))
+            table.add_row(Text(name, style="bold"), Text(without_secrets(value)))
         if self.speaks:
             self.console.print(table)
 
@@ -105,6 +106,7 @@ class TrainingProgress:
         """`done` steps are behind; an evaluation takes `eval_rows` rows of this rank."""
         self.screen, self.total_steps, self.eval_rows = screen, total_steps, eval_rows
         self.seconds, self.steps, self.evaluated_rows = 0.0, 0, 0
+        self.use = ""  # of the devices, as last logged
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -130,15 +132,16 @@ class TrainingProgress:
         self.steps += 1
         # The first step also compiles kernels and fills caches: it would spoil the estimate.
         self.seconds = seconds * 2 if self.steps == 2 else self.seconds + seconds
-        facts = f"loss {loss:.4f}  lr {lr:.2e}  {input_tokens / seconds:,.0f} tok/s"
+        facts = f"loss {loss:.4f}  lr {lr:.2e}  {input_tokens / seconds:,.0f} tok/s{self.use}"
         self.bar.update(self.task, completed=step, facts=facts, left=self.left(step))
 
     def logged(self, row: dict) -> None:
+        self.use = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
         if not self.screen.terminal:
             self.screen.line(
                 f"step {row['step']}/{self.total_steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
                 f"lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.3f}  "
-                f"{row['tokens_per_second']:,.0f} tok/s  {duration(self.left(row['step']))} left"
+                f"{row['tokens_per_second']:,.0f} tok/s{self.use}  {duration(self.left(row['step']))} left"
             )
 
     def evaluating(self, rows: int) -> None:

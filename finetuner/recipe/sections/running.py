@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Section, Steps
+from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Positive, Section, Steps
 
 
 class EvaluationSection(Section):
@@ -50,4 +50,9 @@ class OutputSection(Section):
     hub_strategy: Literal["end"] = Field("end", description="The upload is of the result, when the run is done.")
     hub_private_repo: bool = Field(True, description="Whether a repository that is made for it is private.")
     logging_steps: Steps = Field(1, description="A line in metrics.jsonl every so many steps.")
+    device_peak_flops: Positive | None = Field(
+        None,
+        description="FLOPs a second of one device in the number format it computes in, such as 312e12, which `mfu` in "
+        "metrics.jsonl is a share of; default: by the data sheets of known GPUs in bf16 or fp16, else no `mfu`.",
+    )
     seed: CountOrZero = Field(42, description="Order of the rows, dropout, new weights.")
