@@ -281,6 +281,7 @@ def layout_of(recipe: Recipe, model: "PreTrainedModel", *, packed: bool) -> Layo
     return Layout(
         packed=packed,
         flat=packed and wants_flat_packs(model),
+        joined=packed and not recipe.packing.pretrain_multipack_attn,
         pad_to=recipe.data.sequence_len if recipe.packing.pad_to_sequence_len else None,
         by_length=recipe.packing.group_by_length,
     )

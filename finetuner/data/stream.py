@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from finetuner.data.batches import as_one
 from finetuner.data.documents import DocumentMaker, Outcome
 from finetuner.data.endless import START, EndlessRows, FileFacts, Place
 from finetuner.data.listing import READ, Listing, dropped_share, notes_of
@@ -233,7 +234,7 @@ class RowStream:
         if self.joined:
             before = [(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)) for ids, labels in state.carry]
             rows, carry = cut_into_rows([*before, *documents], self.section.sequence_len)
-            rows = rows if self.packing else [[_as_one(row)] for row in rows]
+            rows = rows if self.packing else [[as_one(row)] for row in rows]
         elif self.packing:
             rows = self._packs(documents, state.block)
         else:
@@ -290,8 +291,3 @@ def cut_into_rows(documents: list[Document], length: int) -> tuple[list[Row], li
                 rows.append(row)
                 row, room = [], length
     return rows, row
-
-
-def _as_one(row: Row) -> Document:
-    """Documents that see each other are one."""
-    return np.concatenate([ids for ids, _ in row]), np.concatenate([labels for _, labels in row])
