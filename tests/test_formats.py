@@ -370,6 +370,25 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer: PreTrainedTok
         learn(tokenizer, [chat("a", "b")], tmp_path)
 
 
+@pytest.mark.parametrize("marks", [("", ""), ("{% generation %}", "{% endgeneration %}")], ids=["plain", "marked"])
+def test_a_role_that_the_template_leaves_out_is_an_error_that_names_it(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, marks: tuple[str, str]
+) -> None:
+    begin, end = marks
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'user' %}<|im_start|>user\n{{ message.content }}<|im_end|>"
+        "{% elif message.role == 'assistant' %}<|im_start|>assistant\n"
+        f"{begin}{{{{ message.content }}}}<|im_end|>{end}{{% endif %}}{{% endfor %}}"
+    )
+    row = {"messages": [*chat("a", "b")["messages"], {"role": "critic", "content": "bad"}]}
+    with pytest.raises(DataError, match=r"row 1: .* leaves out message 2, .* role is 'critic'.*: \[critic\]"):
+        learn(tokenizer, [chat("a", "b"), row], tmp_path)
+    assert len(learn(tokenizer, [chat("a", "b"), row] * 5, tmp_path, on_bad_row="skip").train) == 5
+    named = {"path": str(tmp_path / "rows.jsonl"), "type": "chat_template", "roles": {"assistant": ["critic"]}}
+    store = prepare(DataSection.model_validate({"datasets": [named]}), tokenizer, seed=0).train
+    assert trained_texts(tokenizer, *store.document(1)) == ["b<|im_end|>", "bad<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [

@@ -1,19 +1,24 @@
 """From raw text to a model that other tools load: tokenizer, shape, random weights, training, result."""
 
+import importlib.util
 import json
 import math
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import largest_difference, run_command, unfinished, weights_of
+from conftest import ROOT, largest_difference, run_command, unfinished, weights_of, write_rows
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from finetuner.chat import chat
+from finetuner.cli import main
 from finetuner.data.bytes import token_bytes
 from finetuner.errors import ModelError, PlanError, RecipeError
+from finetuner.generate import Manner
 from finetuner.models.build import on_meta
 from finetuner.models.gpt import GPTForCausalLM
 from finetuner.models.vocabularies import train_bpe, write_byte_tokenizer, write_char_tokenizer
@@ -66,6 +71,14 @@ def recipe(write_recipe, corpus):
             "max_steps": 6,
         }
         return write_recipe(**(values | keys))
+
+    return write
+
+
+@pytest.fixture
+def write_rows_of(tmp_path):
+    def write(rows) -> Path:
+        return write_rows(tmp_path / f"rows{len(list(tmp_path.glob('rows*')))}.jsonl", list(rows))
 
     return write
 
@@ -271,14 +284,79 @@ def test_a_budget_that_is_none_is_refused(recipe):
         load_recipe(recipe(max_tokens="1M"))
 
 
-@pytest.mark.slow
-def test_two_ranks_that_share_the_model_train_it_as_one_rank_does(recipe, train, tmp_path):
-    keys = {"tokenizer": {"train": {"vocab_size": 300}}, "sample_packing": True, "max_steps": 4}
-    path = recipe(**keys)
-    train(path, f"output_dir={tmp_path / 'one'}")
-    done = run_command(
-        "finetuner.train", path, f"output_dir={tmp_path / 'two'}", f"dataset_prepared_path={tmp_path / 'anew'}",
-        "micro_batch_size=2", "fsdp=[full_shard, auto_wrap]", ranks=2,
-    )  # fmt: skip
-    assert done.code == 0, done.text
-    assert largest_difference(weights_of(tmp_path / "one"), weights_of(tmp_path / "two")) < 2e-5
+IN_PARTS = {"fsdp": ["full_shard", "auto_wrap"], "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+
+
+def test_a_run_in_shards_resumes_bitwise_from_a_checkpoint_in_parts(recipe, train, tmp_path):
+    path = recipe(model=TINY | {"dropout": 0.1}, save_steps=2, max_steps=4, **IN_PARTS)
+    train(path)
+    assert list((tmp_path / "out/checkpoints/step-00000002").glob("part-*")), "it is written in parts"
+    out = unfinished(tmp_path / "out", tmp_path / "again", 2)
+    train(path, f"output_dir={out}", "resume_from_checkpoint=true")
+    assert largest_difference(weights_of(tmp_path / "out"), weights_of(out)) == 0.0
+
+
+def test_two_ranks_that_share_the_model_or_copy_it_train_it_as_one_rank_does(recipe, train, tmp_path):
+    """The second launch goes on under DDP from where FSDP was after two of four steps."""
+    keys = {"tokenizer": {"train": {"vocab_size": 300}}, "sample_packing": True, "max_steps": 4, "save_steps": 2}
+    train(recipe(**keys), f"output_dir={tmp_path / 'one'}")
+    two = recipe(**keys, micro_batch_size=2, dataset_prepared_path=str(tmp_path / "anew"))
+
+    def launched(*words: str) -> dict:
+        done = run_command("finetuner.train", two, *words, ranks=2)
+        assert done.code == 0, done.text
+        return weights_of(Path(words[0].removeprefix("output_dir=")))
+
+    in_parts = [f"fsdp={json.dumps(IN_PARTS['fsdp'])}", f"fsdp_config={json.dumps(IN_PARTS['fsdp_config'])}"]
+    shared = launched(f"output_dir={tmp_path / 'shared'}", *in_parts)
+    assert largest_difference(weights_of(tmp_path / "one"), shared) < 2e-5
+    copies = unfinished(tmp_path / "shared", tmp_path / "copies", 2)
+    copied = launched(f"output_dir={copies}", "resume_from_checkpoint=true")
+    assert largest_difference(copied, shared) < 2e-5
+
+
+def test_the_whole_life_of_a_model_by_the_examples(train, write_rows_of, tmp_path, capsys):
+    """From scratch, text from it, LoRA on what was exported, and a conversation with the result."""
+    functions = [f"def f{i}(x):\n    return x * {i}\n\n" for i in range(10)]
+    texts = write_rows_of({"text": "".join(functions[i % 7 :] * 12)} for i in range(16))
+    question = "Write the one-sentence docstring of this Python function."
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "Return it."}]
+    chats = write_rows_of({"messages": turns} for _ in range(32))
+    begun, tuned, prepared = tmp_path / "begun", tmp_path / "tuned", f"dataset_prepared_path={tmp_path / 'prepared'}"
+    of_texts = [f"datasets.0.path={texts}", f"test_datasets.0.path={texts}", "bf16=false", prepared]
+    smaller = ["model.layers=2", "model.width=48", "tokenizer.train.vocab_size=320", "max_tokens=100k"]
+    rates = ["learning_rate=5e-3", "warmup_steps=5", "lr_scheduler_kwargs.num_decay_steps=10", "eval_strategy=no"]
+    steps = ["eval_steps=null", "save_steps=null"]
+    rows = train(ROOT / "examples/gpt_stdlib.yml", f"output_dir={begun}", *of_texts, *smaller, *rates, *steps)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+
+    arguments = ["generate", str(begun), "--prompt", "def ", "--max-new-tokens", "20", "--temperature", "0.5"]
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 0 and "def " in capsys.readouterr().out
+
+    of_chats = [f"datasets.0.path={chats}", f"test_datasets.0.path={chats}", "bf16=false", prepared]
+    recipe = ROOT / "examples/gpt_stdlib_lora.yml"
+    ours = [f"base_model={begun}", f"output_dir={tuned}"]
+    rows = train(recipe, *ours, *of_chats, "num_epochs=20", "learning_rate=1e-2", "eval_steps=1000")
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert losses[-1] < 0.1 < 3 < losses[0]
+    capsys.readouterr()
+    heard: list[str] = []
+    chat(str(recipe), ours, "", Manner(20, 0.0, 1.0, 0), lambda: [question], heard.append, print)
+    assert "".join(heard) == "Return it.\n"
+
+
+def test_a_sample_that_is_cut_off_is_judged_without_the_statement_that_it_was_in():
+    spec = importlib.util.spec_from_file_location("scratch_quality", ROOT / "benchmarks" / "scratch_quality.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a dataclass looks its module up
+    spec.loader.exec_module(module)
+    whole = "import os\n\n\ndef f(x):\n    if x:\n        return 1\n"
+    cut = module.Sample(whole + "\n@cached\ndef g(y, z", ended=False)
+    assert cut.judged == whole + "\n" and cut.is_python
+    assert module.Sample(whole, ended=True).is_python
+    assert not module.Sample(whole + "def g(y, z", ended=True).is_python
+    assert not module.Sample("def f(x:\n    pass\nx = 1\nif x", ended=False).is_python
+    assert not module.Sample("import o", ended=False).is_python, "nothing is left to judge"
+    assert module.Sample("if a:\n    b()\nelse:\n    c(", ended=False).judged == ""

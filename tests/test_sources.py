@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import hashlib
 import http.server
 import importlib.util
 import json
@@ -24,7 +25,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.cli import main
-from finetuner.data.cache import prepare_once
+from finetuner.data import encoding
+from finetuner.data import prepare as preparation
+from finetuner.data.cache import SETTLED_NS, prepare_once, source_facts
 from finetuner.data.documents import BAD, DUPLICATE
 from finetuner.data.files import CHUNK, local_file
 from finetuner.data.mixing import mixed
@@ -312,6 +315,86 @@ def test_a_killed_preparation_leaves_nothing_and_of_two_at_once_one_does_the_wor
     short = section.model_copy(update={"datasets": (section.datasets[0].model_copy(update={"max_samples": 50}),)})
     with pytest.raises(TypeError):
         prepare_once(short, PackingSection(), tokenizer, 0, World())
+
+
+def test_a_file_that_is_written_to_while_it_is_prepared_leaves_nothing(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    file = texts(tmp_path / "a.jsonl", 40)
+    section = DataSection.model_validate(
+        {"datasets": [{"path": str(file), "type": "completion"}], "dataset_prepared_path": str(tmp_path / "prepared")}
+    )
+
+    def write_more(done: int, total: int) -> None:
+        texts(file, 50)
+
+    with pytest.raises(DataError, match="was written to while it was being prepared"):
+        prepare_once(section, PackingSection(), tokenizer, 0, World(), write_more)
+    assert not [
+        path for path in (tmp_path / "prepared").iterdir() if path.name not in ("files", "fetched") and path.is_dir()
+    ]
+    assert prepare_once(section, PackingSection(), tokenizer, 0, World()).num_rows == 50
+
+
+def test_a_digest_is_remembered_only_of_a_file_that_was_not_written_to_just_now(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    section = DataSection.model_validate(
+        {
+            "datasets": [{"path": str(tmp_path / "a.jsonl"), "type": "completion"}],
+            "dataset_prepared_path": str(tmp_path / "prepared"),
+        }
+    )
+
+    def remembered() -> int:
+        return len([note for note in (tmp_path / "prepared/files").iterdir() if not note.suffix])
+
+    (tmp_path / "prepared/files").mkdir(parents=True)
+    for settles in (False, True):
+        texts(tmp_path / "a.jsonl", 3 + settles)
+        if settles:
+            time.sleep(SETTLED_NS / 1e9 + 0.05)
+        (facts,) = (source_facts(entry, section) for entry in section.datasets)
+        assert facts == hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
+        assert remembered() == settles
+
+
+def test_what_is_wrong_with_an_earlier_row_is_told_first(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """That it is too long is known only when it is tokenised, which is batches behind the reading."""
+    rows = [json.dumps({"text": f"row {i} " * (400 if i == 700 else 1)}) for i in range(1400)]
+    rows[1300] = "{"
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    keys = {"datasets": [{"path": str(tmp_path / "a.jsonl"), "type": "completion"}], "sequence_len": 100}
+    section = DataSection.model_validate(keys | {"excess_length_strategy": "raise"})
+    with pytest.raises(DataError, match=r"row 700: \d+ tokens, but sequence_len is 100"):
+        prepare(section, tokenizer, 0)
+    with pytest.raises(DataError, match="row 1300: line 1301 is broken JSON"):
+        prepare(DataSection.model_validate(keys), tokenizer, 0)
+
+
+def test_the_same_documents_come_out_however_many_rows_are_taken_at_once(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tricky = ["<|im_end|> and <|im_start|>", "\n\nlines\n", " spaces  ", "é 😀", "", "plain words"]
+    rows = [
+        {"prompt": f"{i}{tricky[i % 6]}", "completion": f"{tricky[i * 7 % 5]}{i}" + " long" * i} for i in range(150)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    section = DataSection.model_validate(
+        {"datasets": [{"path": str(tmp_path / "a.jsonl"), "type": "prompt_completion"}], "sequence_len": 120}
+    )
+    folders = []
+    for name, (read, batch, characters) in {"one": (1, 1, 1), "some": (7, 40, 900), "all": (999, 999, 1 << 20)}.items():
+        monkeypatch.setattr(preparation, "READ_ROWS", read)
+        monkeypatch.setattr(preparation, "BATCH_ROWS", batch)
+        monkeypatch.setattr(preparation, "BATCH_CHARACTERS", characters)
+        monkeypatch.setattr(encoding, "CHARACTERS_AT_ONCE", characters)
+        folder = tmp_path / name
+        folder.mkdir()
+        prepare(section, tokenizer, 0, into=folder)
+        folders.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert folders[0] == folders[1] == folders[2]
+    assert len(folders[0]["dropped.jsonl"].splitlines()) > 10 and len(folders[0]["train.ids"]) > 4000
 
 
 # --- mixtures ---

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 MARK = "prepared.json"
 POLL_SECONDS = 0.3
+SETTLED_NS = 100_000_000
 # Keys that change nothing about the documents, or only whether they are used.
 _NO_MATTER = {"dataset_prepared_path", "max_dropped_fraction"}
 
@@ -56,6 +58,7 @@ def prepare_once(
     Raises DataError if a row is unusable, or the recipe's folder cannot be written to.
     """
     root = Path(section.dataset_prepared_path)
+    stamps = _stamps(section)  # before the files are read for the key
     try:
         (root / "files").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -68,7 +71,7 @@ def prepare_once(
         if world.local_rank == 0:
             with _lock(root / f"{folder.name}.lock") as is_ours:
                 if is_ours and not (folder / MARK).exists():
-                    _write(folder, section, packing, tokenizer, seed, report)
+                    _write(folder, section, packing, tokenizer, seed, report, stamps)
                     break
         time.sleep(POLL_SECONDS)
     prepared = read_prepared(folder)
@@ -136,6 +139,7 @@ def _write(
     tokenizer: "PreTrainedTokenizerBase",
     seed: int,
     report: Report,
+    stamps: list[Any],
 ) -> None:
     mine = f"{folder.name}.{platform.node()}"
     for left in folder.parent.glob(f"{mine}.*.tmp"):  # by a process that was killed: this one has the lock
@@ -161,6 +165,8 @@ def _write(
                 np.save(aside / f"{name}.starts.npy", packs.starts)
                 facts["packs"][name] = [packs.capacity, packs.parts]
         (aside / MARK).write_text(json.dumps(facts), encoding="utf-8")
+        if _stamps(section) != stamps:  # the name would speak of other bytes than were prepared
+            raise DataError("a data file was written to while it was being prepared. Start again when it is whole.")
         shutil.rmtree(folder, ignore_errors=True)  # without its mark: of no use
         aside.rename(folder)
     except OSError as error:
@@ -204,14 +210,11 @@ def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
 
 
 def _code_facts() -> list[str]:
-    import datasets
-    import tokenizers
-    import transformers
-
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    return [digest.hexdigest(), datasets.__version__, tokenizers.__version__, transformers.__version__]
+    # not by importing `datasets`, which is most of what a start costs that finds its rows prepared
+    return [digest.hexdigest(), *(version(name) for name in ("datasets", "tokenizers", "transformers"))]
 
 
 def source_facts(entry: DatasetEntry, section: DataSection) -> Any:
@@ -222,8 +225,7 @@ def source_facts(entry: DatasetEntry, section: DataSection) -> Any:
     if path.is_file():
         return _file_digest(path, memo)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        return [[str(p.relative_to(path)), _file_digest(p, memo)] for p in files]
+        return [[str(p.relative_to(path)), _file_digest(p, memo)] for p in _files_at(path)]
     if is_address(entry.path):
         return [_file_digest(file, memo) for file in fetch(entry.path, memo.with_name("fetched"))]
     source = load_source(entry, memo.with_name("fetched"))
@@ -232,17 +234,39 @@ def source_facts(entry: DatasetEntry, section: DataSection) -> Any:
     return [[file.name, file.stat().st_size] for file in files] + [str(file.parent) for file in files]
 
 
-def _file_digest(path: Path, memo: Path) -> str:
-    """sha256 of the file, remembered under its path, size, times and place on disk. A copy may keep the time of the
-    last edit, but not that of the copying."""
+def _files_at(path: Path) -> list[Path]:
+    """The file, or those of the folder; none where nothing is on this disk."""
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return [path] if path.is_file() else []
+
+
+def _stamps(section: DataSection) -> list[Any]:
+    """What changes with every write to a data file on this disk."""
+    entries = (*section.datasets, *section.test_datasets)
+    return [_stamp(file) for entry in entries for file in _files_at(Path(entry.path).expanduser())]
+
+
+def _stamp(path: Path) -> list[Any]:
+    """Its path, size, times and place on disk. A copy may keep the time of the last edit, but not that of the
+    copying."""
     stat = path.stat()
-    facts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    note = memo / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _file_digest(path: Path, memo: Path) -> str:
+    """sha256 of the file, remembered under its stamp, unless it was written to only now: the clock of files ticks in
+    hundredths of a second, so the next write might leave the same stamp."""
+    stamp = _stamp(path)
+    note = memo / hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:32]
     if not note.exists():
         with held(note.with_name(f"{note.name}.lock")):  # ranks of a node need not all read it
             if not note.exists():
+                is_settled = time.time_ns() - max(path.stat().st_ctime_ns, path.stat().st_mtime_ns) > SETTLED_NS
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if not is_settled or _stamp(path) != stamp:
+                    return digest
                 aside = note.with_name(f"{note.name}.{os.getpid()}.tmp")
                 aside.write_text(digest, encoding="ascii")
                 aside.replace(note)

@@ -13,6 +13,7 @@ from finetuner.data.formats import Rendered, Span
 from finetuner.data.messages import Conversation, Messages
 from finetuner.data.sandbox import ChatTemplate, compile_template
 from finetuner.data.skeleton import (
+    USUAL_ROLES,
     Outline,
     Piece,
     find_pieces,
@@ -114,7 +115,10 @@ class ChatRenderer:
         return self._outlines[key]
 
     def _marked(self, template: ChatTemplate, conversation: Conversation) -> Rendered:
-        text, spans = template.render_marked(conversation.messages, conversation.tools)
+        messages = conversation.messages
+        if any(message["role"] not in USUAL_ROLES for message in messages):  # which it may leave out
+            self._outline(template, messages, conversation.tools, stand_in_for(messages))
+        text, spans = template.render_marked(messages, conversation.tools)
         spans = [(start, stop) for start, stop in spans if start < stop]
         if any(conversation.trained) and not spans:
             raise DataError("the chat template marks no answer of this conversation with {% generation %}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Places = NDArray[np.int64]  # characters, or [start, stop) of them: (n, 2)
 
 # A token takes some 200 bytes until its text is done with, so it is not all texts of a batch that are encoded at once.
-_CHARACTERS = 1 << 20
+CHARACTERS_AT_ONCE = 1 << 20
 
 
 class Encoder:
@@ -205,7 +205,7 @@ def _within_reach(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
     some: list[Rendered] = []
     size = 0
     for one in rendered:
-        if some and size + len(one.text) > _CHARACTERS:
+        if some and size + len(one.text) > CHARACTERS_AT_ONCE:
             yield some
             some, size = [], 0
         some.append(one)

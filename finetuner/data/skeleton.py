@@ -29,6 +29,9 @@ class Piece:
     text: str
 
 
+USUAL_ROLES = ("system", "user", "assistant", "tool")
+
+
 @dataclass(frozen=True)
 class Outline:
     """What the template writes around messages of these roles, each a text and nothing more: literals[i] stands before
@@ -67,6 +70,12 @@ def outline(template: ChatTemplate, mocked: Messages, tools: list[Any] | None, s
     order."""
     pieces = re.split(f"{stand_in}([0-9]+)c", template.render(mocked, tools))
     if pieces[1::2] != [str(i) for i in range(len(mocked))]:
+        for i, message in enumerate(mocked):
+            if str(i) not in pieces[1::2] and message["role"] not in USUAL_ROLES:
+                raise DataError(
+                    f"the chat template leaves out message {i}, whose role is '{message['role']}'. If that is another "
+                    f"name for a role that it writes, say so: `roles: {{assistant: [{message['role']}]}}`"
+                )
         raise DataError(
             "the chat template does not write every message once and in order, so it cannot be told what each "
             "turn became. Mark the answers in the template with {% generation %} ... {% endgeneration %}"

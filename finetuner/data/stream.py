@@ -137,11 +137,10 @@ class RowStream:
         Raises DataError if a source cannot be read.
         """
         self.section, self.seed, self.packing = section, seed, packing
-        self.joined = all(entry.type == "completion" for entry in section.datasets)
+        self.joined = is_joined(section)
         count = len(section.datasets)
         start = state or StreamState(places=[list(START) for _ in range(count)], taken=[0] * count)
-        # A text that is cut into rows has no length that would be too long.
-        of_maker = section.model_copy(update={"sequence_len": _NO_LIMIT}) if self.joined else section
+        of_maker = documents_of(section)
         fetched = Path(section.dataset_prepared_path) / "fetched"
         self.sources = [
             _Drawn(EndlessRows(entry, place, fetched, patience), DocumentMaker(entry, of_maker, tokenizer))
@@ -262,6 +261,16 @@ class RowStream:
                 f"{share:.1%} of the {counts[READ]:,} rows read so far are dropped, and max_dropped_fraction "
                 f"allows {self.section.max_dropped_fraction:.0%}: {'; '.join(notes_of(counts))}.{listed}"
             )
+
+
+def is_joined(section: DataSection) -> bool:
+    """Whether a stream of these sources is cut into full rows."""
+    return all(entry.type == "completion" for entry in section.datasets)
+
+
+def documents_of(section: DataSection) -> DataSection:
+    """How a stream's documents are made: a text that is cut into rows has no length that would be too long."""
+    return section.model_copy(update={"sequence_len": _NO_LIMIT}) if is_joined(section) else section
 
 
 def cut_into_rows(documents: list[Document], length: int) -> tuple[list[Row], list[Document]]:

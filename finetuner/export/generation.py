@@ -34,7 +34,7 @@ def write_generation_config(folder: Path, token_ids: dict[str, int]) -> None:
 
 
 def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The end of text, and the special token behind an answer in the chat template, if they are known."""
+    """The end of text, and the added token behind an answer in the chat template, if they are known."""
     end: Any = tokenizer.eos_token_id
     stops = [] if end is None else [end]
     turn = _end_of_turn(tokenizer)
@@ -52,8 +52,8 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     except (TemplateError, ValueError, TypeError):  # a template that wants more than two plain turns
         return None
     behind: Any = tokenizer(text.rpartition(ANSWER)[2], add_special_tokens=False)["input_ids"]
-    added = {one for one, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return behind[0] if behind and behind[0] in added else None
+    # A recipe's `tokens` are added as words, not as special ones, and end its turns all the same.
+    return behind[0] if behind and behind[0] in tokenizer.added_tokens_decoder else None
 
 
 def _listed(value: Any) -> list[int]:

@@ -95,7 +95,9 @@ class CopiesEngine:
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)  # it divides by them
+        # Accelerate's own would divide by the accumulation steps, and look for a package on the disk each time.
+        scaler = self.accelerator.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
 
     def update(self, max_norm: float, *, loss_is_finite: bool) -> tuple[float, bool]:
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), max_norm or math.inf)
@@ -105,7 +107,7 @@ class CopiesEngine:
         if finite or self.accelerator.scaler is not None:  # the loss scaler of fp16 looks for overflow itself
             self.prepared.step()
             finite = finite and not self.prepared.step_was_skipped
-        self.prepared.zero_grad()
+        self.optimizer.zero_grad()
         return grad_norm, finite
 
     def held(self) -> Held:

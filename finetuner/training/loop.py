@@ -78,6 +78,7 @@ def train(run: Run, batches: Callable[[int], list[Batch]], state: TrainState, ev
     if state.step == 0 and schedule.eval_on_start:
         events.evaluated(_evaluation_row(run, state, events))
     tokens, flops, seconds = 0, 0.0, 0.0
+    run.engine.module.train()  # the models of transformers begin in evaluation; evaluations leave it as it is here
     saved_at = state.step
     while state.step < schedule.total_steps and not state.stopped_early:
         if _stop_is_wished(run, events):
@@ -133,7 +134,6 @@ def train_step(run: Run, batches: list[Batch], step: int) -> StepStats:
     num_tokens, input_tokens, num_pairs = (int(n) for n in accelerator.reduce(counts, "sum"))
     # The gradients of the ranks are averaged. Undo that: the gradient must not depend on how the global batch is split.
     scale = plan.data_parallel / num_tokens
-    engine.module.train()
     total = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(group, 1):
         with engine.micro_batch(last=i == len(group)):
