@@ -4,8 +4,8 @@
 
 CHATS_JSON has rows of `conversations`. Each line of the table is a process of its own. A step is a sleep of so many
 seconds, which is what a step on a GPU is to the CPU. "data" is the time per step from asking for the batches until they
-are there; "worst" is the longest of them, the first one left out (it waits for the start of a stream). "feeds" is what
-one process makes where nothing else is done: the most tokens per second that its GPU can be given.
+are there; "worst" is the longest of them, the first one left out (it waits for the start of a stream). "feeds" is how
+many tokens a second of CPU time makes batches of: the most that a GPU can be given by one core.
 """
 
 import argparse
@@ -80,20 +80,20 @@ def feed_of(case: dict[str, bool], given: argparse.Namespace, folder: Path) -> A
 def measure(way: str, case: dict[str, bool], given: argparse.Namespace) -> dict[str, float]:
     from finetuner.data.feed import prefetched
 
-    waits, tokens = [], 0
+    waits, tokens, cpu = [], 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
         feed = feed_of(case, given, Path(folder))
         with prefetched(feed, given.steps, pin=False) as ahead:
             ask = ahead if way == "ahead" else feed.batches
-            started = time.perf_counter()
+            cpu = time.process_time()
             for step in range(given.steps):
                 asked = time.perf_counter()
                 tokens += sum(batch.num_tokens for batch in ask(step))
                 waits.append(time.perf_counter() - asked)
                 if way != "alone":
                     time.sleep(given.step)
-            seconds = time.perf_counter() - started
-    return {"data": sum(waits[1:]) / (len(waits) - 1), "worst": max(waits[1:]), "rate": tokens / seconds}
+            cpu = time.process_time() - cpu
+    return {"data": sum(waits[1:]) / (len(waits) - 1), "worst": max(waits[1:]), "rate": tokens / cpu}
 
 
 def main() -> None:
@@ -111,7 +111,8 @@ def main() -> None:
         print(json.dumps(measure(way, CASES[case], given)))
         return
     print(f"a step of {given.step:g} s; milliseconds per step, mean and worst")
-    print(f"| {'rows':26} | {'feeds, tokens/s':>15} | {'data, made when asked for':>25} | {'data, made ahead':>16} |")
+    heads = (f"{'rows':26}", "feeds, tokens per CPU second", "data, made when asked for", "data, made ahead")
+    print(f"| {' | '.join(heads)} |")
     print("|---|---|---|---|")
     for case in CASES:
         found = {}
@@ -122,7 +123,7 @@ def main() -> None:
                 sys.exit(done.stderr)
             found[way] = json.loads(done.stdout.splitlines()[-1])
         asked, ahead = (f"{1e3 * found[w]['data']:.1f}, {1e3 * found[w]['worst']:.0f}" for w in ("asked", "ahead"))
-        print(f"| {case:26} | {found['alone']['rate']:15,.0f} | {asked:>25} | {ahead:>16} |", flush=True)
+        print(f"| {case:26} | {found['alone']['rate']:28,.0f} | {asked:>25} | {ahead:>16} |", flush=True)
 
 
 if __name__ == "__main__":

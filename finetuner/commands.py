@@ -29,6 +29,7 @@ from finetuner.run import prepare_rows, special_ids
 from finetuner.scratch import texts_of, tokenizer_name
 from finetuner.summary import rows_line
 from finetuner.training.progress import Screen, duration, quiet_libraries
+from finetuner.unpickled import readable_base
 from finetuner.world import World
 
 if TYPE_CHECKING:
@@ -201,7 +202,8 @@ def _of_recipe(recipe_name: str, overrides: list[str], screen: Screen) -> MergeJ
             f"there is no trained adapter in {output_dir}. Train it first:\n"
             f"  accelerate launch -m finetuner.train {recipe_name}"
         )
-    require_same_base(output_dir, recipe.model.base_model)
+    base = readable_base(recipe, World())
+    require_same_base(output_dir, base)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
@@ -209,7 +211,7 @@ def _of_recipe(recipe_name: str, overrides: list[str], screen: Screen) -> MergeJ
     trust = recipe.model.trust_remote_code
     return MergeJob(
         output_dir,
-        recipe.model.base_model,
+        base,
         special_ids(recipe, tokenizer),
         trust_remote_code=trust,
         held_out=held_out,

@@ -31,6 +31,7 @@ from finetuner.scores import AnswerScore, TextScore, score_answers, total
 from finetuner.tasks import Tasks, TaskScore, require_tasks, score_tasks
 from finetuner.training.loop import loss_of
 from finetuner.training.progress import Screen, quiet_libraries
+from finetuner.unpickled import readable_base
 from finetuner.world import World
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def read_recipe(target: str, overrides: list[str], wishes: Wishes) -> tuple[Load
 
 def job_of_run(recipe: Recipe, world: World, screen: Screen, wishes: Wishes) -> Job:
     plan = Plan.from_recipe(recipe, world)
-    lineup = lineup_of_run(recipe, DTYPES[plan.precision])
+    lineup = lineup_of_run(recipe, readable_base(recipe, world), DTYPES[plan.precision])
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
     if not len(prepared.held_out_rows) and wishes.tasks is None:
         raise DataError(

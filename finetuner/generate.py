@@ -17,6 +17,7 @@ from finetuner.recipe import load
 from finetuner.recipe.sections import TokenizerSection
 from finetuner.sharding import Precision
 from finetuner.training.progress import Screen, quiet_libraries
+from finetuner.unpickled import readable_base
 from finetuner.world import World
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def speaker_of(source: str, overrides: list[str]) -> Speaker:
         recipe = load(source, overrides, check_files=False).recipe  # the rows may be elsewhere by now
         path, trust = Path(recipe.output.output_dir), recipe.model.trust_remote_code
         values = recipe.data.chat_template_kwargs
-        base = recipe.model.base_model if recipe.adapter.adapter is not None else None
+        base = readable_base(recipe, World()) if recipe.adapter.adapter is not None else None
         if not (path / (ADAPTER if base else "config.json")).exists():
             raise ModelError(
                 f"nothing is trained in {path} yet. Train it first:\n  accelerate launch -m finetuner.train {source}"

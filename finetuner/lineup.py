@@ -52,10 +52,10 @@ class Candidate:
     load: Callable[[], "PreTrainedModel"]
 
 
-def lineup_of_run(recipe: Recipe, dtype: torch.dtype) -> Lineup:
-    """What the run of a recipe began with, and what it left in output_dir."""
+def lineup_of_run(recipe: Recipe, base_model: str, dtype: torch.dtype) -> Lineup:
+    """What the run of a recipe began with, `base_model` being where that is read, and what it left in output_dir."""
     output_dir = Path(recipe.output.output_dir)
-    base = None if recipe.model.base_model == FROM_SCRATCH else recipe.model.base_model
+    base = None if base_model == FROM_SCRATCH else base_model
     if recipe.adapter.adapter is None:
         return Lineup(base, alone=str(output_dir) if (output_dir / "config.json").exists() else None)
     merged = output_dir / "merged"

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from finetuner.data.page import Document, page
 from finetuner.data.preview import Shown, SourceView, look, packs_of, shown, visible
+from finetuner.data.stream import is_joined
 from finetuner.data.templates import chosen_template
 from finetuner.errors import DataError
 from finetuner.models.tokenizer import load_tokenizer
@@ -45,7 +46,8 @@ def preview(
             screen.line(heading(document.view, document.number))
             screen.console.print(colours(pieces, ids=ids) if coloured else Text(marks(pieces, ids=ids)))
             screen.line()
-        packed = recipe.packing.sample_packing
+        cut = recipe.data.streaming and is_joined(recipe.data)
+        packed = recipe.packing.sample_packing and not cut
         packs = packs_of(views, recipe.data.sequence_len) if packed else None
         screen.line(
             "green is learned, magenta a special token"
@@ -54,6 +56,8 @@ def preview(
         )
         for view in views:
             screen.line(facts(view))
+        if cut:
+            screen.line(f"streamed: these texts are joined and cut into rows of {recipe.data.sequence_len:,} tokens")
         if packs is not None:
             screen.line(f"{len(packs):,} packs of {packs.capacity:,} tokens, {packs.fill:.1%} full")
         if html is not None:

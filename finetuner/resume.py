@@ -13,7 +13,8 @@ MUST_MATCH = (
     "lora_target_modules", "lora_modules_to_save", "lora_fan_in_fan_out", "lora_model_dir", "peft_use_rslora",
     "peft_use_dora", "peft_init_lora_weights", "peft_layers_to_transform", "peft_layers_pattern",
     "unfrozen_parameters", "load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "seed",
-    "sample_packing", "group_by_length", "chat_template", "chat_template_jinja", "chat_template_kwargs", "eot_tokens",
+    "sample_packing", "pretrain_multipack_attn", "group_by_length",
+    "chat_template", "chat_template_jinja", "chat_template_kwargs", "eot_tokens",
     "min_sample_len",
 )  # fmt: skip
 

@@ -75,6 +75,7 @@ from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
 from finetuner.training.trackers import Trackers, require_trackers
 from finetuner.training.watchdog import stacks_when_stuck
+from finetuner.unpickled import readable_base
 from finetuner.weights import (
     Weights,
     checkpoint_bytes,
@@ -139,7 +140,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     if not begun:
         require_fit(recipe, plan, world, attention)
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
-    base = recipe.model.base_model
+    base = readable_base(recipe, world)
     if begun:
         config = scratch_config(recipe.model.model, vocabulary.tokenizer)
         require_fit(recipe, plan, world, attention, config)
@@ -280,6 +281,7 @@ def layout_of(recipe: Recipe, model: "PreTrainedModel", *, packed: bool) -> Layo
     return Layout(
         packed=packed,
         flat=packed and wants_flat_packs(model),
+        joined=packed and not recipe.packing.pretrain_multipack_attn,
         pad_to=recipe.data.sequence_len if recipe.packing.pad_to_sequence_len else None,
         by_length=recipe.packing.group_by_length,
     )

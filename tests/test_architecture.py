@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "kept": {"sharding"},
     "footprint": {"recipe", "plan", "sharding", "models", "kept"},
     "assemble": {"recipe", "plan", "data", "models", "export", "sharding", "training"},
+    "unpickled": {"recipe", "models", "once"},
     "lineup": {"recipe", "models", "export"},
     "tasks": {"errors"},
     "summary": {"recipe", "plan", "sharding", "data", "models", "training", "weights"},

@@ -114,6 +114,11 @@ UNUSABLE: dict[str, tuple[str, str | bytes, str]] = {
     "half a file": ("a.json", '[{"instruction": "a", ', "row 0 is broken JSON: expecting property name"),
     "half a list": ("a.json", f"[{ROW}, {ROW}", "row 1 is broken JSON: expecting ',' or ']'"),
     "a list that breaks": ("a.json", f"[{ROW}, {{'a': 1}}, {ROW}]", "row 1 is broken JSON: expecting property name"),
+    "an object over lines": (
+        "a.json",
+        '{\n "data": [1]\n}\n',
+        "row 0: line 1 begins an object that goes over several lin",
+    ),
     "a broken line": ("a.jsonl", f'{ROW}\n{{"instruction":\n', "row 1: line 2 is broken JSON: expecting value at"),
     "a number": ("a.json", "5", "row 0: line 1 holds int 5, but must be an object"),
     "random bytes": ("a.json", bytes(range(256)), "row 0: line 1 is broken JSON"),

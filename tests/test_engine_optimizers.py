@@ -93,7 +93,7 @@ def test_noise_and_dropout_are_those_of_ddp_on_as_many_ranks(engine, recipe, tmp
 @pytest.mark.matrix
 @pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
 def test_compiled_layers_give_the_numbers_of_one_rank(engine, recipe, train, tmp_path):
-    keys = {"adapter": "lora", "gradient_checkpointing": True, "max_steps": 2}
+    keys = {"adapter": "lora", "gradient_checkpointing": True, "max_steps": 2, "pad_to_sequence_len": True}
     reference = train(recipe, *override(**keys, micro_batch_size=4, output_dir=str(tmp_path / "one")))
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "micro_batch_size": 2}
     done = run_ranks(recipe, tmp_path / "two", *override(**keys, **compiled, **ENGINES[engine]))

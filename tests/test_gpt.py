@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetuner.errors import ModelError
@@ -13,6 +14,7 @@ from finetuner.models.gpt import GPTConfig, GPTForCausalLM, rotate_half
 from finetuner.models.loss import head_is_composable
 from finetuner.models.packing import require_isolation
 from finetuner.models.portable import portable_config, portable_weights
+from finetuner.models.vocabularies import write_byte_tokenizer
 
 GPT2 = {"norm": "layer", "activation": "gelu", "positions": "learned", "bias": True, "num_key_value_heads": 4}
 
@@ -138,3 +140,21 @@ def test_the_module_shows_its_parts(capsys):
     shown = capsys.readouterr().out
     assert "model.layers.1.mlp.down_proj.weight" in shown
     assert "ln(256) = 5.545" in shown
+
+
+@pytest.mark.slow
+def test_an_ordinary_recipe_trains_lora_on_a_shape_that_no_other_tool_has(write_recipe, train, tmp_path):
+    folder = tmp_path / "mixed"
+    write_byte_tokenizer(folder)
+    torch.manual_seed(0)
+    GPTForCausalLM(
+        GPTConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, max_position_embeddings=256, norm="layer", activation="gelu")
+    ).save_pretrained(folder)  # fmt: skip
+    keys = {"adapter": "lora", "lora_r": 4, "lora_target_linear": True, "gradient_checkpointing": True}
+    rows = train(write_recipe(base_model=str(folder), max_steps=12, learning_rate=0.02, micro_batch_size=8, **keys))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.15  # the head is random, and frozen
+    base = GPTForCausalLM.from_pretrained(folder).eval()
+    before = base(IDS).logits
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    assert not torch.allclose(adapted(IDS).logits, before, atol=1e-2)

@@ -199,6 +199,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_a_rank_that_hangs_or_dies_is_not_
         assert "Timeout (0:00:12)!" in stack and "training/loop.py" in stack, "where it waited, before it gave up"
         assert "resume with: accelerate launch" in text
         other.kill()
+        other.communicate()
 
         main, other = processes = started_by_no_launcher(recipe, port, (0, 1), "resume_from_checkpoint=true")
         until(main, "step ")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, weights_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused_before_the_first_byte(
     assert not target.exists()
 
 
-@pytest.mark.parametrize("harm", ["cut short", "not safetensors", "missing", "pickled"])
+@pytest.mark.parametrize("harm", ["cut short", "not safetensors", "missing", "pickled", "no index", "8-bit floats"])
 def test_a_damaged_base_is_refused(harm, write_recipe, train, tmp_path, tokenizer_folder):
     train(write_recipe(**LORA))
     base = make_model(tmp_path / "base", tokenizer_folder)
@@ -142,16 +142,73 @@ def test_a_damaged_base_is_refused(harm, write_recipe, train, tmp_path, tokenize
         weights.write_bytes(weights.read_bytes()[:-10])
     elif harm == "not safetensors":
         weights.write_bytes(struct.pack("<Q", 20) + b"x" * 100)
+    elif harm == "8-bit floats":
+        coarse = {name: t.to(torch.float8_e4m3fn) for name, t in load_file(weights).items()}
+        save_file(coarse, weights, metadata={"format": "pt"})
     else:
-        weights.unlink()
+        weights.rename(base / "model-00001-of-00001.safetensors") if harm == "no index" else weights.unlink()
     if harm == "pickled":
         (base / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ModelError) as error:
         merge_adapter(tmp_path / "out", str(base), tmp_path / "merged")
-    assert {"pickled": "can run code", "missing": "has no model.safetensors"}.get(harm, "Fetch it again") in str(
-        error.value
-    )
+    said = {
+        "pickled": "write `pickled_weights: true`",
+        "missing": "has no model.safetensors",
+        "no index": "1 shards, and no model.safetensors.index.json",
+        "8-bit floats": "stored as F8_E4M3, which is too coarse",
+    }
+    assert said.get(harm, "Fetch it again") in str(error.value)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["one file", "two files, tied"])
+def test_pickled_weights_are_read_only_where_the_recipe_says_so(tied, write_recipe, train, tmp_path, tokenizer_folder):
+    base = make_model(tmp_path / "base", tokenizer_folder, tied=tied)
+    plain = write_recipe(base_model=str(base), **LORA)
+    wanted = train(plain)
+    commands.merge(str(plain), ["verify=false"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tensors = model.state_dict()  # of a tied model it has the head beside the embedding
+    (base / "model.safetensors").unlink()
+    if tied:
+        parts = [dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])]
+        names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+        where = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+        for name, part in zip(names, parts, strict=True):
+            torch.save(part, base / name)
+    else:
+        torch.save(tensors, base / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled_weights: true"):
+        train(plain, f"output_dir={tmp_path / 'refused'}")
+    allowed = write_recipe("allowed.yml", base_model=str(base), pickled_weights=True, **LORA)
+    again = tmp_path / "again"
+    found = train(allowed, f"output_dir={again}")
+    assert [row["loss"] for row in found] == [row["loss"] for row in wanted]
+    commands.merge(str(allowed), [f"output_dir={again}", "verify=false"])
+    left, right = weights_of(again / "merged"), weights_of(tmp_path / "out" / "merged")
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+class Harm:
+    """What a pickle can do: name a function to call as it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_that_would_run_code_is_refused_even_where_pickles_are_allowed(
+    write_recipe, train, tmp_path, tokenizer_folder
+):
+    base = make_model(tmp_path / "base", tokenizer_folder)
+    (base / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Harm(tmp_path / "ran")}, base / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="or would run code"):
+        train(write_recipe(base_model=str(base), pickled_weights=True, **LORA))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_streamed_files_are_what_the_library_reads(tmp_path):

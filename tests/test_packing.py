@@ -119,6 +119,24 @@ def test_packs_have_the_loss_and_the_gradient_of_their_documents(model, store, l
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, of_documents, strict=True))
 
 
+def test_joined_documents_are_read_as_one_text(model, store):
+    """pretrain_multipack_attn: false. Every token but a row's first is predicted from all that stands before it."""
+    packs = Packs.of(store, 16)
+    number = next(i for i in range(len(packs)) if len(packs.documents(i)) > 1)
+    ids = np.concatenate([ids for ids, _ in packs.documents(number)])
+    labels = np.concatenate([labels for _, labels in packs.documents(number)])
+    batch = collate(packs, [number], Layout(packed=True, joined=True))
+    assert batch.input_ids[0].tolist() == ids.tolist()
+    assert batch.position_ids[0].tolist() == list(range(len(ids)))
+    assert batch.targets.tolist() == [label for label in labels[1:] if label != IGNORE]
+    with torch.no_grad():
+        as_one = model(torch.from_numpy(ids)[None].long()).logits
+        as_batch = model(batch.input_ids, position_ids=batch.position_ids).logits
+        apart = model(batch.input_ids, position_ids=collate(packs, [number], PACKED).position_ids).logits
+    assert torch.allclose(as_one, as_batch, atol=1e-5)
+    assert not torch.allclose(as_one, apart, atol=1e-3), "documents that are kept apart are read otherwise"
+
+
 def test_a_deep_model_in_bf16_is_taken_although_its_kernels_round():
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -144,6 +144,29 @@ def test_the_page_stands_alone_escapes_rows_and_has_the_numbers(
     )
 
 
+def test_of_a_stream_only_the_rows_that_are_shown_are_read(
+    write_recipe: RecipeWriter, command: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    rows = [{"text": "one "}, {"text": "two " * 90}, {"text": "three "}, {"text": 4}]  # the last is an error
+    path = write_rows(tmp_path / "texts.jsonl", rows)
+    entry = {"path": str(path), "type": "completion"}
+    recipe = write_recipe(datasets=[entry], streaming=True, max_steps=5, sequence_len=64, sample_packing=True)
+    code, out = command("preview", recipe, "--rows", 3)
+    assert code == 0
+    assert out.count("── source 0, document") == 3, "none is too long to be cut into rows"
+    assert "two two" in out
+    assert "joined and cut into rows of 64 tokens" in out
+    code, out = command("preview", recipe, "--rows", 4, "on_bad_row=skip")
+    assert code == 0
+    assert "4 rows, 3 documents" in out
+    assert "1 that cannot become text" in out
+    few = write_rows(tmp_path / "chats.jsonl", ROWS)
+    streamed = [{"path": str(few), "type": "alpaca"}]
+    code, out = command("preview", write_recipe(datasets=streamed, streaming=True, max_steps=5, sequence_len=256))
+    assert code == 0
+    assert "3 rows, 2 documents" in out, "to the end of the file, once"
+
+
 def test_a_source_that_is_not_there_is_an_error_that_lists_those_that_are(
     write_recipe: RecipeWriter, command: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:

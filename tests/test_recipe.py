@@ -753,6 +753,15 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"chat_template": "chatml", "chat_template_jinja": "t.jinja"},
         {"chat_template_jinja": "t.jinja"},
     ),
+    (
+        "pretrain_multipack_attn",
+        {"sample_packing": True, "pretrain_multipack_attn": False},
+        {
+            "sample_packing": True,
+            "pretrain_multipack_attn": False,
+            "datasets": [{"path": "org/data", "type": "completion"}],
+        },
+    ),
     ("group_by_length", {"sample_packing": True, "group_by_length": True}, {"group_by_length": True}),
     (
         "overwrite_output_dir",

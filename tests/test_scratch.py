@@ -1,8 +1,10 @@
 """From raw text to a model that other tools load: tokenizer, shape, random weights, training, result."""
 
+import importlib.util
 import json
 import math
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -343,3 +345,18 @@ def test_the_whole_life_of_a_model_by_the_examples(train, write_rows_of, tmp_pat
     heard: list[str] = []
     chat(str(recipe), ours, "", Manner(20, 0.0, 1.0, 0), lambda: [question], heard.append, print)
     assert "".join(heard) == "Return it.\n"
+
+
+def test_a_sample_that_is_cut_off_is_judged_without_the_statement_that_it_was_in():
+    spec = importlib.util.spec_from_file_location("scratch_quality", ROOT / "benchmarks" / "scratch_quality.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a dataclass looks its module up
+    spec.loader.exec_module(module)
+    whole = "import os\n\n\ndef f(x):\n    if x:\n        return 1\n"
+    cut = module.Sample(whole + "\n@cached\ndef g(y, z", ended=False)
+    assert cut.judged == whole + "\n" and cut.is_python
+    assert module.Sample(whole, ended=True).is_python
+    assert not module.Sample(whole + "def g(y, z", ended=True).is_python
+    assert not module.Sample("def f(x:\n    pass\nx = 1\nif x", ended=False).is_python
+    assert not module.Sample("import o", ended=False).is_python, "nothing is left to judge"
+    assert module.Sample("if a:\n    b()\nelse:\n    c(", ended=False).judged == ""

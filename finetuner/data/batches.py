@@ -3,7 +3,7 @@
 A pure function of (store, plan, step): resuming needs no iterator's state.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from finetuner.data.order import order_by_length, row_order
-from finetuner.data.tokens import IGNORE, Ids, Rows
+from finetuner.data.tokens import IGNORE, Document, Ids, Rows
 from finetuner.plan import Plan, Schedule
 
 FILLER_ROW = -1
@@ -23,11 +23,13 @@ class Layout:
     """How rows lie in a batch.
 
     `packed`: rows hold several documents, told apart by positions that begin anew; `flat`: all rows of a micro-batch
-    are laid end to end into one, which is how flash attention wants documents. `pad_to`: tokens of every row.
+    are laid end to end into one, which is how flash attention wants documents. `joined`: the documents of a row are
+    one, which goes on from each to the next. `pad_to`: tokens of every row.
     """
 
     packed: bool = False
     flat: bool = False
+    joined: bool = False
     pad_to: int | None = None
     by_length: bool = False
 
@@ -158,6 +160,8 @@ _FILLER = (np.zeros(2, dtype=np.int32), np.full(2, IGNORE, np.int32))
 def collate(rows: Rows, numbers: list[int], layout: Layout = PADDED) -> Batch:
     """Lay rows out, padded on the right. FILLER_ROW stands for two tokens that nothing is learned from."""
     documents = [[_FILLER] if number == FILLER_ROW else rows.documents(number) for number in numbers]
+    if layout.joined:
+        documents = [[as_one(row)] for row in documents]
     lengths = [len(ids) for row in documents for ids, _ in row] if numbers != [FILLER_ROW] else []
     length = layout.pad_to
     if layout.flat:
@@ -186,6 +190,11 @@ def collate(rows: Rows, numbers: list[int], layout: Layout = PADDED) -> Batch:
         num_pairs=sum(length * length for length in lengths),
         position_ids=torch.from_numpy(positions) if layout.packed else None,
     )
+
+
+def as_one(documents: Sequence[Document]) -> Document:
+    """Documents that see each other are one."""
+    return np.concatenate([ids for ids, _ in documents]), np.concatenate([labels for _, labels in documents])
 
 
 def _lay(

@@ -7,6 +7,7 @@ not opened.
 import gzip
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,7 @@ from finetuner.data.sources import (
     unreadable,
 )
 from finetuner.data.steady import (
+    PATIENT,
     Opened,
     Patience,
     SteadyFile,
@@ -174,6 +176,30 @@ class EndlessRows:
         else:
             self.place, self.found_any = [passed + 1, 0, 0], False
         self.rows = self.files.from_row(self.place[1], self.place[2])
+
+
+@dataclass(frozen=True)
+class Head:
+    """The first rows of an entry as a source: what lies behind them is not read."""
+
+    entry: DatasetEntry
+    rows: list[Placed]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, size: int) -> Iterator[list[Placed]]:
+        for start in range(0, len(self.rows), size):
+            yield self.rows[start : start + size]
+
+
+def head_of(entry: DatasetEntry, fetched: Path) -> Head:
+    """As many as max_samples says."""
+    count, stream = entry.max_samples or 1, EndlessRows(entry, START, fetched, PATIENT)
+    rows: list[Placed] = []
+    while len(rows) < count and stream.place[0] == 0:
+        rows += [placed for placed, _ in stream.take(count - len(rows))]
+    return Head(entry, rows)
 
 
 def _open(entry: DatasetEntry, fetched: Path, patience: Patience) -> RowsFrom:

@@ -114,6 +114,11 @@ def _json_row(record: Record) -> Row:
     value, escaped = record.value, record.escaped
     if isinstance(value, bytes):
         text = _decoded(record)
+        if text.strip() == "{":
+            raise DataError(
+                f"line {record.line} begins an object that goes over several lines. Rows are objects of one line each, "
+                "or the elements of one list: [...]"
+            )
         try:
             value = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:

@@ -106,13 +106,14 @@ def prepare(
     report: Report = lambda done, total: None,
     *,
     into: Path | None = None,
+    open_source: Callable[[DatasetEntry, Path], Source] = load_source,
 ) -> Prepared:
     """Render, tokenise and split all rows; into files of the folder `into`, or into memory.
 
     Raises DataError if a row cannot be rendered (unless on_bad_row says to skip it), or nothing is left to train on.
     """
     fetched = Path(section.dataset_prepared_path) / "fetched"
-    sources = [load_source(entry, fetched) for entry in section.datasets]
+    sources = [open_source(entry, fetched) for entry in section.datasets]
     test_sources = [load_source(entry, fetched) for entry in section.test_datasets]
     num_train_rows, num_test_rows = sum(map(len, sources)), sum(map(len, test_sources))
     held_out = held_out_rows(seed, num_train_rows, section.val_set_size)

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetuner.data.endless import head_of
 from finetuner.data.packing import Packs
 from finetuner.data.prepare import TOO_LONG, prepare
+from finetuner.data.sources import load_source
+from finetuner.data.stream import documents_of
 from finetuner.data.tokens import IGNORE, Ids, TokenStore
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
@@ -59,7 +62,8 @@ def look(
     only: int | None,
     folder: Path,
 ) -> list[SourceView]:
-    """The first `rows` rows of each source, or of source `only`, prepared as for training, into `folder`.
+    """The first `rows` rows of each source, or of source `only`, prepared as for training, into `folder`. Of a stream
+    no more than those is read.
 
     Raises DataError if there is no such source, or a row cannot be used.
     """
@@ -75,7 +79,13 @@ def look(
         one = section.model_copy(update={"datasets": (few,), "test_datasets": (), "val_set_size": 0.0})
         into = folder / str(number)
         into.mkdir()
-        prepared = prepare(one, tokenizer, seed, into=into)
+        prepared = prepare(
+            documents_of(one) if section.streaming else one,
+            tokenizer,
+            seed,
+            into=into,
+            open_source=head_of if section.streaming else load_source,
+        )
         outcomes = [json.loads(line) for line in (into / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
         too_long = tuple(outcome["length"] for outcome in outcomes if outcome["reason"] == TOO_LONG)
         views.append(SourceView(number, entry.path, prepared.train, prepared.num_rows, prepared.counts, too_long))

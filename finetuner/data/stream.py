@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from finetuner.data.batches import as_one
 from finetuner.data.documents import DocumentMaker, Outcome
 from finetuner.data.endless import START, EndlessRows, FileFacts, Place
 from finetuner.data.listing import READ, Listing, dropped_share, notes_of
@@ -137,11 +138,10 @@ class RowStream:
         Raises DataError if a source cannot be read.
         """
         self.section, self.seed, self.packing = section, seed, packing
-        self.joined = all(entry.type == "completion" for entry in section.datasets)
+        self.joined = is_joined(section)
         count = len(section.datasets)
         start = state or StreamState(places=[list(START) for _ in range(count)], taken=[0] * count)
-        # A text that is cut into rows has no length that would be too long.
-        of_maker = section.model_copy(update={"sequence_len": _NO_LIMIT}) if self.joined else section
+        of_maker = documents_of(section)
         fetched = Path(section.dataset_prepared_path) / "fetched"
         self.sources = [
             _Drawn(EndlessRows(entry, place, fetched, patience), DocumentMaker(entry, of_maker, tokenizer))
@@ -234,7 +234,7 @@ class RowStream:
         if self.joined:
             before = [(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)) for ids, labels in state.carry]
             rows, carry = cut_into_rows([*before, *documents], self.section.sequence_len)
-            rows = rows if self.packing else [[_as_one(row)] for row in rows]
+            rows = rows if self.packing else [[as_one(row)] for row in rows]
         elif self.packing:
             rows = self._packs(documents, state.block)
         else:
@@ -264,6 +264,16 @@ class RowStream:
             )
 
 
+def is_joined(section: DataSection) -> bool:
+    """Whether a stream of these sources is cut into full rows."""
+    return all(entry.type == "completion" for entry in section.datasets)
+
+
+def documents_of(section: DataSection) -> DataSection:
+    """How a stream's documents are made: a text that is cut into rows has no length that would be too long."""
+    return section.model_copy(update={"sequence_len": _NO_LIMIT}) if is_joined(section) else section
+
+
 def cut_into_rows(documents: list[Document], length: int) -> tuple[list[Row], list[Document]]:
     """(rows of exactly `length` tokens, what fills none): the documents end to end; one that crosses a border goes on
     in the next row."""
@@ -281,8 +291,3 @@ def cut_into_rows(documents: list[Document], length: int) -> tuple[list[Row], li
                 rows.append(row)
                 row, room = [], length
     return rows, row
-
-
-def _as_one(row: Row) -> Document:
-    """Documents that see each other are one."""
-    return np.concatenate([ids for ids, _ in row]), np.concatenate([labels for _, labels in row])

@@ -229,7 +229,13 @@ def _piece(
     name: str, path: Path, info: TensorInfo, source: str, change: Change | None, record: Record | None, form: Form
 ) -> Piece:
     shape = info.shape if change is None else change.shape_after(source, info.shape)
-    cast = form.dtype is not None and info.dtype in ("F64", "F32", "F16", "BF16")
+    can_be_added_to = info.dtype in ("F64", "F32", "F16", "BF16")
+    if change is not None and not can_be_added_to:
+        raise ModelError(
+            f"'{name}' of the base is stored as {info.dtype}, which is too coarse to add an update to. Name a base in "
+            "bfloat16, float16 or float32."
+        )
+    cast = form.dtype is not None and can_be_added_to
     after = replace(info, shape=shape, dtype=NAMES[form.dtype] if cast and form.dtype else info.dtype)
     return Piece(name, path, info, after, change, record)
 

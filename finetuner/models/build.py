@@ -68,9 +68,11 @@ def load_model(
                 device=device,
             )
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        pickled = list(Path(base_model).glob("pytorch_model*.bin")) if Path(base_model).is_dir() else []
+        advice = "Its weights are pickled: if you know who made them, write `pickled_weights: true`." if pickled else ""
         raise ModelError(
             f"cannot load a causal language model from '{base_model}': {first}\n"
-            "Give a folder with config.json and model.safetensors, or a hub id (and a network)."
+            f"{advice or 'Give a folder with config.json and model.safetensors, or a hub id (and a network).'}"
         ) from error
     model, report = loaded
     missing = sorted(report["missing_keys"])

@@ -8,18 +8,22 @@ from finetuner.errors import ModelError
 INDEX = "model.safetensors.index.json"
 
 
-def find_base(base_model: str) -> Path:
-    """The folder of a base model, fetched from the hub if it is not one on this disk."""
+def find_base(base_model: str, *, pickled: bool = False) -> Path:
+    """The folder of a base model, fetched from the hub if it is not one on this disk; of its weights safetensors alone,
+    unless `pickled` ones are wanted where it has no others."""
     path = Path(base_model).expanduser()
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = ["*.safetensors", "*.json"]
     try:
-        return Path(
-            snapshot_download(base_model, allow_patterns=["*.safetensors", "*.safetensors.index.json", "*.json"])
-        )
+        folder = Path(snapshot_download(base_model, allow_patterns=wanted))
+        if pickled and not list(folder.glob("*.safetensors")):
+            more = ["pytorch_model*.bin", "*.jinja", "*.txt", "*.model"]
+            folder = Path(snapshot_download(base_model, allow_patterns=[*wanted, *more]))
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -36,8 +40,18 @@ def weight_files(base: Path) -> list[Path]:
     files = [base / name for name in names]
     missing = [path.name for path in files if not path.exists()]
     if missing:
-        pickled = (
-            " It has pickled weights (.bin), which can run code and are not read." if list(base.glob("*.bin")) else ""
-        )
-        raise ModelError(f"the base model folder '{base}' has no {missing[0]}.{pickled} Give a folder of safetensors.")
+        raise ModelError(f"the base model folder '{base}' has no {missing[0]}.{_instead(base)}")
     return files
+
+
+def _instead(base: Path) -> str:
+    """What is there in its place."""
+    if list(base.glob("*.bin")):
+        return (
+            " It has pickled weights (.bin), which can run code and are not read. Give a folder of safetensors; if you "
+            "know who made them, write `pickled_weights: true` in the recipe."
+        )
+    shards = sorted(base.glob("model-*-of-*.safetensors"))
+    if shards and not (base / INDEX).exists():
+        return f" It has {len(shards)} shards, and no {INDEX} that says what is in them. Fetch that file too."
+    return " Give a folder of safetensors."

@@ -180,7 +180,7 @@ AXOLOTL: dict[str, Foreign] = {
     ),
     **spread("max_prompt_len", Foreign(without_effect="it belongs to preference learning")),
     "pretraining_dataset": translated(_pretraining),
-    **spread("pretraining_sample_concatenation pretrain_multipack_attn", ignored("it belongs to pretraining_dataset")),
+    "pretraining_sample_concatenation": ignored("it belongs to pretraining_dataset"),
     **spread(
         "qat quantization ptq torchao_quantization fp8 fp8_enable_fsdp_float8_all_gather nvfp4",
         blocked("training in or for 8-bit and 4-bit floats", "Remove it; `adapter: qlora` trains on a 4-bit base."),

@@ -9,6 +9,8 @@ from finetuner.recipe.rules.files import DATA_SUFFIXES
 from finetuner.recipe.sections import DatasetEntry, InstructionFormat
 from finetuner.recipe.sections.datasets import CHAT_TEMPLATES, FALLBACK, KEYS_OF_TYPE
 
+_SEEN_APART = "pretrain_multipack_attn"
+
 
 def _entries(values: Values) -> Iterator[tuple[str, int, DatasetEntry]]:
     for key in ("datasets", "test_datasets"):
@@ -143,6 +145,21 @@ def _packing_makes_lengths_equal(values: Values) -> Iterator[Finding]:
         yield Finding(("group_by_length",), message, (("sample_packing",),))
 
 
+def _only_texts_see_each_other(values: Values) -> Iterator[Finding]:
+    if values[_SEEN_APART]:
+        return
+    if not values["sample_packing"]:
+        message = f"{_SEEN_APART} is about the documents of a pack. Write `sample_packing: true`, or remove it."
+        yield Finding((_SEEN_APART,), message, (("sample_packing",),))
+    for i, entry in enumerate(values["datasets"]):
+        if entry.type != "completion":
+            message = (
+                f"{_SEEN_APART}: false is for plain texts, and these rows are `type: {entry.type}`: an answer would be "
+                "learned from other rows' words. Remove it."
+            )
+            yield Finding((_SEEN_APART,), message, (("datasets", i, "type"),))
+
+
 _SOURCES = ("datasets", "test_datasets")
 
 RULES: tuple[Rule, ...] = (
@@ -157,4 +174,5 @@ RULES: tuple[Rule, ...] = (
     ((*_SOURCES, "chat_template"), _a_template_of_that_name),
     ((*_SOURCES, "chat_template", "chat_template_jinja"), _template_and_its_text),
     (("sample_packing", "group_by_length"), _packing_makes_lengths_equal),
+    ((_SEEN_APART, "sample_packing", "datasets"), _only_texts_see_each_other),
 )

@@ -68,6 +68,11 @@ class PackingSection(Section):
         False, description="Fill each row with several whole documents, which do not see each other."
     )
     eval_sample_packing: bool | None = Field(None, description="The same in evaluation; default: as sample_packing.")
+    pretrain_multipack_attn: bool = Field(
+        True,
+        description="Documents of a pack see only themselves; false, for rows of `type: completion`: each token sees "
+        "all that stands before it in its row, other documents too.",
+    )
     pad_to_sequence_len: bool = Field(False, description="Give every batch the full length, whatever is in it.")
     group_by_length: bool = Field(
         False, description="Make the rows of a step of like length: less padding, and an order that is less random."

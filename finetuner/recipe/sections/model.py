@@ -48,6 +48,11 @@ class ModelSection(Section):
         description="Hub id or folder of the model to start from; from-scratch: random weights, as `model` says.",
     )
     model: GPTSection | None = Field(None, description="The shape of a model from scratch.")
+    pickled_weights: bool = Field(
+        False,
+        description="Read weights that are pickled (.bin), which other readers may run code from: turned into "
+        "safetensors once, in dataset_prepared_path.",
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="auto: flash attention where it is installed and the device is a GPU, else SDPA."

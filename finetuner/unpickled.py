@@ -1,0 +1,89 @@
+"""A base whose weights are pickled (.bin), where the recipe says that it may be read: as safetensors, made once.
+
+    <dataset_prepared_path>/unpickled/<key>/   the folder of the base, with model*.safetensors
+
+torch's reader of weights alone (`weights_only`) runs no code of the file's, as far as is known. Everything behind this
+reads safetensors.
+"""
+
+import hashlib
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from finetuner.errors import ModelError
+from finetuner.models.files import INDEX, find_base
+from finetuner.once import made_once
+from finetuner.recipe import Recipe
+from finetuner.recipe.shapes import FROM_SCRATCH
+from finetuner.world import World
+
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+
+
+def readable_base(recipe: Recipe, world: World) -> str:
+    """The recipe's base; of pickled weights that it allows, a folder with the same ones as safetensors.
+
+    Raises ModelError if a file holds more than weights."""
+    name = recipe.model.base_model
+    if not recipe.model.pickled_weights or name == FROM_SCRATCH:
+        return name
+    folder = find_base(name, pickled=True)
+    files = pickled_files(folder)
+    if not files or list(folder.glob("*.safetensors")):
+        return name
+    facts = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    place = Path(recipe.data.dataset_prepared_path) / "unpickled" / key
+    return str(made_once(place, lambda aside: _convert(folder, files, aside), world))
+
+
+def pickled_files(folder: Path) -> list[Path]:
+    if (folder / PICKLED_INDEX).exists():
+        names = json.loads((folder / PICKLED_INDEX).read_text())["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return sorted(folder.glob("pytorch_model.bin"))
+
+
+def _convert(folder: Path, files: list[Path], aside: Path) -> None:
+    from transformers import AutoConfig
+
+    is_tied = bool(AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings)
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name != PICKLED_INDEX:
+            shutil.copyfile(path, aside / path.name)
+    where: dict[str, str] = {}
+    num_bytes = 0
+    for i, file in enumerate(files, 1):
+        name = "model.safetensors" if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
+        tensors = _read(file)
+        seen: dict[tuple[int, tuple[int, ...]], str] = {}
+        kept = {}
+        for key, tensor in tensors.items():
+            first = seen.setdefault((tensor.data_ptr(), tuple(tensor.shape)), key)
+            if first == key or not is_tied:  # a tied head is the embedding, and is written once
+                kept[key] = tensor.clone().contiguous()
+        save_file(kept, aside / name, metadata={"format": "pt"})
+        where |= dict.fromkeys(kept, name)
+        num_bytes += sum(tensor.numel() * tensor.itemsize for tensor in kept.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": where}
+        (aside / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        found: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ModelError(
+            f"'{file}' cannot be read as weights alone: {str(error).strip().splitlines()[0]}\n"
+            "It is damaged, or would run code. Fetch the model as safetensors."
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ModelError(f"'{file}' holds more than weights. Fetch the model as safetensors.")
+    return found
