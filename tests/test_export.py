@@ -90,6 +90,20 @@ def make_qwen2(folder, tokenizer_folder):
     return model
 
 
+def make_gpt2(folder, tokenizer_folder, tied):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 64, "n_inner": 160, "n_layer": 2, "n_head": 4, "vocab_size": 512, "n_positions": 80}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2, tie_word_embeddings=tied))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+
+
 @pytest.mark.parametrize("form", ["f16", "q8_0"])
 def test_a_qwen2_with_its_biases_and_its_tokenizer_is_read_back_the_same(form, tmp_path, tokenizer_folder):
     model = make_qwen2(tmp_path / "model", tokenizer_folder)
@@ -109,14 +123,16 @@ def test_a_qwen2_with_its_biases_and_its_tokenizer_is_read_back_the_same(form, t
     assert kinds["blk.1.attn_k.bias"] == "F32" and kinds["blk.1.attn_k.weight"] == form.upper()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 def test_llama_cpp_writes_the_same_text_with_the_file(kind, tmp_path, tokenizer_folder):
     llama_cpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
     folder = tmp_path / "model"
     if kind == "llama":
         make_model(folder, tokenizer_folder, hidden_size=64, initializer_range=0.3)
-    else:
+    elif kind == "qwen2":
         make_qwen2(folder, tokenizer_folder)
+    else:
+        make_gpt2(folder, tokenizer_folder, tied=True)
     commands.export(folder, "gguf", "f16", tmp_path / "out")
     settings = llama_cpp.CommonParams()
     settings.model.path = str(tmp_path / "out" / "model-f16.gguf")
@@ -154,6 +170,21 @@ def test_a_gpt_of_ours_that_is_a_llama_is_written_as_one(tmp_path, tokenizer_fol
     assert json.loads((again / "config.json").read_text())["model_type"] == "llama"
     with pytest.raises(ModelError, match="has no counterpart in other tools"):
         commands.export(tmp_path / "other", "gguf", "f16", tmp_path / "out")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("form", ["f16", "q8_0"])
+def test_a_gpt2_as_a_run_from_scratch_leaves_it_is_read_back_the_same(form, tied, tmp_path, tokenizer_folder):
+    make_gpt2(tmp_path / "model", tokenizer_folder, tied)
+    commands.export(tmp_path / "model", "gguf", form, tmp_path / "out")
+    again = import_gguf(
+        tmp_path / "out" / f"model-{form}.gguf", tmp_path / "again", "float32", report=lambda line: None
+    )
+    exact, read = logits_of(tmp_path / "model").detach(), logits_of(again).detach()
+    bound = {"f16": 0.01, "q8_0": 0.05}[form] * float(exact.abs().max())
+    assert 0 < (read - exact).abs().max() < bound
+    config = json.loads((again / "config.json").read_text())
+    assert (config["model_type"], config["n_positions"], config["n_inner"]) == ("gpt2", 80, 160)
 
 
 def test_what_gguf_would_change_is_refused_and_nothing_is_left(tmp_path, tokenizer_folder, tiny_model):

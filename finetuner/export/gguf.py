@@ -1,8 +1,10 @@
-"""A model folder of the Llama or Qwen2 shape as one GGUF file, tensor by tensor, for llama.cpp and what is built on it.
+"""A model folder of the Llama, Qwen2 or GPT-2 shape as one GGUF file, tensor by tensor, for llama.cpp and what is built
+on it.
 
 Of a Llama, GGUF keeps the two halves of a rotated pair side by side where transformers keeps them half a head apart:
-rows of the query and key projections change places. Norms and biases stay in fp32, as llama.cpp's kernels want them. A
-GPT of ours that is a Llama in all but its name is written as one.
+rows of the query and key projections change places. GPT-2's matrices are turned: transformers keeps them (in, out).
+Norms, biases and learned positions stay in fp32, as llama.cpp's kernels want them. A GPT of ours that is a Llama in
+all but its name is written as one.
 """
 
 import importlib.util
@@ -42,9 +44,12 @@ SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST
 
 
 # model_type of a config -> llama.cpp's architecture.
-_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2"}
+_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
+_TURNED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
+_NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias")  # the causal mask, in old files of GPT-2
+_KNOWN = "llama, qwen2 and gpt2"
 # Where transformers' reader of an architecture cuts text as the file says.
-_READ_AS_WRITTEN = {("llama", "gpt-2"), ("llama", "smollm"), ("qwen2", "qwen2")}
+_READ_AS_WRITTEN = {("llama", "gpt-2"), ("llama", "smollm"), ("qwen2", "qwen2"), ("gpt2", "gpt-2")}
 
 
 @dataclass(frozen=True)
@@ -73,17 +78,29 @@ def read_source(folder: Path) -> Source:
     config: Any = AutoConfig.from_pretrained(folder)
     if config.model_type == "finetuner_gpt":
         config = portable_config(config)  # what has no twin is refused here
+        if config.model_type == "gpt2":
+            raise ModelError(
+                f"'{folder}' is in the middle of its training. The output_dir of its run has it as a GPT-2."
+            )
     rope = getattr(config, "rope_parameters", None) or {}
     for wrong, what in (
-        (config.model_type not in _ARCHITECTURES, f"model_type {config.model_type}; llama and qwen2 can be written"),
+        (config.model_type not in _ARCHITECTURES, f"model_type {config.model_type}; {_KNOWN} can be written"),
         (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False), "biases"),
         (rope.get("rope_type", "default") != "default", f"positions scaled by {rope.get('rope_type')}"),
         (getattr(config, "use_sliding_window", False), "attention in a sliding window"),
+        (config.model_type == "gpt2" and config.activation_function != "gelu_new", "another activation than GPT-2's"),
+        (getattr(config, "scale_attn_by_inverse_layer_idx", False), "attention scaled by the layer"),
+        (not getattr(config, "scale_attn_weights", True), "attention that is not scaled"),
     ):
         if wrong:
             raise ModelError(f"'{folder}' has {what}. Convert it with llama.cpp's own convert_hf_to_gguf.py.")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tensors = {name: (path, info) for path in weight_files(folder) for name, info in read_header(path).items()}
+    tensors = {
+        name: (path, info)
+        for path in weight_files(folder)
+        for name, info in read_header(path).items()
+        if not name.endswith(_NOT_WEIGHTS)
+    }
     architecture = _ARCHITECTURES[config.model_type]
     return Source(folder, config, architecture, tokenizer, _way_of_cutting(folder, tokenizer), tensors)
 
@@ -119,17 +136,18 @@ def _write(source: Source, file: Path, form: str, report: Callable[[int, int], N
     planned: list[tuple[str, Any]] = []
     for name, (_, info) in source.tensors.items():
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        shape = info.shape[::-1] if _is_turned(source, name) else info.shape
         if theirs is None:
             raise ModelError(f"the tensor '{name}' of '{source.folder}' has no place in GGUF's {source.architecture}.")
-        kind = _kind(info, form)
+        kind = _kind(name, shape, form)
         block, itemsize = gguf.GGML_QUANT_SIZES[kind]
-        count = int(torch.Size(info.shape).numel())
+        count = int(torch.Size(shape).numel())
         num_bytes = count // block * itemsize
         if block == 1:
             kept = np.dtype(np.float32 if kind.name == "F32" else np.float16)
-            writer.add_tensor_info(theirs, info.shape, kept, num_bytes)
+            writer.add_tensor_info(theirs, shape, kept, num_bytes)
         else:
-            in_bytes = gguf.quant_shape_to_byte_shape(info.shape, kind)
+            in_bytes = gguf.quant_shape_to_byte_shape(shape, kind)
             writer.add_tensor_info(theirs, in_bytes, np.dtype("uint8"), num_bytes, raw_dtype=kind)
         planned.append((name, kind))
         total += num_bytes
@@ -146,12 +164,16 @@ def _write(source: Source, file: Path, form: str, report: Callable[[int, int], N
     writer.close()
 
 
-def _kind(info: TensorInfo, form: str) -> Any:
+def _is_turned(source: Source, name: str) -> bool:
+    return source.architecture == "gpt2" and name.endswith(_TURNED)
+
+
+def _kind(name: str, shape: tuple[int, ...], form: str) -> Any:
     import gguf
 
-    if len(info.shape) == 1:
+    if len(shape) == 1 or name.endswith("wpe.weight"):
         return gguf.GGMLQuantizationType.F32
-    whole_blocks = info.shape[-1] % BLOCK == 0
+    whole_blocks = shape[-1] % BLOCK == 0
     return gguf.GGMLQuantizationType.Q8_0 if form == "q8_0" and whole_blocks else gguf.GGMLQuantizationType.F16
 
 
@@ -160,6 +182,8 @@ def _laid_out(source: Source, name: str) -> Any:
     path, info = source.tensors[name]
     weight = read_tensor(path, info).float()
     config = source.config
+    if _is_turned(source, name):
+        weight = weight.t()
     if source.architecture != "llama":
         return weight.contiguous().numpy()
     for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
@@ -173,19 +197,23 @@ def _describe(writer: Any, source: Source, form: str) -> None:
     import gguf
 
     config, tokenizer = source.config, source.tokenizer
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_name(source.folder.resolve().name)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    if source.architecture == "gpt2":
+        writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    else:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_rope_dimension_count(head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_vocab_size(config.vocab_size)
     kinds = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
     writer.add_file_type(kinds[form])

@@ -206,6 +206,8 @@ def _load(file: Path, header: Header, dtype: str) -> tuple[Any, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(**where)
         _require_same_rope(file, header, config)
+        if header.architecture == "gpt2":
+            _mend_gpt2(config, header)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         model, loaded = model_class.from_pretrained(
             **where, config=config, dtype=dtype, output_loading_info=True, **_dense()
@@ -237,6 +239,14 @@ def _require_same_rope(file: Path, header: Header, config: Any) -> None:
             f"{file} scales its rotary positions, but transformers reads {header.architecture!r} from GGUF without "
             "that scaling, so the model would differ. Start from the model's safetensors folder instead"
         )
+
+
+def _mend_gpt2(config: Any, header: Header) -> None:
+    """transformers reads the length of the table of positions into a name that its GPT-2 does not have, passes over the
+    width of the inner layer, and ties a head that the file has."""
+    config.n_positions = header.values.get("gpt2.context_length", config.n_positions)
+    config.n_inner = header.values.get("gpt2.feed_forward_length", config.n_inner)
+    config.tie_word_embeddings = "output.weight" not in header.tensors
 
 
 def _scales_rope(parameters: dict[str, Any]) -> bool:
