@@ -51,7 +51,8 @@ def known_devices() -> list[str]:
 
 def peak_of(device_name: str) -> float | None:
     """Of a device by its maker's name, such as "NVIDIA H100 80GB HBM3"; None where no data sheet is known."""
-    there = {word.lower() for word in re.split(r"[\s_-]+", device_name)}
+    apart = re.sub(r"(?i)\b(RTX)(?=\d)", r"\1 ", device_name)  # as people write it
+    there = {word.lower() for word in re.split(r"[\s_-]+", apart)}
     fitting = [words for words in _PEAKS if {word.lower() for word in words} <= there]
     return _PEAKS[max(fitting, key=len)] if fitting else None
 

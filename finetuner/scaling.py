@@ -5,6 +5,7 @@ Of a model from scratch torch is not needed for it; of another one, its config.j
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from finetuner.errors import ModelError, PlanError
@@ -156,8 +157,12 @@ def _read(recipe: Recipe, plan: Plan) -> Model:
     name = recipe.model.base_model
     model = model_without_weights(recipe, plan, choose_attention("sdpa", World(), plan.precision))
     if model is None:
+        where = (
+            "" if Path(name).is_dir() else f" (no folder of that name in {Path.cwd()}, so it was taken for a hub id)"
+        )
         raise ModelError(
-            f"the config.json of '{name}' cannot be read, or names no causal language model that transformers knows."
+            f"the config.json of '{name}'{where} cannot be read, or names no causal language model that transformers "
+            "knows."
         )
     if recipe.adapter.adapter is not None:
         model.requires_grad_(False)

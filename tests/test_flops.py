@@ -75,6 +75,7 @@ def test_what_the_formula_does_not_hold_for_has_no_figure(tiny_model):
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
+        ("RTX4090", 165e12),
         ("NVIDIA L40", None),
         ("Tesla V100-SXM2-16GB", None),
         ("", None),

@@ -68,6 +68,8 @@ def test_a_model_that_is_there_is_counted_from_its_config(capsys, write_recipe, 
     (tmp_path / "bare" / "config.json").write_text("{}")
     assert exit_of("plan", write_recipe(**keys)) == 2
     assert "cannot be read, or names no causal" in capsys.readouterr().err
+    assert exit_of("plan", write_recipe(base_model="models/absent", max_steps=1)) == 2
+    assert "taken for a hub id) cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
