@@ -76,6 +76,12 @@ def test_the_same_from_the_shell_with_two_ranks_is_said_once(write_recipe):
 
 
 @pytest.mark.slow
+def test_torchrun_with_one_rank_is_one_rank(write_recipe):
+    done = run_command("finetuner.train", write_recipe(max_steps=1), ranks=1)
+    assert done.code == 0 and "engine           one rank" in done.out, done.text
+
+
+@pytest.mark.slow
 def test_accelerate_launch_that_lost_its_ranks_is_an_error_and_several_ranks_run(write_recipe, tmp_path):
     """Without a GPU, `--num_processes 2` alone starts one process and says nothing."""
     env = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}

@@ -48,7 +48,9 @@ def build_accelerator(plan: Plan, world: World, timeout_seconds: float) -> Accel
             f"{world.size} ranks were to meet and did not all come: {str(error).splitlines()[0]}\n"
             "Look at the output of the other nodes, and at the firewall between them."
         ) from error
-    expected = {DistributedType.NO} if world.size == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    expected = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}  # also of one rank, if torchrun started it
+    if world.size == 1:
+        expected.add(DistributedType.NO)
     if accelerator.num_processes != world.size or accelerator.distributed_type not in expected:
         raise PlanError(
             f"{world.size} ranks were started, but Accelerate runs {accelerator.num_processes} as "
