@@ -170,6 +170,7 @@ def test_a_model_and_rows_are_named_by_their_places_on_the_hub(hub, finetuner, w
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("entry", "word", "streaming"),
     [

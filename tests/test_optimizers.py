@@ -254,6 +254,7 @@ ZERO = {"deepspeed": {"zero_optimization": {"stage": 1}}, "optimizer": "adamw_bn
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_moments_in_8_bits_under_zero_resume_bitwise_on_their_ranks_and_are_refused_elsewhere(
     write_recipe, train, tmp_path
 ):
