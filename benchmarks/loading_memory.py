@@ -1,11 +1,12 @@
 """How much memory it takes to load a model for QLoRA, against the size of its file.
 
-    python benchmarks/loading_memory.py [--gigabytes 2] [--ranks 2] [--engine fsdp]
+    python benchmarks/loading_memory.py [--gigabytes 2] [--width 1024] [--ranks 2] [--engine fsdp]
 
-A Llama with random weights is written once; a recipe of one step is then run on it twice, with quantized_cache. The
-peak is the largest sum over the ranks of their anonymous memory (what a file's pages do not back), read twenty times a
-second, less what the ranks have before they load: an interpreter with torch in it is 0.5 GB by itself. Once until the
-last line of progress, and once until the run has tried the model out with a forward pass of a few tokens.
+A Llama with random weights is written once; a recipe of one step is then run on it three times, twice with
+quantized_cache. The peak is the largest sum over the ranks of their anonymous memory (what a file's pages do not back),
+read twenty times a second, less what the ranks have with a model of two layers: an interpreter with torch in it is
+0.5 GB by itself. It counts until the run has tried the model out with a forward pass of a few tokens. What the ranks
+read from files, less what they read with the small model, tells how often each file was read.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ENGINES = {
@@ -26,13 +28,12 @@ ENGINES = {
 }
 
 
-def write_model(folder: Path, gigabytes: float) -> None:
+def write_model(folder: Path, gigabytes: float, width: int) -> None:
     """Random bf16 weights, layer by layer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    width = 1024
     layer = 4 * width * width + 3 * width * 4 * width
     layers = max(2, round(gigabytes * 1e9 / 2 / layer))
     config = LlamaConfig(
@@ -65,67 +66,68 @@ def ranks_of(launcher: int) -> list[int]:
     return found
 
 
-def memory_of(pid: int) -> tuple[int, int]:
-    """(anonymous bytes, resident bytes)"""
+def number_of(pid: int, file: str, name: str) -> int:
+    """The number after `name` in a file that the system keeps of a process; 0 when it has ended."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        found = re.search(rf"{name}:\s+(\d+)", Path(f"/proc/{pid}/{file}").read_text())
     except OSError:
-        return 0, 0
-    kilobytes = [re.search(rf"{name}:\s+(\d+)", status) for name in ("RssAnon", "VmRSS")]
-    anonymous, resident = (int(match[1]) * 1024 if match else 0 for match in kilobytes)
-    return anonymous, resident
+        return 0
+    return int(found[1]) if found else 0
 
 
-def measured(words: list[str]) -> dict[str, float]:
-    """Run a command; the seconds until the model is in its engine and the peaks over all ranks, in GB."""
+@dataclass
+class Start:
+    seconds: float
+    anonymous_gb: float
+    resident_gb: float
+    read_gb: float
+
+
+def measured(words: list[str]) -> Start:
+    """Run a command until its model is in its engine and was tried out; what it took, summed over the ranks."""
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    marks: dict[str, float] = {}
     lines: list[str] = []
+    ready = threading.Event()
 
     def listen() -> None:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
-            if line.startswith("loading the model"):
-                marks["loading"] = time.monotonic()
             if line.startswith("recipe "):
-                marks.setdefault("loaded", time.monotonic())
+                ready.set()
 
     reader = threading.Thread(target=listen)
     reader.start()
-    started, anonymous, resident = time.monotonic(), [], []
-    times: list[float] = []
+    began, got = time.monotonic(), Start(0.0, 0.0, 0.0, 0.0)
     while process.poll() is None:
-        sums = [memory_of(pid) for pid in ranks_of(process.pid)]
-        if "loaded" not in marks:  # what a step takes is another matter
-            times.append(time.monotonic())
-            anonymous.append(sum(a for a, _ in sums))
-            resident.append(sum(r for _, r in sums))
+        pids = ranks_of(process.pid)
+        if not ready.is_set():
+            got.seconds = time.monotonic() - began
+            got.anonymous_gb = max(
+                got.anonymous_gb, sum(number_of(pid, "status", "RssAnon") for pid in pids) / 976562.5
+            )
+            got.resident_gb = max(got.resident_gb, sum(number_of(pid, "status", "VmRSS") for pid in pids) / 976562.5)
+            got.read_gb = max(got.read_gb, sum(number_of(pid, "io", "rchar") for pid in pids) / 1e9)
         time.sleep(0.05)
     reader.join()
     if process.returncode:
         sys.exit("".join(lines))
-    return {
-        "seconds": marks["loaded"] - started,
-        "anonymous_gb": max(anonymous) / 1e9,
-        "loading_gb": max(a for a, at in zip(anonymous, times, strict=True) if at <= marks.get("loading", at)) / 1e9,
-        "resident_gb": max(resident) / 1e9,
-    }
+    return got
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--width", type=int, default=1024, help="4096: the matrices of an 8B model")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--engine", choices=ENGINES, default="fsdp")
     parser.add_argument("--folder", type=Path, default=Path("outputs/loading_memory"))
     chosen = parser.parse_args()
-    work, model = chosen.folder, chosen.folder / f"llama-{chosen.gigabytes:g}GB"
+    work, model = chosen.folder, chosen.folder / f"llama-{chosen.gigabytes:g}GB-{chosen.width}"
     work.mkdir(parents=True, exist_ok=True)
     if not (model / "tokenizer.json").exists():
-        write_model(model, chosen.gigabytes)
+        write_model(model, chosen.gigabytes, chosen.width)
     (work / "rows.jsonl").write_text(json.dumps({"instruction": "Say a.", "input": "", "output": "a"}) + "\n")
     recipe = work / "recipe.yml"
     keys = {
@@ -147,19 +149,20 @@ def main() -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={chosen.ranks}"]
     words = [*launch, "-m", "finetuner.train", str(recipe), *ENGINES[chosen.engine]]
     shutil.rmtree(work / "prepared", ignore_errors=True)
-    small = work / "nothing"
+    small = work / "two-layers"
     if not (small / "tokenizer.json").exists():
-        write_model(small, 0.0)
+        write_model(small, 0.0, 64)
     bare = measured([*words, f"base_model={small}"])
-    print(f"{chosen.engine} on {chosen.ranks} rank(s); the file has {size:.2f} GB; without a model the ranks hold")
-    print(f"  {bare['anonymous_gb']:.2f} GB of anonymous memory and are ready after {bare['seconds']:.0f} s")
+    print(
+        f"{chosen.engine} on {chosen.ranks} rank(s); the file has {size:.2f} GB; with a model of two layers the ranks"
+    )
+    print(f"hold {bare.anonymous_gb:.2f} GB of anonymous memory and are ready after {bare.seconds:.0f} s")
     for what in ("no cache", "first start", "second start"):
         got = measured([*words, *([] if what == "no cache" else ["quantized_cache=true"])])
-        loading, extra = (got[key] - bare["anonymous_gb"] for key in ("loading_gb", "anonymous_gb"))
+        extra = got.anonymous_gb - bare.anonymous_gb
         print(
-            f"{what:13} +{loading:.2f} GB over all ranks while it loads ({loading / size:.0%} of the file), "
-            f"+{extra:.2f} GB ({extra / size:.0%}) when it has been tried out, resident in all "
-            f"{got['resident_gb']:.2f} GB, ready after {got['seconds']:.0f} s",
+            f"{what:13} +{extra:.2f} GB over all ranks ({extra / size:.0%} of the file), resident in all "
+            f"{got.resident_gb:.2f} GB, read {got.read_gb - bare.read_gb:.2f} GB, ready after {got.seconds:.0f} s",
             flush=True,
         )
     cached = sum(path.stat().st_size for path in (work / "prepared" / "quantized").glob("*.safetensors")) / 1e9

@@ -31,6 +31,7 @@ from finetuner.export.card import write_card
 from finetuner.export.upload import require_hub, upload_result
 from finetuner.flops import peak_of
 from finetuner.footprint import require_fit
+from finetuner.heap import giving_back
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import (
     count_parameters,
@@ -242,7 +243,7 @@ def assemble(
             promises=built.promises,
         )
     packs = recipe.packing.sample_packing or packs_held_out(recipe.packing)
-    with torch.no_grad():
+    with torch.no_grad(), giving_back():
         bare.composed = bool(engine.module(partial(probe, packs=packs)))
     if flops is not None and not bare.composed:
         flops = flops.with_head_everywhere()

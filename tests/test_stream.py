@@ -1,20 +1,17 @@
 """A model that is read tensor by tensor is the model that is read whole, in a fraction of its memory."""
 
+import json
 import os
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
-from torch import distributed
+from conftest import ROOT, make_model, run_command
 from transformers import AutoModelForCausalLM
 
 from finetuner.errors import ModelError
 from finetuner.models.build import load_model, promised_model
-from finetuner.models.loss import TokenLoss
 from finetuner.models.quantized import Format, record_of
-from finetuner.sharding import FsdpPlan
 
 CPU = torch.device("cpu")
 NF4 = Format("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)
@@ -128,37 +125,19 @@ def test_a_cache_that_cannot_be_written_is_refused(tiny_model, tmp_path):
         streamed(tiny_model, NF4, tmp_path / "cache")
 
 
-def anonymous_bytes() -> int:
-    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
-
-
 @pytest.mark.slow
-def test_loading_takes_the_packed_weights_and_a_few_tensors(tokenizer_folder, tmp_path):
-    if not anonymous_bytes():
-        pytest.skip("the system does not say what memory a process has")
-    from finetuner.training.fsdp import shard_module
-
+def test_ranks_load_their_parts_and_a_few_tensors_and_read_each_file_once(tiny_model, tokenizer_folder, tmp_path):
+    if not Path("/proc/self/io").exists():
+        pytest.skip("the system does not say what memory a process has and what it reads")
     folder = make_model(
-        tmp_path, tokenizer_folder, dtype="bfloat16", hidden_size=512, intermediate_size=2048, num_hidden_layers=20
+        tmp_path, tokenizer_folder, dtype="bfloat16", hidden_size=512, intermediate_size=2048, num_hidden_layers=40
     )
     size = (folder / "model.safetensors").stat().st_size
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        before, seen = anonymous_bytes(), []
-        found = promised_model(
-            str(folder),
-            dtype=NF4.dtype,
-            attention=("sdpa",),
-            form=NF4,
-            device=CPU,
-            report=lambda done, total: seen.append(anonymous_bytes() - before),
-        )
-        assert found is not None
-        loss = TokenLoss(found[0], composed=True)
-        shard_module(loss, FsdpPlan(num_shards=1, pin_memory=False), CPU, full=False, promises=found[1])
-        packed = sum(p.numel() * p.itemsize for p in loss.parameters())
-        assert size > 150e6 and packed < 0.27 * size
-        assert max(seen) < packed + 0.1 * size, [round(n / size, 2) for n in seen]
-    finally:
-        distributed.destroy_process_group()
+    done = run_command("loading_worker", tiny_model, folder, ranks=2, cwd=ROOT / "tests")
+    assert done.code == 0, done.text
+    main, other = json.loads(done.out.partition("RANKS ")[2])
+    held = main["held"] + other["held"]
+    assert size > 300e6 and held < 0.27 * size
+    assert size <= main["read"] < 1.02 * size and other["read"] < 0.02 * size
+    assert main["loading"] + other["loading"] < held + 0.15 * size
+    assert main["trying"] + other["trying"] < 0.25 * size, "it keeps the layers that it has let go of"

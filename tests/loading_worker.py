@@ -1,0 +1,80 @@
+"""One of two gloo ranks that load a 4-bit model into FSDP2's parts and try it out, as test_stream.py asks.
+
+torchrun --nproc_per_node 2 -m loading_worker SMALL_MODEL MODEL
+"""
+
+import json
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from finetuner.heap import giving_back
+from finetuner.models.build import promised_model
+from finetuner.models.loss import TokenLoss, head_is_composable
+from finetuner.models.quantized import Format
+from finetuner.sharding import FsdpPlan
+from finetuner.training.fsdp import shard_module
+
+CPU = torch.device("cpu")
+NF4 = Format("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)
+
+
+def count_of(name: str, file: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+)", Path(f"/proc/self/{file}").read_text())
+    assert found is not None
+    return int(found[1])
+
+
+class Peak:
+    """The largest anonymous memory of this process while it is entered, in bytes more than at the beginning."""
+
+    def __enter__(self) -> "Peak":
+        self.start = self.most = count_of("RssAnon", "status") * 1024
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.done.is_set():
+            self.most = max(self.most, count_of("RssAnon", "status") * 1024)
+            time.sleep(0.005)
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+        self.most -= self.start
+
+
+def load_and_try(folder: str) -> dict[str, int]:
+    before = count_of("rchar", "io")
+    with Peak() as loading:
+        found = promised_model(folder, dtype=NF4.dtype, attention=("sdpa",), form=NF4, device=CPU)
+        assert found is not None
+        loss = TokenLoss(found[0], composed=True)
+        shard_module(loss, FsdpPlan(num_shards=2, pin_memory=False), CPU, full=False, promises=found[1])
+    was_read = count_of("rchar", "io") - before
+    with torch.no_grad(), Peak() as trying, giving_back():
+        assert loss(head_is_composable) == 1.0
+    held = sum(p.to_local().numel() * p.itemsize for p in loss.parameters())
+    return {"held": held, "read": was_read, "loading": loading.most, "trying": trying.most}
+
+
+def main() -> None:
+    distributed.init_process_group("gloo")
+    small, large = sys.argv[1:]
+    load_and_try(small)  # which imports what it needs
+    told: list = [None, None]
+    distributed.all_gather_object(told, load_and_try(large))
+    if distributed.get_rank() == 0:
+        print("RANKS", json.dumps(told), flush=True)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
