@@ -25,6 +25,7 @@ class TextScore:
 
     @property
     def perplexity(self) -> float:
+        """inf where exp would overflow a float: a loss like that means a broken model."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property

@@ -17,6 +17,7 @@ from finetuner.data.tokens import Rows
 from finetuner.errors import PreemptedError
 from finetuner.flops import Work
 from finetuner.plan import Plan, Schedule
+from finetuner.scores import TextScore, total
 from finetuner.training.engine import Engine
 from finetuner.training.guards import Guards
 from finetuner.training.metrics import peak_memory_bytes
@@ -134,13 +135,13 @@ def train_step(run: Run, batches: list[Batch], step: int) -> StepStats:
     num_tokens, input_tokens, num_pairs = (int(n) for n in accelerator.reduce(counts, "sum"))
     # The gradients of the ranks are averaged. Undo that: the gradient must not depend on how the global batch is split.
     scale = plan.data_parallel / num_tokens
-    total = torch.zeros((), device=accelerator.device)
+    summed = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(group, 1):
         with engine.micro_batch(last=i == len(group)):
             loss = loss_of(engine.module, batch)
             engine.backward(loss * scale)
-        total += loss.detach()
-    loss_sum = float(accelerator.reduce(total, "sum"))  # makes a GPU's queue run dry, as the norm does, once a step
+        summed += loss.detach()
+    loss_sum = float(accelerator.reduce(summed, "sum"))  # makes a GPU's queue run dry, as the norm does, once a step
     grad_norm, updated = engine.update(run.max_grad_norm, loss_is_finite=math.isfinite(loss_sum))
     return StepStats(loss_sum / num_tokens, grad_norm, lr, num_tokens, input_tokens, num_pairs, updated=updated)
 
@@ -150,21 +151,8 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     return model(batch.input_ids, batch.attention_mask, batch.positions, batch.targets, batch.position_ids)
 
 
-@dataclass(frozen=True)
-class Held:
-    """Summed loss over the trained tokens of some held-out rows, and the bytes of text that those stand for."""
-
-    loss_sum: float
-    num_tokens: int
-    num_bytes: int
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / self.num_tokens
-
-
 @torch.no_grad()
-def evaluate(run: Run, progress: Callable[[int], None] = lambda rows: None) -> dict[str, Held]:
+def evaluate(run: Run, progress: Callable[[int], None] = lambda rows: None) -> dict[str, TextScore]:
     """The loss on the held-out rows of each source, by its name; the same at every batch size."""
     device = run.accelerator.device
     parts = run.held_out_parts or (Part("", 0, len(run.held_out_rows)),)
@@ -181,7 +169,8 @@ def evaluate(run: Run, progress: Callable[[int], None] = lambda rows: None) -> d
                 progress(len(batch.input_ids))
     totals = run.accelerator.reduce(sums, "sum").tolist()
     return {
-        part.name: Held(loss, int(count), int(size)) for part, (loss, count, size) in zip(parts, totals, strict=True)
+        part.name: TextScore(loss, int(count), int(size))
+        for part, (loss, count, size) in zip(parts, totals, strict=True)
     }
 
 
@@ -215,13 +204,10 @@ def _utilisation(run: Run, flops_per_second: float) -> dict[str, float]:
 
 def _evaluation_row(run: Run, state: TrainState, events: Events) -> dict:
     by_source = evaluate(run, events.eval_progress)
-    held = by_source.values()
-    loss = sum(one.loss_sum for one in held) / sum(one.num_tokens for one in held)
-    # exp overflows a float above 709; a loss like that means a broken model, not a perplexity
-    row = {"step": state.step, "eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
-    num_bytes = sum(one.num_bytes for one in held)
-    if num_bytes:  # -log2 p of the text, per byte of it: the same measure for every tokenizer
-        row["eval_bits_per_byte"] = sum(one.loss_sum for one in held) / math.log(2) / num_bytes
+    held = total(by_source.values())
+    row = {"step": state.step, "eval_loss": held.loss, "eval_perplexity": held.perplexity}
+    if held.num_bytes:
+        row["eval_bits_per_byte"] = held.bits_per_byte
     if len(by_source) > 1:
         row |= {f"eval_loss/{name}": one.loss for name, one in by_source.items()}
     return row
