@@ -13,24 +13,25 @@ LARGEST = 32 << 20  # glibc's own limit of what it raises the threshold to (mall
 
 @contextmanager
 def giving_back() -> Iterator[None]:
-    """Blocks of 128 KiB and more go back to the system when they are freed.
+    """Blocks of 128 KiB and more go back to the system when they are freed; of what is smaller, 64 MiB are kept.
 
-    glibc raises that size, up to 32 MiB, each time that such a block is freed, and keeps what is smaller: a forward
-    pass that gathers and dequantises one layer after the other leaves the process with as much as a quarter of the
-    model's file. Afterwards it is 32 MiB, where it ends anyway in a process that frees weights: a training step that
-    took its memory from the system anew each time would be slower.
+    glibc raises the first figure, up to 32 MiB, each time that such a block is freed, and keeps what is smaller between
+    the blocks that stay: a model that is quantised, or gathered and dequantised layer by layer, leaves the process with
+    as much again. Its own second figure is small at first, and loading a model can then spend most of its time on
+    getting the same memory again and again. Afterwards both are what they become anyway in a process that frees
+    weights: a training step that took all of its memory from the system anew would be slower.
     """
     libc = _glibc()
     if libc is None:
         yield
         return
     libc.mallopt(MMAP_THRESHOLD, SMALL)
+    libc.mallopt(TRIM_THRESHOLD, 2 * LARGEST)
     libc.malloc_trim(0)
     try:
         yield
     finally:
         libc.mallopt(MMAP_THRESHOLD, LARGEST)
-        libc.mallopt(TRIM_THRESHOLD, 2 * LARGEST)
 
 
 @cache

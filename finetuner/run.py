@@ -170,9 +170,10 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
             return
 
     peak = peak_of(world.device_name) if plan.precision != "fp32" else None  # the table is of 16-bit formats
-    weights, counted = assemble(
-        recipe, base, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen, peak
-    )
+    with giving_back():
+        weights, counted = assemble(
+            recipe, base, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen, peak
+        )
     if checkpoint is not None:
         read_optimizer(weights, checkpoint)
         screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
@@ -243,7 +244,7 @@ def assemble(
             promises=built.promises,
         )
     packs = recipe.packing.sample_packing or packs_held_out(recipe.packing)
-    with torch.no_grad(), giving_back():
+    with torch.no_grad():
         bare.composed = bool(engine.module(partial(probe, packs=packs)))
     if flops is not None and not bare.composed:
         flops = flops.with_head_everywhere()

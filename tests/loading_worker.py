@@ -53,7 +53,7 @@ class Peak:
 
 def load_and_try(folder: str) -> dict[str, int]:
     before = count_of("rchar", "io")
-    with Peak() as loading:
+    with Peak() as loading, giving_back():
         found = promised_model(folder, dtype=NF4.dtype, attention=("sdpa",), form=NF4, device=CPU)
         assert found is not None
         loss = TokenLoss(found[0], composed=True)

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,21 @@ def test_row_count_below_one_is_refused(tmp_path: Path) -> None:
     result = build(tmp_path, "--rows", "0")
     assert result.returncode == 2
     assert "write 1 or more" in result.stderr
+
+
+def test_a_row_of_the_corpus_is_a_function_that_is_python_by_itself_and_comes_once(tmp_path: Path) -> None:
+    script = SCRIPT.with_name("stdlib_source.py")
+    for folder in ("one", "two"):
+        subprocess.run([sys.executable, str(script), "--out", str(tmp_path / folder)], check=True, capture_output=True)
+    texts = []
+    for split in SPLITS:
+        assert (tmp_path / "one" / split).read_bytes() == (tmp_path / "two" / split).read_bytes()
+        lines = (tmp_path / "one" / split).read_text(encoding="utf-8").splitlines()
+        texts += [json.loads(line)["text"] for line in lines]
+        assert len(lines) > (5000 if split == "train.jsonl" else 100)
+    assert len(set(texts)) == len(texts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in old modules
+        for text in texts:
+            (function,) = ast.parse(text).body
+            assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BLOCK = 64  # weights that share a scale; bitsandbytes' default
 SCALE_BLOCK = 256  # scales that share a scale of their own, when they are quantised too
-PIECE = 1 << 18  # weights that a CPU quantises at once; a multiple of BLOCK, and even
+PIECE = 1 << 14  # weights that a CPU quantises at once; a multiple of BLOCK, and even
 ALIGN = 16  # bytes at which each part of the packed parameter begins: its kernels read 16 at a time
 
 RECORD = "quantization.json"  # beside the adapter: which modules it was trained on in which format
