@@ -7,14 +7,76 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from finetuner.errors import PlanError
 from finetuner.recipe import Recipe
 from finetuner.recipe.schedules import Shape, multiplier
-from finetuner.recipe.sections import EvaluationSection, OutputSection, PrecisionSection, ScheduleSection
+from finetuner.recipe.sections import (
+    BatchSection,
+    EvaluationSection,
+    OutputSection,
+    PrecisionSection,
+    ScheduleSection,
+)
 from finetuner.sharding import EnginePlan, FsdpPlan, Precision, ZeroPlan, plan_engine
 from finetuner.world import World
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """The first steps of a run, which have fewer rows than the global batch.
+
+    `begins`: rows learned before each of them, and after the last. `left_out`: rows that they have fewer than as many
+    whole steps: from there on, a step begins where it would without a ramp, but for these.
+    """
+
+    begins: tuple[int, ...] = (0,)
+    left_out: int = 0
+
+    @classmethod
+    def from_section(cls, section: BatchSection, global_batch: int) -> "Ramp":
+        """Raises PlanError if the first step has the whole global batch already, or more."""
+        ramp = section.rampup_batch_size
+        if ramp is None:
+            return cls()
+        if ramp.start >= global_batch:
+            raise PlanError(
+                f"rampup_batch_size starts with {ramp.start} rows, which are to rise to a global batch of "
+                f"{global_batch}.\nWrite a smaller start, remove rampup_batch_size, or raise "
+                "gradient_accumulation_steps."
+            )
+        sizes = (ramp.start + (global_batch - ramp.start) * k // ramp.steps for k in range(ramp.steps))
+        begins = tuple(accumulate(sizes, initial=0))
+        return cls(begins, ramp.steps * global_batch - begins[-1])
+
+    @property
+    def steps(self) -> int:
+        return len(self.begins) - 1
+
+    def rows_before(self, step: int, global_batch: int) -> int:
+        """Rows that `step` steps take, in an epoch without an end."""
+        return self.begins[step] if step < len(self.begins) else step * global_batch - self.left_out
+
+    def require_steps(self, total: int) -> None:
+        """Raises PlanError unless a run of `total` steps comes to the whole global batch."""
+        if self.steps > total:
+            raise PlanError(
+                f"the batch grows for {self.steps} steps, but the run has {total}.\n"
+                f"Write `steps: {max(1, total // 10)}` in rampup_batch_size, or train longer (num_epochs, max_steps)."
+            )
+
+    def require_rows(self, num_rows: int, global_batch: int) -> None:
+        """Raises PlanError unless the first epoch holds the ramp."""
+        if self.begins[-1] > num_rows:
+            start = self.begins[1]
+            fitting = 2 * num_rows // (start + global_batch)  # steps have (start + global_batch) / 2 rows, or fewer
+            instead = f"Write `steps: {fitting}` in it at most" if fitting else "Remove it"
+            raise PlanError(
+                f"the {self.steps} steps of rampup_batch_size take {self.begins[-1]:,} rows, but an epoch has "
+                f"{num_rows:,}.\n{instead}, or train on more rows."
+            )
 
 
 @dataclass(frozen=True)
@@ -30,6 +92,7 @@ class Plan:
     seed: int
     engine: EnginePlan = None
     engine_notes: tuple[str, ...] = ()
+    ramp: Ramp = Ramp()
 
     @property
     def global_batch(self) -> int:
@@ -37,8 +100,9 @@ class Plan:
 
     @property
     def batch_equation(self) -> str:
+        rising = f"{self.ramp.begins[1]} rows, rising over {self.ramp.steps} steps to " if self.ramp.steps else ""
         return (
-            f"{self.global_batch} rows = {self.data_parallel} {'rank' if self.data_parallel == 1 else 'ranks'}"
+            f"{rising}{self.global_batch} rows = {self.data_parallel} {'rank' if self.data_parallel == 1 else 'ranks'}"
             f" x {self.micro_batch} micro-batch x {self.grad_accum} accumulation"
         )
 
@@ -62,6 +126,7 @@ class Plan:
                 "weights are cut into parts.\nWrite `adapter: qlora`, which is smaller and can be sharded, or remove "
                 "fsdp or deepspeed."
             )
+        global_batch = world.size * batch.micro_batch_size * batch.gradient_accumulation_steps
         return cls(
             data_parallel=world.size,
             rank=world.rank,
@@ -72,7 +137,12 @@ class Plan:
             seed=recipe.output.seed,
             engine=engine,
             engine_notes=notes,
+            ramp=Ramp.from_section(batch, global_batch),
         )
+
+    def rows_before(self, step: int) -> int:
+        """Rows of a stream that are learned in `step` steps."""
+        return self.ramp.rows_before(step, self.global_batch)
 
     def schedule(self, recipe: Recipe, num_rows: int, num_tokens: int = 0) -> "Schedule":
         """Steps and learning rates for `num_rows` training rows (at least 1) of `num_tokens` in all. The rows of a
@@ -81,11 +151,19 @@ class Plan:
         steps = section.max_steps
         if section.max_tokens is not None:
             rows, tokens = (1, recipe.data.sequence_len) if streams else (num_rows, num_tokens)
-            steps = -(-section.max_tokens * rows // (tokens * self.global_batch))
+            whole = section.max_tokens * rows + self.ramp.left_out * tokens
+            steps = -(-whole // (tokens * self.global_batch))
         if streams:
-            num_rows = (steps or 1) * self.global_batch
+            self.ramp.require_steps(steps or 1)
+            num_rows = self.rows_before(steps or 1)
         return Schedule.from_sections(
-            section, recipe.evaluation, recipe.output, num_rows=num_rows, global_batch=self.global_batch, steps=steps
+            section,
+            recipe.evaluation,
+            recipe.output,
+            num_rows=num_rows,
+            global_batch=self.global_batch,
+            steps=steps,
+            ramp=self.ramp,
         )
 
 
@@ -114,7 +192,7 @@ def ceil_of(share: float, count: int) -> int:
 class Schedule:
     """When things happen. A *step* is one optimizer update; `step` counts the steps done before, from 0;
     `done` counts the steps done, from 1. Every epoch ends with a step of the rows that are left, so that each row
-    is seen exactly once an epoch."""
+    is seen exactly once an epoch. The first epoch begins with the smaller steps of `ramp`, if it has any."""
 
     num_rows: int
     global_batch: int
@@ -134,6 +212,7 @@ class Schedule:
     save_first_step: bool = False
     settles_at: float = 1.0
     shape_options: Mapping[str, Any] = field(default_factory=dict)
+    ramp: Ramp = Ramp()
 
     @classmethod
     def from_sections(
@@ -145,10 +224,14 @@ class Schedule:
         num_rows: int,
         global_batch: int,
         steps: int | None = None,
+        ramp: Ramp = Ramp(),
     ) -> "Schedule":
         """`steps`: of the run, where they are not those of max_steps or num_epochs."""
+        ramp.require_rows(num_rows, global_batch)
         steps_per_epoch = math.ceil(num_rows / global_batch)
-        total = steps or section.max_steps or ceil_of(section.num_epochs, steps_per_epoch)
+        added = math.ceil((num_rows + ramp.left_out) / global_batch) - steps_per_epoch
+        total = steps or section.max_steps or ceil_of(section.num_epochs, steps_per_epoch) + added
+        ramp.require_steps(total)
         warmup = section.warmup_steps
         if warmup is None:
             warmup = ceil_of(section.warmup_ratio or 0.0, total)
@@ -182,11 +265,17 @@ class Schedule:
             save_first_step=output.save_first_step,
             settles_at=1.0 if section.cosine_constant_lr_ratio is None else section.cosine_constant_lr_ratio,
             shape_options=section.lr_scheduler_kwargs,
+            ramp=ramp,
         )
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(self.num_rows / self.global_batch)
+
+    @property
+    def steps_of_first_epoch(self) -> int:
+        """More than of a later one, if the batch begins smaller."""
+        return math.ceil((self.num_rows + self.ramp.left_out) / self.global_batch)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update that follows `step` updates. See recipe/schedules.py for the shapes."""
@@ -203,19 +292,25 @@ class Schedule:
 
     def rows_at(self, step: int) -> tuple[int, int, int]:
         """(epoch, start, stop): the step learns positions start..stop-1 of that epoch's order."""
-        epoch, nth = divmod(step, self.steps_per_epoch)
-        start = nth * self.global_batch
-        return epoch, start, min(start + self.global_batch, self.num_rows)
+        at, then = self._place(step), self._place(step + 1)
+        return at.epoch, at.start, then.start if then.epoch == at.epoch else self.num_rows
 
     def epoch_at(self, done: int) -> float:
         """Epochs done after `done` steps, as a fraction."""
-        epoch, nth = divmod(done, self.steps_per_epoch)
-        return epoch + nth * self.global_batch / self.num_rows
+        at = self._place(done)
+        return at.epoch + at.start / self.num_rows
 
     def rows_seen(self, done: int) -> int:
         """Rows learned from in the first `done` steps."""
-        epoch, nth = divmod(done, self.steps_per_epoch)
-        return epoch * self.num_rows + nth * self.global_batch
+        at = self._place(done)
+        return at.epoch * self.num_rows + at.start
+
+    def _place(self, step: int) -> "_Place":
+        first = self.steps_of_first_epoch
+        if step >= first:
+            epoch, nth = divmod(step - first, self.steps_per_epoch)
+            return _Place(epoch + 1, nth, self.steps_per_epoch, nth * self.global_batch)
+        return _Place(0, step, first, self.ramp.rows_before(step, self.global_batch))
 
     def logs_at(self, done: int) -> bool:
         return done == 1 or done % self.logging_steps == 0 or done == self.total_steps
@@ -238,5 +333,14 @@ class Schedule:
         if every is not None:
             return done % every == 0
         # n times an epoch: whenever a further n-th of the epoch is complete
-        times = per_epoch or 1
-        return done * times // self.steps_per_epoch > (done - 1) * times // self.steps_per_epoch
+        times, at = per_epoch or 1, self._place(done - 1)
+        return (at.nth + 1) * times // at.steps > at.nth * times // at.steps
+
+
+class _Place(NamedTuple):
+    """Of a step: it is the nth, from 0, of so many in its epoch, and begins at that position of its order."""
+
+    epoch: int
+    nth: int
+    steps: int
+    start: int

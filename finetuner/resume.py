@@ -15,7 +15,7 @@ MUST_MATCH = (
     "unfrozen_parameters", "load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "seed",
     "sample_packing", "pretrain_multipack_attn", "group_by_length",
     "chat_template", "chat_template_jinja", "chat_template_kwargs", "eot_tokens",
-    "min_sample_len",
+    "min_sample_len", "rampup_batch_size",
 )  # fmt: skip
 
 # These have no part in what is learned; micro-batches and ranks are compared through the global batch.

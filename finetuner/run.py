@@ -370,8 +370,9 @@ def fit(
         alive()
 
     mine = -(-len(run.held_out_rows) // run.plan.data_parallel)
-    bar = TrainingProgress(screen, run.schedule.total_steps, state.step, eval_rows=mine)
-    ahead = prefetched(feed, run.schedule.total_steps, pin=run.accelerator.device.type == "cuda")
+    total = run.schedule.total_steps
+    bar = TrainingProgress(screen, total, state.step, eval_rows=mine, rows_seen=run.schedule.rows_seen)
+    ahead = prefetched(feed, total, pin=run.accelerator.device.type == "cuda")
     stuck = stacks_when_stuck(recipe.sharding.ddp_timeout) if run.plan.data_parallel > 1 else nullcontext(lambda: None)
     with bar as progress, stop_wishes(screen.line) as wish, ahead as batches, stuck as alive:
         events = Events(

@@ -106,9 +106,13 @@ def length_of(recipe: Recipe, plan: Plan) -> Length | None:
     section = recipe.schedule
     per_step = plan.global_batch * recipe.data.sequence_len
     if section.max_tokens is not None:
-        return Length(section.max_tokens, -(-section.max_tokens // per_step), recipe.data.streaming)
+        left_out = plan.ramp.left_out * recipe.data.sequence_len
+        steps = -(-(section.max_tokens + left_out) // per_step)
+        plan.ramp.require_steps(steps)
+        return Length(section.max_tokens, steps, recipe.data.streaming)
     if section.max_steps is not None:
-        return Length(section.max_steps * per_step, section.max_steps, recipe.data.streaming)
+        tokens = plan.rows_before(section.max_steps) * recipe.data.sequence_len
+        return Length(tokens, section.max_steps, recipe.data.streaming)
     return None
 
 

@@ -113,7 +113,9 @@ def _padding_line(run: Run, prepared: Prepared) -> str:
 
 def _steps_line(schedule: Schedule) -> str:
     epochs = schedule.epoch_at(schedule.total_steps)
-    return f"{schedule.total_steps:,} = {epochs:.4g} epochs of {schedule.steps_per_epoch:,}"
+    first, others = schedule.steps_of_first_epoch, schedule.steps_per_epoch
+    line = f"{schedule.total_steps:,} = {epochs:.4g} epochs of {first:,}"
+    return f"{line}, from the second on {others:,}" if first != others and schedule.total_steps > first else line
 
 
 def _rate_line(schedule: Schedule) -> str:

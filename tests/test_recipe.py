@@ -613,6 +613,16 @@ CHAT = {"path": "a/b", "type": "chat_template"}
 COMPLETION = {"path": "a/b", "type": "completion"}
 SCRATCH = {"base_model": "from-scratch", "model": {"preset": "gpt-nano"}, "tokenizer": "byte", "sequence_len": 256}
 RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "rampup_batch_size",
+        {"rampup_batch_size": {"start": 1, "steps": 2}, "group_by_length": True},
+        {"rampup_batch_size": {"start": 1, "steps": 2}},
+    ),
+    (
+        "steps",
+        {"rampup_batch_size": {"start": 1, "steps": 9}, "max_steps": 8},
+        {"rampup_batch_size": {"start": 1, "steps": 8}, "max_steps": 8},
+    ),
     ("warmup_ratio", {"warmup_steps": 5, "warmup_ratio": 0.1}, {"warmup_steps": 5}),
     (
         "evals_per_epoch",

@@ -139,7 +139,7 @@ def evaluation_batches(
 def padding_share(rows: Rows, plan: Plan, schedule: Schedule, layout: Layout, *, max_steps: int = 200) -> float:
     """The share of the tokens computed that are padding, over the first steps and all ranks."""
     tokens = computed = 0
-    for step in range(min(schedule.steps_per_epoch, schedule.total_steps, max_steps)):
+    for step in range(min(schedule.steps_of_first_epoch, schedule.total_steps, max_steps)):
         of_step = [rows.length(row) for row in _rows_of_step(rows, plan, schedule, step, layout)]
         per_pass = plan.data_parallel * plan.micro_batch
         for start in range(0, len(of_step), per_pass):

@@ -72,12 +72,13 @@ class StreamFeed:
     layout: Layout
 
     def batches(self, step: int) -> list[Batch]:
-        rows = self.stream.rows(step * self.plan.global_batch, self.plan.global_batch)
+        first = self.plan.rows_before(step)
+        rows = self.stream.rows(first, self.plan.rows_before(step + 1) - first)
         longest_first = sorted(range(len(rows)), key=rows.length, reverse=True)
         return dealt(rows, longest_first, self.plan, self.layout)
 
     def write_position(self, step: int, folder: Path) -> None:
-        state = self.stream.state_at(step * self.plan.global_batch)
+        state = self.stream.state_at(self.plan.rows_before(step))
         facts = {"state": asdict(state), "files": self.stream.files}
         (folder / STREAM_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 

@@ -154,7 +154,7 @@ OURS_ALONE = frozenset(
     (
         "early_stopping_threshold", "eval_on_start", "generate_prompt", "hub_private_repo", "label_smoothing_factor",
         "logging_dir", "max_dropped_fraction", "max_skipped_steps", "max_tokens", "mix_by", "model", "on_bad_row",
-        "overwrite_output_dir", "quantized_cache", "tokenizer", "z_loss_coefficient",
+        "overwrite_output_dir", "quantized_cache", "rampup_batch_size", "tokenizer", "z_loss_coefficient",
     )
 )  # fmt: skip
 

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -102,9 +102,13 @@ class Work:
 class TrainingProgress:
     """Loss, learning rate, tokens per second and time left, for every step or every logged step."""
 
-    def __init__(self, screen: Screen, total_steps: int, done: int, *, eval_rows: int) -> None:
-        """`done` steps are behind; an evaluation takes `eval_rows` rows of this rank."""
+    def __init__(
+        self, screen: Screen, total_steps: int, done: int, *, eval_rows: int, rows_seen: Callable[[int], int]
+    ) -> None:
+        """`done` steps are behind; an evaluation takes `eval_rows` rows of this rank, and `rows_seen` of all ranks are
+        learned in so many steps."""
         self.screen, self.total_steps, self.eval_rows = screen, total_steps, eval_rows
+        self.rows_seen, self.rows_before = rows_seen, rows_seen(done)
         self.seconds, self.steps, self.evaluated_rows = 0.0, 0, 0
         self.use = ""  # of the devices, as last logged
         self.bar = Progress(
@@ -126,7 +130,9 @@ class TrainingProgress:
         self.bar.stop()
 
     def left(self, step: int) -> float:
-        return self.seconds / max(1, self.steps) * (self.total_steps - step)
+        """Seconds, at the pace of the rows so far: steps may grow."""
+        rows = self.rows_seen(step)
+        return self.seconds / max(1, rows - self.rows_before) * (self.rows_seen(self.total_steps) - rows)
 
     def stepped(self, step: int, loss: float, lr: float, input_tokens: int, seconds: float) -> None:
         self.steps += 1

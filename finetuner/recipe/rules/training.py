@@ -13,6 +13,18 @@ def _one_precision(values: Values) -> Iterator[Finding]:
         yield Finding(("fp16",), "bf16 and fp16 are both true: a run computes in one of them. Set one to false.")
 
 
+def _ramp_has_its_steps(values: Values) -> Iterator[Finding]:
+    ramp, steps = values["rampup_batch_size"], values["max_steps"]
+    if ramp is not None and values["group_by_length"]:
+        message = (
+            "group_by_length cuts the rows into steps of one size, and rampup_batch_size asks for others. Remove one."
+        )
+        yield Finding(("rampup_batch_size",), message, (("group_by_length",),))
+    if ramp is not None and steps is not None and ramp.steps > steps:
+        message = f"the batch grows for {ramp.steps} steps, but max_steps is {steps}. Write `steps: {steps}` at most."
+        yield Finding(("rampup_batch_size", "steps"), message, (("max_steps",),))
+
+
 def _floor_is_cosines(values: Values) -> Iterator[Finding]:
     for key in ("cosine_min_lr_ratio", "cosine_constant_lr_ratio"):
         if values[key] and values["lr_scheduler"] != "cosine":
@@ -75,6 +87,7 @@ RULES: tuple[Rule, ...] = (
     one_of("eval_steps", "evals_per_epoch", "both say when to evaluate"),
     one_of("save_steps", "saves_per_epoch", "both say when to save"),
     (("bf16", "fp16"), _one_precision),
+    (("rampup_batch_size", "group_by_length", "max_steps"), _ramp_has_its_steps),
     one_of("embedding_lr", "embedding_lr_scale", "both say how fast embeddings learn"),
     (("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_scheduler"), _floor_is_cosines),
     (("lr_scheduler", "lr_scheduler_kwargs", "learning_rate"), _shape_takes_its_options),

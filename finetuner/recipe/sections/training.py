@@ -22,11 +22,23 @@ from finetuner.recipe.sections.base import (
 )
 
 
+class BatchRamp(Section):
+    """The first steps have fewer rows: the k-th, from 0, start + (global batch - start) x k / steps, rounded down."""
+
+    start: Rows = Field(description="Rows of the first step, over all ranks; fewer than the global batch.")
+    steps: Steps = Field(description="After so many steps a step has the whole global batch.")
+
+
 class BatchSection(Section):
     """How many rows make one step: ranks x micro_batch_size x gradient_accumulation_steps."""
 
     micro_batch_size: Rows = Field(1, description="Rows in one forward pass on one rank.")
     gradient_accumulation_steps: Count = Field(1, description="Forward passes per rank before each update.")
+    rampup_batch_size: BatchRamp | None = Field(
+        None,
+        description="Begin with smaller steps, which grow evenly to the global batch. Megatron's word, but its ramp "
+        "counts rows and ours counts steps.",
+    )
     eval_batch_size: Rows | None = Field(None, description="As micro_batch_size, in evaluation; default: equal.")
 
 
