@@ -73,6 +73,7 @@ def main() -> None:
     distributed.all_gather_object(told, load_and_try(large))
     if distributed.get_rank() == 0:
         print("RANKS", json.dumps(told), flush=True)
+    distributed.barrier()  # gloo aborts where one rank is gone while another still leaves
     distributed.destroy_process_group()
 
 
