@@ -222,12 +222,18 @@ class _Product(torch.autograd.Function):
 
 def _quantize_in_pieces(weight: torch.Tensor, form: Format) -> "tuple[torch.Tensor, QuantState]":
     """As bitsandbytes' quantize_4bit, bit for bit. On a CPU it takes some 20 bytes for each weight in passing, and most
-    of its time to get that memory from the system: pieces that stay in the processor's cache have neither."""
+    of its time to get that memory from the system: pieces that stay in the processor's cache have neither. By one
+    thread: several wait for each other after each small piece, ten times as long where other work has the cores."""
     functional = require_bitsandbytes().functional
-    done = [
-        functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=form.kind)
-        for piece in weight.reshape(-1).split(PIECE)
-    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        done = [
+            functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=form.kind)
+            for piece in weight.reshape(-1).split(PIECE)
+        ]
+    finally:
+        torch.set_num_threads(threads)
     codes, scales = torch.cat([codes for codes, _ in done]), torch.cat([state.absmax for _, state in done])
     of_scales: dict[str, Any] = {"absmax": scales}
     if form.double:
