@@ -1,8 +1,9 @@
 """What a model of examples/gpt_stdlib.yml writes: bits per byte, and the share of its texts that are Python.
 
-    python benchmarks/scratch_quality.py outputs/gpt_stdlib [--samples 50] [--tokens 400] [--temperature 0.7]
+    python benchmarks/scratch_quality.py outputs/gpt_stdlib [--samples 50] [--tokens 300] [--temperature 0.7]
 
-Each sample begins as a new document, or with --prompt, by a seed of its own. One that ends by itself is judged whole;
+Each sample begins with --prompt, by a seed of its own: the first token of a document is nothing that the model learned
+to predict. One that ends by itself is judged whole;
 one that is cut off after --tokens tokens is judged without its last top-level statement, which was not finished. What
 is judged counts as Python if `ast.parse` accepts it and it has at least one statement; nothing left to judge counts
 against the model. Bits per byte are those of the run's last evaluation, in its metrics.jsonl.
@@ -74,10 +75,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--samples", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--prompt", default="")
+    parser.add_argument("--prompt", default="def ")
     parser.add_argument("--show", type=int, default=2, help="samples to print in full")
     arguments = parser.parse_args()
     speaker = speaker_of(str(arguments.run), [])
