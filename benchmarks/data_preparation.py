@@ -168,8 +168,11 @@ def work(tool: str, folder: Path, case: str, tokenizer: str) -> dict[str, float]
         shutil.rmtree(folder / "prepared", ignore_errors=True)
         seconds, cpu, _ = prepare(folder, f"{case}-two", tokenizer)
     whole, whole_cpu, tokens = prepare(folder, case, tokenizer)
-    kib = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    peaks = {"peak_mib": kib[0] / 1024, "child_mib": kib[1] / 1024}
+    # Not ru_maxrss of this process: it begins with what the parent had when it started this one.
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    peaks = {"peak_mib": peak / 1024, "child_mib": child / 1024}
     return {"seconds": whole - seconds, "cpu": whole_cpu - cpu, "tokens": tokens, **peaks}
 
 
