@@ -80,7 +80,7 @@ class MessageReader:
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(
                 f"message {i} of column '{self.column}' must have text in '{self.role_key}' and '{self.content_key}'; "
-                f"it is {given!r:.150}"
+                f"it is {given!r:.150}{_other_names(given)}"
             )
         if not message and role != TOOL_CALL_ROLE:  # nearly all messages
             return {"role": self.roles.get(role, role), "content": content}, None
@@ -116,6 +116,13 @@ class MessageReader:
             {"type": "function", "function": tool} if isinstance(tool, dict) and "function" not in tool else tool
             for tool in tools
         ] or None
+
+
+def _other_names(given: Any) -> str:
+    """What to type for a message in ShareGPT's words."""
+    if isinstance(given, dict) and isinstance(given.get("from"), str) and isinstance(given.get("value"), str):
+        return ".\nWrite `message_property_mappings: {role: from, content: value}` beside `field_messages`"
+    return ""
 
 
 def _joined(parts: list[Any], message: dict[str, Any], turn: int) -> str:
