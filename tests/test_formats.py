@@ -399,7 +399,8 @@ def test_a_role_that_the_template_leaves_out_is_an_error_that_names_it(
         (
             [{"from": "human", "value": "a"}],
             "message 0 of column 'messages' must have text in 'role' and 'content'; "
-            "it is {'from': 'human', 'value': 'a'}.\nWrite `message_property_mappings: {role: from, content: value}` beside `field_messages`",
+            "it is {'from': 'human', 'value': 'a'}.\n"
+            "Write `message_property_mappings: {role: from, content: value}` beside `field_messages`",
         ),
         (["hi"], "message 0 of column 'messages' must have text"),
     ],
