@@ -87,4 +87,4 @@ def test_a_plan_from_scratch_needs_no_torch():
         "heavy = {'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "2,500,000 in 1,221 steps, if every row is full" in done.stdout, done.stderr
+    assert done.returncode == 0 and "3,000,000 in 1,303 steps, if every row is full" in done.stdout, done.stderr
