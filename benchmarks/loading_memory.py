@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+KIB_IN_GB = 1e9 / 1024  # the system counts memory in KiB, and a file's size is in GB here
 ENGINES = {
     "ddp": [],
     "fsdp": ["fsdp=[full_shard, auto_wrap]"],
@@ -105,9 +106,9 @@ def measured(words: list[str]) -> Start:
         if not ready.is_set():
             got.seconds = time.monotonic() - began
             got.anonymous_gb = max(
-                got.anonymous_gb, sum(number_of(pid, "status", "RssAnon") for pid in pids) / 976562.5
+                got.anonymous_gb, sum(number_of(pid, "status", "RssAnon") for pid in pids) / KIB_IN_GB
             )
-            got.resident_gb = max(got.resident_gb, sum(number_of(pid, "status", "VmRSS") for pid in pids) / 976562.5)
+            got.resident_gb = max(got.resident_gb, sum(number_of(pid, "status", "VmRSS") for pid in pids) / KIB_IN_GB)
             got.read_gb = max(got.read_gb, sum(number_of(pid, "io", "rchar") for pid in pids) / 1e9)
         time.sleep(0.05)
     reader.join()

@@ -28,8 +28,8 @@ from finetuner.world import World
 class Ramp:
     """The first steps of a run, which have fewer rows than the global batch.
 
-    `begins`: rows learned before each of them, and after the last. `left_out`: rows that they have fewer than as many
-    whole steps: from there on, a step begins where it would without a ramp, but for these.
+    `begins`: rows learned before each of them, and after the last. `left_out`: how many fewer rows they take than as
+    many whole steps would, by which every later step begins earlier.
     """
 
     begins: tuple[int, ...] = (0,)
