@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetuner.data.byte_level import ByteLevel
 from finetuner.data.formats import Rendered, Span
 from finetuner.data.tokens import IGNORE, Document, Ids
 from finetuner.errors import DataError
@@ -19,13 +20,15 @@ Places = NDArray[np.int64]  # characters, or [start, stop) of them: (n, 2)
 
 # A token takes some 200 bytes until its text is done with, so it is not all texts of a batch that are encoded at once.
 CHARACTERS_AT_ONCE = 1 << 20
+FAST_AFTER = 1 << 21  # characters: fewer are tokenised before fastokens would be ready
 
 
 class Encoder:
     """A fast tokenizer, with what is asked of it for every text."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, fast_after: int = FAST_AFTER) -> None:
+        """`fast_after`: so many characters go by before a faster library is made ready for the rest."""
+        self.tokenizer, self.until_fast = tokenizer, fast_after
         size = len(tokenizer) + 1
         special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.is_special = np.zeros(size, dtype=bool)
@@ -84,6 +87,28 @@ class Encoder:
 
     def _encode(self, texts: Sequence[str], *, as_words: bool = False) -> "_Encoded":
         """`as_words`: special tokens in the texts are text."""
+        if as_words or not self._is_worth_building_for(texts) or self._fast is None:
+            return self._by_tokenizers(texts, as_words=as_words)
+        read = self._fast.read(texts)
+        if read is None:
+            return self._by_tokenizers(texts)
+        bases = _sums(_lengths(texts) + 1)[:-1]
+        offsets = read.offsets + np.repeat(bases, read.counts)[:, None]
+        fast = _Encoded(read.ids, offsets, offsets, _sums(read.counts), bases)
+        if read.is_whole.all():
+            return fast
+        rows = np.flatnonzero(~read.is_whole)
+        return fast.with_texts(rows, self._by_tokenizers([texts[i] for i in rows.tolist()]))
+
+    def _is_worth_building_for(self, texts: Sequence[str]) -> bool:
+        self.until_fast -= sum(map(len, texts))
+        return self.until_fast < 0
+
+    @cached_property
+    def _fast(self) -> ByteLevel | None:
+        return ByteLevel.of(self.tokenizer)
+
+    def _by_tokenizers(self, texts: Sequence[str], *, as_words: bool = False) -> "_Encoded":
         found = self.tokenizer(
             list(texts),
             add_special_tokens=False,
@@ -92,8 +117,7 @@ class Encoder:
             split_special_tokens=as_words,
         ).encodings
         assert found is not None, "a fast tokenizer"
-        counts = np.array([len(one) for one in found], dtype=np.int64)
-        lengths = np.array([len(text) for text in texts], dtype=np.int64)
+        counts, lengths = _lengths(found), _lengths(texts)
         borders, bases = _sums(counts), _sums(lengths + 1)[:-1]
         ids = np.fromiter(chain.from_iterable(one.ids for one in found), dtype=np.int32, count=borders[-1])
         flat = chain.from_iterable(chain.from_iterable(one.offsets for one in found))
@@ -199,6 +223,24 @@ class _Encoded(NamedTuple):
         places = np.fromiter(flat, dtype=np.int64, count=2 * sum(counts)).reshape(-1, 2)
         return places + np.repeat(self.bases, counts)[:, None]
 
+    def with_texts(self, rows: Places, other: "_Encoded") -> "_Encoded":
+        """The same, with the tokens that `other` has of text 0, 1, ... for those of text rows[0], rows[1], ..."""
+        counts = np.diff(self.borders)
+        is_theirs = np.zeros(len(counts), dtype=bool)
+        is_theirs[rows] = True
+        mine = np.repeat(~is_theirs, counts)
+        counts[rows] = np.diff(other.borders)
+        theirs = np.repeat(is_theirs, counts)
+        shifts = np.repeat(self.bases[rows] - other.bases, np.diff(other.borders))[:, None]
+
+        def joined(own: NDArray[Any], its: NDArray[Any]) -> NDArray[Any]:
+            column = np.empty((len(theirs), *own.shape[1:]), dtype=own.dtype)
+            column[~theirs], column[theirs] = own[mine], its
+            return column
+
+        own, most = joined(self.own, other.own + shifts), joined(self.most, other.most + shifts)
+        return _Encoded(joined(self.ids, other.ids), own, most, _sums(counts), self.bases)
+
 
 def _within_reach(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
     """The texts, as many at a time as can be encoded at once."""
@@ -212,6 +254,10 @@ def _within_reach(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
         size += len(one.text)
     if some:
         yield some
+
+
+def _lengths(some: Sequence[Any]) -> Places:
+    return np.fromiter(map(len, some), dtype=np.int64, count=len(some))
 
 
 def _sums(values: Places) -> Places:
