@@ -5,7 +5,7 @@ which conversations with the same roles share. One with thoughts or tool calls i
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ class ChatRenderer:
     ends: EndsOfTurns
     kwargs: Mapping[str, Any]
     only_answers: bool  # by role, with the ends of turns, as {% generation %} markers have it
-    _outlines: dict[str, Outline] = field(default_factory=dict)
+    _outlines: dict[Hashable, Outline] = field(default_factory=dict)
     _templates: dict[str, ChatTemplate] = field(default_factory=dict)
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -106,12 +106,14 @@ class ChatRenderer:
         return self._templates[text]
 
     def _outline(self, template: ChatTemplate, messages: Messages, tools: list[Any] | None, stand_in: str) -> Outline:
-        mocked = mocked_plainly(messages, stand_in)
-        key = json.dumps([mocked, tools], default=repr)
+        if tools is None and all(len(message) == 2 for message in messages):  # a role and a text, as nearly all are
+            key: Hashable = (stand_in, *[message["role"] for message in messages])
+        else:
+            key = json.dumps([mocked_plainly(messages, stand_in), tools], default=repr)
         if key not in self._outlines:
             if len(self._outlines) >= MAX_REMEMBERED:
                 self._outlines.clear()
-            self._outlines[key] = outline(template, mocked, tools, stand_in)
+            self._outlines[key] = outline(template, mocked_plainly(messages, stand_in), tools, stand_in)
         return self._outlines[key]
 
     def _marked(self, template: ChatTemplate, conversation: Conversation) -> Rendered:
@@ -215,7 +217,7 @@ class ChatRenderer:
 
 def _require_understood(conversation: Conversation, template: str) -> None:
     """A template that does not know of tools or thoughts leaves them out without a word."""
-    has = {key for message in conversation.messages for key in message} | ({"tools"} if conversation.tools else set())
+    has = set().union(*conversation.messages, ["tools"] if conversation.tools else [])
     for key in ("tools", "tool_calls", "reasoning_content"):
         if key in has and key not in template:
             raise DataError(

@@ -66,10 +66,14 @@ class MessageReader:
             message, wish = self._message(i, given)
             messages.append(message)
             trained.append(message["role"] in self.roles_to_train if wish is None else wish)
-        plain = all(message.keys() <= {"role", "content", "name"} for message in messages)
+        plain = set().union(*messages) <= {"role", "content", "name"}
         return Conversation(messages, tuple(trained), self._tools(row.get(self.tools_column)), plain)
 
     def _message(self, i: int, given: Any) -> tuple[dict[str, Any], bool | None]:
+        if isinstance(given, dict) and len(given) == 2:  # nearly all messages: a role and a text
+            role, content = given.get(self.role_key), given.get(self.content_key)
+            if isinstance(role, str) and isinstance(content, str) and role != TOOL_CALL_ROLE:
+                return {"role": self.roles.get(role, role), "content": content}, None
         # `datasets` gives every message the keys of all; a key that is null here was not in this one
         message = without_nulls(given) if isinstance(given, dict) else {}
         role, content = message.pop(self.role_key, None), message.pop(self.content_key, None)
@@ -82,8 +86,6 @@ class MessageReader:
                 f"message {i} of column '{self.column}' must have text in '{self.role_key}' and '{self.content_key}'; "
                 f"it is {given!r:.150}{_other_names(given)}"
             )
-        if not message and role != TOOL_CALL_ROLE:  # nearly all messages
-            return {"role": self.roles.get(role, role), "content": content}, None
         wish = self._wish(i, message)
         thought = next((message.pop(name) for name in THOUGHTS if name in message), None)
         if thought is not None:

@@ -30,6 +30,7 @@ MAX_NUMBER = 1_000_000  # as an argument: a width to fill, a number of parts
 # What stands around an answer in a rendered text until it is found; no row can know it.
 _OPENED, _CLOSED = (f"\ue000{word}{secrets.token_hex(8)}\ue001" for word in ("a", "z"))
 _SIZED = (str, list, tuple)  # what is measured
+_THOUGHTS = frozenset(THOUGHTS)
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -63,7 +64,7 @@ class ChatTemplate:
         return text, spans
 
     def _run(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool, a: str, z: str) -> str:
-        given = [_with_thought(message) for message in messages]
+        given = [message if _THOUGHTS.isdisjoint(message) else _with_thought(message) for message in messages]
         self._environment.begin(given, tools)
         values = {"messages": given, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         try:
@@ -85,7 +86,7 @@ def compile_template(text: str, known: Mapping[str, Any]) -> ChatTemplate:
 def _with_thought(message: dict[str, Any]) -> dict[str, Any]:
     """The message with its thought under the names that transformers gives it for templates."""
     thought = next((message[name] for name in THOUGHTS if message.get(name) is not None), None)
-    return dict(message) if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 class _Environment(ImmutableSandboxedEnvironment):

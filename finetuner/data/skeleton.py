@@ -9,7 +9,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from finetuner.data.formats import Span
 from finetuner.data.messages import Conversation, Messages
@@ -20,8 +21,7 @@ KINDS = {"c": "content", "t": "reasoning_content"}
 THOUGHT_ENDS = "</think>"
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A text of a message: kind c (content) or t (thought)."""
 
     turn: int
@@ -101,7 +101,7 @@ def outline(template: ChatTemplate, mocked: Messages, tools: list[Any] | None, s
 
 def stand_in_for(messages: Messages) -> str:
     """The beginning of stand-ins that occur in none of the texts they stand for."""
-    joined = "\0".join(str(message.get(key, "")) for message in messages for key in KINDS.values())
+    joined = "\0".join([str(message[key]) for key in KINDS.values() for message in messages if key in message])
     salt = 0
     while f"q{salt}x" in joined:
         salt += 1
@@ -162,6 +162,11 @@ def literals_between(
 
 def find_pieces(text: str, pieces: Sequence[Piece], literals: Sequence[str]) -> tuple[Span, ...]:
     """Where each piece stands between the template's own texts; DataError if it changed them."""
+    parts = [""] * (2 * len(pieces) + 1)
+    parts[::2], parts[1::2] = literals, [piece.text for piece in pieces]
+    if "".join(parts) == text:  # nearly all conversations: as they stand
+        ends = list(accumulate(map(len, parts)))
+        return tuple(zip(ends[::2], ends[1::2], strict=False))
     spans = []
     at = 0
     for i, piece in enumerate(pieces):
