@@ -211,6 +211,17 @@ def test_other_tokenizers_are_left_to_tokenizers(make: Callable[[], PreTrainedTo
         assert ids == [tokenizer("a aa", add_special_tokens=False)["input_ids"]]
 
 
+def test_equal_tokenizers_share_one_and_changed_ones_do_not() -> None:
+    one = plain()
+    backend = one.backend_tokenizer
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend.to_str()), eos_token="<|endoftext|>")
+    mine = fast(one)
+    assert fast(other) is mine
+    other.add_tokens(["<new>"])
+    assert fast(other) is not mine
+    assert_same(other, ["a <new> b"], whole=0.5)
+
+
 class Wrong:
     """Gives the tokens of the text backwards, after some that it gives right."""
 

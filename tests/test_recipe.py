@@ -53,6 +53,22 @@ def refusal(write: Callable[[str | bytes], Path]) -> Callable[..., str]:
     return refusal
 
 
+# --- what the pages show ---
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = [(page.name, i, text) for page in PAGES for i, text in enumerate(page.read_text().split("```yaml\n")[1:])]
+
+
+@pytest.mark.parametrize(("name", "number", "text"), SHOWN, ids=[f"{name}-{i}" for name, i, _ in SHOWN])
+def test_recipes_in_the_pages_are_recipes(write: Callable[..., Path], name: str, number: int, text: str) -> None:
+    """Whole, or a part, to which a model, rows and a rate are added."""
+    shown = text.split("```")[0]
+    rest = {"base_model": "org/model", "learning_rate": "1e-4", "datasets": "[{path: org/data, type: alpaca}]"}
+    keys = [line.split(":")[0] for line in shown.splitlines()]
+    added = "".join(f"{key}: {value}\n" for key, value in rest.items() if key not in keys)
+    load_recipe(write(shown + added), check_files=False)
+
+
 # --- all mistakes at once ---
 
 MANY_MISTAKES = """\

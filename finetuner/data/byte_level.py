@@ -3,10 +3,12 @@
 It gives no offsets. They are counted: a byte-level token says how many bytes of text it stands for.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,10 +55,15 @@ class ByteLevel:
             return None
         if not _is_plain(tokenizer):
             return None
-        try:
-            return cls(tokenizer, Tokenizer.from_json_str(tokenizer.backend_tokenizer.to_str()))
-        except ValueError:  # a part of the tokenizer that it does not know
-            return None
+        settings = tokenizer.backend_tokenizer.to_str()
+        key = hashlib.sha256(settings.encode()).digest()
+        one = _IN_USE.get(key)
+        if one is None:
+            try:
+                one = _IN_USE[key] = cls(tokenizer, Tokenizer.from_json_str(settings))
+            except ValueError:  # a part of the tokenizer that it does not know
+                return None
+        return one
 
     def read(self, texts: Sequence[str]) -> Read | None:
         """None for texts that are not Unicode. Raises DataError if fastokens and `tokenizers` disagree on one."""
@@ -99,6 +106,9 @@ class ByteLevel:
                     f"{expected[at : at + 8]}. It begins {texts[i][:80]!r}.\nfastokens is only for speed: go on "
                     "without it (`pip uninstall fastokens`), and please report it."
                 )
+
+
+_IN_USE: "WeakValueDictionary[bytes, ByteLevel]" = WeakValueDictionary()  # one for all the streams of a mixture
 
 
 def _is_plain(tokenizer: "PreTrainedTokenizerBase") -> bool:
