@@ -28,7 +28,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } p, capt
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 td, th { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td:first-child, th:first-child, td.words, th:last-child { text-align: left; } td { font-variant-numeric: tabular-nums; }
-td.path { overflow-wrap: anywhere; }
+td.path { overflow-wrap: anywhere; min-width: 19rem; }
 svg { display: block; max-width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 .document { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem;
   margin: .4rem 0 1.4rem; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, monospace; }
