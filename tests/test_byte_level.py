@@ -12,7 +12,7 @@ from test_formats import CONTENTS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from finetuner.data.byte_level import CHECKED, ByteLevel
+from finetuner.data.byte_level import CHECKED, ByteLevel, Loaded
 from finetuner.data.encoding import Encoder
 from finetuner.data.formats import Rendered
 from finetuner.data.prepare import prepare
@@ -155,6 +155,42 @@ def test_texts_that_lack_bytes_or_change_are_left_to_tokenizers() -> None:
     assert fast(lacking).read(["half a pair: \ud83d"]) is None
 
 
+def test_bytes_that_come_and_go_in_one_text_do_not_pass_for_none() -> None:
+    """NFC makes the first letter three bytes longer and the last vowel three bytes shorter."""
+    tokenizer = SHAPES["qwen"]()
+    text = "\u09df is it so? no \u0995\u09c7\u09be"
+    read = fast(tokenizer).read([text])
+    assert read is not None
+    assert not read.is_whole[0]
+    rendered = [Rendered(text, ((12, 14),), wraps=False)]
+    (ids, labels), expected = (Encoder(tokenizer, fast_after=after).tokenize(rendered)[0] for after in (0, 1 << 30))
+    assert ids.tolist() == expected[0].tolist()
+    assert labels.tolist() == expected[1].tolist()
+    assert tokenizer.decode(ids[labels != -100]).strip() == "no"
+
+
+def test_what_a_tokenizers_file_says_of_cutting_and_of_special_tokens_is_not_heeded() -> None:
+    tokenizer = plain()
+    tokenizer.backend_tokenizer.enable_truncation(max_length=4)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    tokenizer.split_special_tokens = True
+    text = "a text of more than four tokens <|im_end|> and more"
+    read = fast(tokenizer).read([text])
+    assert read is not None
+    assert read.ids.tolist() == tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in read.ids
+
+
+def test_gaps_in_the_vocabulary_are_no_tokens() -> None:
+    vocabulary = {letter: i * 3 for i, letter in enumerate(LETTERS)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for after in (0, 1 << 30):
+        ids, _ = Encoder(tokenizer, fast_after=after).tokenize([Rendered("some text", (), wraps=False)])[0]
+        assert ids.tolist() == tokenizer("some text")["input_ids"]
+
+
 def plain() -> PreTrainedTokenizerBase:
     return trained([])
 
@@ -162,6 +198,12 @@ def plain() -> PreTrainedTokenizerBase:
 def swallowing() -> PreTrainedTokenizerBase:
     tokenizer = plain()
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", rstrip=True, special=True)]})
+    return tokenizer
+
+
+def overlapping() -> PreTrainedTokenizerBase:
+    tokenizer = plain()
+    tokenizer.add_tokens([AddedToken("<|im_end|>\n", normalized=True)])
     return tokenizer
 
 
@@ -194,6 +236,8 @@ OTHERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "unigram": unigram,
     "dropout": with_dropout,
     "special tokens take spaces": swallowing,
+    "added tokens that overlap": overlapping,
+    "a hexadecimal class": lambda: trained([split(r"\h+")]),
     "offsets trimmed": lambda: with_part("post_processor", processors.ByteLevel(trim_offsets=True)),
     "a space before all": lambda: with_part("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "small letters": lambda: with_part("normalizer", normalizers.Lowercase()),
@@ -216,10 +260,11 @@ def test_equal_tokenizers_share_one_and_changed_ones_do_not() -> None:
     backend = one.backend_tokenizer
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend.to_str()), eos_token="<|endoftext|>")
     mine = fast(one)
-    assert fast(other) is mine
+    assert fast(other).loaded is mine.loaded
     other.add_tokens(["<new>"])
-    assert fast(other) is not mine
+    assert fast(other).loaded is not mine.loaded
     assert_same(other, ["a <new> b"], whole=0.5)
+    assert mine.read(["a <new> b"]) is not None
 
 
 class Wrong:
@@ -239,7 +284,7 @@ class Wrong:
 
 def test_a_text_that_the_two_read_differently_stops_the_run() -> None:
     tokenizer = plain()
-    reader = ByteLevel(tokenizer, Wrong(tokenizer, after=CHECKED))
+    reader = ByteLevel(tokenizer, Loaded(Wrong(tokenizer, after=CHECKED), fast(tokenizer).loaded.widths))
     texts = ["the first text of many"] * CHECKED
     assert reader.read(texts) is not None
     with pytest.raises(DataError, match=r"read a text differently, from token 0 on: .*\n.*pip uninstall fastokens"):

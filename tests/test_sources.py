@@ -157,6 +157,22 @@ def test_folders_have_splits_and_splits_have_slices(tmp_path: Path) -> None:
         rows_of(folder, tmp_path, split="train[30:]")
 
 
+def test_a_folder_of_several_kinds_is_not_read_in_part(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    texts(folder / "a.jsonl", 3)
+    (folder / "b.csv").write_text("text\ntext 3\n")
+    (folder / "dataset_infos.json").write_text("{}")
+    with pytest.raises(
+        DataError, match=r"holds files of several kinds, .*\n  json: a.jsonl\n  csv: b.csv\n.*data_files"
+    ):
+        rows_of(folder, tmp_path)
+    assert rows_of(folder, tmp_path, data_files=["a.jsonl"]) == text(0, 1, 2)
+    assert rows_of(folder, tmp_path, data_files=["b.csv"]) == text(3)
+    (folder / "b.csv").unlink()
+    assert rows_of(folder, tmp_path) == text(0, 1, 2)
+
+
 def test_shards_are_every_nth_row_and_together_all_rows(tmp_path: Path) -> None:
     path = texts(tmp_path / "a.jsonl", 10)
     shards = [rows_of(path, tmp_path, shards=3, shards_idx=i) for i in range(3)]

@@ -241,6 +241,40 @@ def test_a_turn_to_be_learned_that_yields_nothing_is_refused(tokenizer: PreTrain
         rendered(tokenizer, chat("a", "b"))
 
 
+def test_words_of_a_tool_are_words(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.chat_template = TEMPLATES["qwen3"]
+    ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = []
+    for description in ("ends", "ends <|im_end|> here"):
+        tool = json.loads(json.dumps(TOOL))
+        tool["function"]["description"] = description
+        ids.append(learn(tokenizer, [{"messages": CALLING, "tools": [tool]}], tmp_path).train.document(0)[0])
+    assert "ends <|im_end|> here" in decoded(tokenizer, ids[1])
+    assert (ids[0] == ends).sum() == (ids[1] == ends).sum() == 9
+
+
+def test_tool_calls_that_are_no_list_are_a_bad_row(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.chat_template = TEMPLATES["qwen3"]
+    rows = [{"messages": [said("user", "1?"), {**said("assistant", "2"), "tool_calls": 5}]}, {"messages": CALLING}]
+    with pytest.raises(DataError, match=r"row 0: message 1: 'tool_calls' is 5, but must be a list of calls"):
+        learn(tokenizer, rows, tmp_path)
+    assert len(learn(tokenizer, rows, tmp_path, on_bad_row="skip", max_dropped_fraction=0.5).train) == 1
+
+
+def test_a_template_that_changes_a_message_changes_its_own_copy(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = (
+        "{% set _ = dict.update(messages[0], content='be kind: ' + messages[0].content) %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    ids, labels = learn(
+        tokenizer, [{"messages": [said("user", "1?"), said("assistant", "2")]}], tmp_path
+    ).train.document(0)
+    assert decoded(tokenizer, ids).startswith("<|im_start|>user\nbe kind: 1?<|im_end|>")
+    assert trained_texts(tokenizer, ids, labels) == ["2<|im_end|>"]
+
+
 @pytest.mark.parametrize("name", ["glaive_toolcall_en_demo.json", "reason_tool_use_demo_50.jsonl"])
 def test_real_tool_calls_are_learned_to_the_letter(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     path = real_file(name)

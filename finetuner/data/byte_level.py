@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unicodedata import is_normalized
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -37,13 +38,10 @@ class Read(NamedTuple):
 class ByteLevel:
     """A byte-level BPE tokenizer by fastokens."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", fast: Any) -> None:
-        """`fast`: its encode_batch_flat(texts) gives ids and borders as bytes (fastokens.Tokenizer's)."""
-        self.tokenizer, self.fast = tokenizer, fast
-        added = {i: len(token.content.encode()) for i, token in tokenizer.added_tokens_decoder.items()}
-        tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        widths = [added.get(i, len(token or "")) for i, token in enumerate(tokens)]
-        self.widths = np.array(widths, dtype=np.int64)  # bytes of text: a character of a byte-level token is one
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", loaded: "Loaded") -> None:
+        self.tokenizer, self.loaded = tokenizer, loaded
+        backend: Any = tokenizer.backend_tokenizer
+        self.normalizes = backend.normalizer is not None
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "ByteLevel | None":
@@ -55,15 +53,16 @@ class ByteLevel:
             return None
         if not _is_plain(tokenizer):
             return None
+        _ids_of(tokenizer, [""])  # a tokenizer's file may say that it cuts and fills up texts, until it is called
         settings = tokenizer.backend_tokenizer.to_str()
         key = hashlib.sha256(settings.encode()).digest()
-        one = _IN_USE.get(key)
-        if one is None:
+        loaded = _IN_USE.get(key)
+        if loaded is None:
             try:
-                one = _IN_USE[key] = cls(tokenizer, Tokenizer.from_json_str(settings))
+                loaded = _IN_USE[key] = Loaded(Tokenizer.from_json_str(settings), _widths(tokenizer))
             except ValueError:  # a part of the tokenizer that it does not know
                 return None
-        return one
+        return cls(tokenizer, loaded)
 
     def read(self, texts: Sequence[str]) -> Read | None:
         """None for texts that are not Unicode. Raises DataError if fastokens and `tokenizers` disagree on one."""
@@ -75,11 +74,14 @@ class ByteLevel:
         self._check(texts, ids, borders)
         counts = np.diff(borders)
         sizes = np.fromiter(map(len, coded), dtype=np.int64, count=len(coded))
-        stops = np.cumsum(self.widths[ids])
+        widths = self.loaded.widths[ids]
+        stops = np.cumsum(widths)
         found = np.diff(np.append(0, stops)[borders])
-        is_whole = found == sizes  # not where the vocabulary lacks a byte, or the text was normalised
+        is_whole = found == sizes  # not where the vocabulary lacks a byte
+        if self.normalizes:  # which may take bytes here and give them back there
+            is_whole &= np.array([text.isascii() or is_normalized("NFC", text) for text in texts], dtype=bool)
         first = np.repeat(np.append(0, np.cumsum(found))[:-1], counts)
-        offsets = np.stack([stops - self.widths[ids] - first, stops - first], axis=1)
+        offsets = np.stack([stops - widths - first, stops - first], axis=1)
         for i in np.flatnonzero(is_whole & (sizes != np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)))):
             its = slice(borders[i], borders[i + 1])
             begins = (np.frombuffer(coded[i], dtype=np.uint8) & 0xC0) != 0x80
@@ -89,14 +91,13 @@ class ByteLevel:
         return Read(ids, offsets, counts, is_whole)
 
     def _ids(self, texts: Sequence[str]) -> tuple[Ids, Numbers]:
-        ids, borders = self.fast.encode_batch_flat(list(texts))
+        ids, borders = self.loaded.fast.encode_batch_flat(list(texts))
         return np.frombuffer(ids, dtype="<u4").astype(np.int32), np.frombuffer(borders, dtype="<u8").astype(np.int64)
 
     def _check(self, texts: Sequence[str], ids: Ids, borders: Numbers) -> None:
         """The two are different programs, and what a token is decides what is learned."""
         some = range(0, len(texts), CHECKED)
-        asked = self.tokenizer([texts[i] for i in some], add_special_tokens=False, return_attention_mask=False)
-        for i, expected in zip(some, asked["input_ids"], strict=True):
+        for i, expected in zip(some, _ids_of(self.tokenizer, [texts[i] for i in some]), strict=True):
             found = ids[borders[i] : borders[i + 1]].tolist()
             if found != expected:
                 same = (a == b for a, b in zip(found, expected, strict=False))
@@ -108,7 +109,32 @@ class ByteLevel:
                 )
 
 
-_IN_USE: "WeakValueDictionary[bytes, ByteLevel]" = WeakValueDictionary()  # one for all the streams of a mixture
+class Loaded:
+    """What is read of a tokenizer once, for all the streams of a mixture."""
+
+    def __init__(self, fast: Any, widths: Numbers) -> None:
+        """`fast`: its encode_batch_flat(texts) gives ids and borders as bytes (fastokens.Tokenizer's). `widths`: id ->
+        bytes of text."""
+        self.fast, self.widths = fast, widths
+
+
+_IN_USE: "WeakValueDictionary[bytes, Loaded]" = WeakValueDictionary()
+
+
+def _widths(tokenizer: "PreTrainedTokenizerBase") -> Numbers:
+    vocabulary = tokenizer.get_vocab()
+    widths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for token, i in vocabulary.items():
+        widths[i] = len(token)  # a character of a byte-level token is a byte
+    for i, added in tokenizer.added_tokens_decoder.items():
+        widths[i] = len(added.content.encode())
+    return widths
+
+
+def _ids_of(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=False)[
+        "input_ids"
+    ]
 
 
 def _is_plain(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -127,12 +153,26 @@ def _is_plain(tokenizer: "PreTrainedTokenizerBase") -> bool:
         return False
     if any(part["type"] not in ("Split", "Digits") for part in splits[:-1]):
         return False
+    if any("\\h" in str(part.get("pattern")) for part in splits):  # a hexadecimal digit, or white space
+        return False
     if any(part["type"] != "NFC" for part in _parts(backend.normalizer)):
         return False
     if any(part.get("trim_offsets") for part in _parts(backend.post_processor)):
         return False
     added = tokenizer.added_tokens_decoder.values()
-    return not any(token.lstrip or token.rstrip or token.single_word for token in added)
+    if any(token.lstrip or token.rstrip or token.single_word for token in added):
+        return False
+    # `tokenizers` looks for the ones first and for the others in what is left, fastokens for the longest of all
+    early, late = ([t.content for t in added if t.normalized is is_late] for is_late in (False, True))
+    return not any(_overlap(one, other) for other in late for one in early)
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether a text could hold both where one begins before the other has ended."""
+    if one in other or other in one:
+        return True
+    shared = range(1, min(len(one), len(other)))
+    return any(one.endswith(other[:n]) or other.endswith(one[:n]) for n in shared)
 
 
 def _parts(component: Any) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,7 +214,14 @@ def _code_facts() -> list[str]:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     # not by importing `datasets`, which is most of what a start costs that finds its rows prepared
-    return [digest.hexdigest(), *(version(name) for name in ("datasets", "tokenizers", "transformers"))]
+    return [digest.hexdigest(), *(_version(name) for name in ("datasets", "fastokens", "tokenizers", "transformers"))]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 def source_facts(entry: DatasetEntry, section: DataSection) -> Any:

@@ -6,7 +6,8 @@ which conversations with the same roles share. One with thoughts or tool calls i
 
 import json
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from finetuner.data.formats import Rendered, Span
@@ -91,12 +92,23 @@ class ChatRenderer:
             for wish, message in zip(conversation.trained, conversation.messages, strict=True)
         )
         if template.marks_answers and self.only_answers and by_role:
-            return self._marked(template, conversation)
+            return self._with_tools(self._marked(template, conversation), conversation.tools)
         text = template.render(conversation.messages, conversation.tools)
+        return self._with_tools(self._unmarked(template, conversation, text), conversation.tools)
+
+    def _unmarked(self, template: ChatTemplate, conversation: Conversation, text: str) -> Rendered:
         messages = with_thoughts_apart(template, conversation.messages)
         if conversation.plain and messages is conversation.messages:
             return self._by_contents(template, conversation, text)
         return self._by_pieces(template, conversation, messages, text)
+
+    def _with_tools(self, rendered: Rendered, tools: list[Any] | None) -> Rendered:
+        """The same: what a row says of its tools is its own text too. A word of it that is a token and nothing more
+        could not be told from the template's."""
+        tokens, text = self.ends.tokens, rendered.text
+        found = said_in_calls(tools, text, (0, len(text)), tokens)
+        said = {(start, stop) for start, stop in found if text[start:stop] not in tokens}
+        return replace(rendered, contents=tuple(sorted({*rendered.contents, *said}))) if said else rendered
 
     def _template(self, tools: list[Any] | None) -> ChatTemplate:
         """The tokenizer's, or the one of its several that is for tools."""
@@ -110,6 +122,8 @@ class ChatRenderer:
             key: Hashable = (stand_in, *[message["role"] for message in messages])
         else:
             key = json.dumps([mocked_plainly(messages, stand_in), tools], default=repr)
+        if "strftime_now" in template.text:
+            key = (key, date.today())
         if key not in self._outlines:
             if len(self._outlines) >= MAX_REMEMBERED:
                 self._outlines.clear()

@@ -29,14 +29,13 @@ class Encoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, fast_after: int = FAST_AFTER) -> None:
         """`fast_after`: so many characters go by before a faster library is made ready for the rest."""
         self.tokenizer, self.until_fast = tokenizer, fast_after
-        size = len(tokenizer) + 1
+        size = max(tokenizer.get_vocab().values()) + 1
         special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.is_special = np.zeros(size, dtype=bool)
         self.widths = np.full(size, -1, dtype=np.int64)  # characters of a special token; -1: to be looked at
         for i, content in special.items():
-            if i < size:
-                self.is_special[i] = True
-                self.widths[i] = len(content) if content == content.strip() else -1
+            self.is_special[i] = True
+            self.widths[i] = len(content) if content == content.strip() else -1
 
     def tokenize(self, rendered: Sequence[Rendered]) -> list[Document]:
         """(ids, labels) of each text.

@@ -94,6 +94,10 @@ class MessageReader:
             message["tool_calls"] = _tool_calls(content, i)
             role, content = "assistant", ""
         if "tool_calls" in message:
+            if not isinstance(message["tool_calls"], list):
+                raise DataError(
+                    f"message {i}: 'tool_calls' is {message['tool_calls']!r:.60}, but must be a list of calls"
+                )
             message["tool_calls"] = [_tool_call(call, i) for call in message["tool_calls"]]
         return {"role": self.roles.get(role, role), "content": content, **message}, wish
 

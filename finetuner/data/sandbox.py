@@ -64,7 +64,8 @@ class ChatTemplate:
         return text, spans
 
     def _run(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool, a: str, z: str) -> str:
-        given = [message if _THOUGHTS.isdisjoint(message) else _with_thought(message) for message in messages]
+        # copies: {% set _ = dict.update(message, ...) %} is not among what the sandbox forbids
+        given = [dict(message) if _THOUGHTS.isdisjoint(message) else _with_thought(message) for message in messages]
         self._environment.begin(given, tools)
         values = {"messages": given, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         try:
@@ -86,7 +87,7 @@ def compile_template(text: str, known: Mapping[str, Any]) -> ChatTemplate:
 def _with_thought(message: dict[str, Any]) -> dict[str, Any]:
     """The message with its thought under the names that transformers gives it for templates."""
     thought = next((message[name] for name in THOUGHTS if message.get(name) is not None), None)
-    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+    return dict(message) if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 class _Environment(ImmutableSandboxedEnvironment):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 ROW_KINDS = ("json", "csv", "text")
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json")  # of rows, which they do not hold
 _SAMPLE = 100  # rows that are asked for their columns
 
 
@@ -159,6 +160,8 @@ def row_files(entry: DatasetEntry, fetched: Path) -> dict[str, tuple[RowFile, ..
         return {split_name(entry): tuple(_checked_file(entry, file, kind) for file in files)}
     if not path.is_dir() or is_saved_to_disk(path):
         return None
+    if entry.ds_type is None and entry.data_files is None:
+        _require_one_kind(entry, path)
     names: Any = list(entry.data_files) if isinstance(entry.data_files, tuple) else entry.data_files
     if entry.ds_type is not None:
         builder = datasets.load_dataset_builder(entry.ds_type, data_dir=str(path), data_files=names)
@@ -169,6 +172,24 @@ def row_files(entry: DatasetEntry, fetched: Path) -> dict[str, tuple[RowFile, ..
     if kind not in ROW_KINDS or not all(Path(file).is_file() for files in found.values() for file in files):
         return None
     return {str(name): tuple(_checked_file(entry, Path(file), kind) for file in files) for name, files in found.items()}
+
+
+def _require_one_kind(entry: DatasetEntry, folder: Path) -> None:
+    """`datasets` reads the most frequent kind and leaves out the others without a word."""
+    kinds: dict[str, list[str]] = {}
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        kind = _BUILDERS.get(Path(name.lower().removesuffix(".gz")).suffix)
+        hidden = any(part.startswith((".", "_")) for part in Path(name).parts)
+        if kind is not None and file.is_file() and not hidden and file.name not in _DESCRIPTIONS:
+            kinds.setdefault(kind, []).append(name)
+    if len(kinds) > 1:
+        some = {kind: ", ".join(names[:3]) + ", ..." * (len(names) > 3) for kind, names in kinds.items()}
+        listed = "\n".join(f"  {kind}: {names}" for kind, names in some.items())
+        raise DataError(
+            f"'{entry.path}' holds files of several kinds, of which one would be read:\n{listed}\n"
+            f"Name those to read (`data_files: ['{next(iter(kinds.values()))[0]}']`), each kind in an entry of its own."
+        )
 
 
 def _checked_file(entry: DatasetEntry, path: Path, kind: str) -> RowFile:

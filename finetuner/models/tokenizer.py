@@ -23,7 +23,7 @@ def load_tokenizer(section: TokenizerSection, name: str, trust_remote_code: bool
     """The tokenizer of that name or folder, with the section's tokens added.
 
     Raises ModelError if there is no tokenizer, or none that can say which characters a token stands for."""
-    from transformers import AutoTokenizer
+    from transformers import AddedToken, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -39,7 +39,7 @@ def load_tokenizer(section: TokenizerSection, name: str, trust_remote_code: bool
     if roles:
         tokenizer.add_special_tokens(roles)
     if section.tokens:
-        tokenizer.add_tokens(list(section.tokens))
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in section.tokens])
     tokenizer.padding_side = "right"
     return Vocabulary(tokenizer, tuple(range(before, len(tokenizer))))
 

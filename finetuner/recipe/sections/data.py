@@ -30,7 +30,7 @@ class DataSection(Section):
         10_000, description="Documents that are read, shuffled and packed together when streaming."
     )
     dataset_exact_deduplication: bool = Field(
-        False, description="Of rows with equal tokens keep the first, and never learn one that is held out."
+        False, description="Of rows with equal tokens and labels keep the first, and never learn one that is held out."
     )
     sequence_len: TokenCount = Field(2048, description="Longest document, and size of a pack, in tokens.")
     excess_length_strategy: Literal["drop", "truncate", "split", "raise"] = Field(
