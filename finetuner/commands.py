@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetuner.data.cache import prepared_already
-from finetuner.data.prepare import held_out_only
+from finetuner.data.prepare import BY_WEIGHT, held_out_only
 from finetuner.errors import ModelError, RecipeError
 from finetuner.export.card import write_card
 from finetuner.export.changes import read_config
@@ -52,8 +52,9 @@ def prepare_data(loaded: Loaded, recipe_name: str) -> None:
     for line in prepared.notes:
         screen.line(f"note: {line}")
     if prepared.listed is not None:
-        if prepared.counts:
-            screen.line(f"note: these rows are listed in {prepared.listed}")
+        if any(reason != BY_WEIGHT for reason in prepared.counts):
+            which = "the other" if BY_WEIGHT in prepared.counts else "these"
+            screen.line(f"note: {which} rows are listed in {prepared.listed}")
         screen.line(f"done: {prepared.listed.parent}")
 
 

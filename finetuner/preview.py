@@ -31,7 +31,8 @@ def preview(
     for note in loaded.notes:
         screen.line(f"note: {note}")
     name = tokenizer_name(recipe, World()) or recipe.model.base_model
-    tokenizer = load_tokenizer(recipe.tokenizer, name, recipe.model.trust_remote_code).tokenizer
+    ends = recipe.data.eot_tokens or ()
+    tokenizer = load_tokenizer(recipe.tokenizer, name, recipe.model.trust_remote_code, ends=ends).tokenizer
     tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)
     with tempfile.TemporaryDirectory() as folder:
         views = look(recipe.data, tokenizer, recipe.output.seed, rows=rows, only=source, folder=Path(folder))

@@ -271,7 +271,8 @@ def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tup
     """The tokenizer with the recipe's chat template, and the documents that it makes of the rows."""
     with screen.work("making the tokenizer", "rows") as work:
         name = tokenizer_name(recipe, world, work.at)
-    vocabulary = load_tokenizer(recipe.tokenizer, name or recipe.model.base_model, recipe.model.trust_remote_code)
+    source, ends = name or recipe.model.base_model, recipe.data.eot_tokens or ()
+    vocabulary = load_tokenizer(recipe.tokenizer, source, recipe.model.trust_remote_code, ends=ends)
     tokenizer = vocabulary.tokenizer
     tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)  # saved with the result
     with screen.work("tokenising", "rows") as work:

@@ -14,7 +14,7 @@ import pytest
 from conftest import alpaca_rows, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetuner.data.documents import CUT, TOO_LONG, UNTRAINED
+from finetuner.data.documents import CUT, SPLIT, SPLIT_IN_PART, TOO_LONG, UNTRAINED
 from finetuner.data.prepare import Prepared, prepare
 from finetuner.data.sources import load_source
 from finetuner.data.tokens import IGNORE, TokenStore
@@ -227,6 +227,16 @@ def test_longer_documents_are_dropped_cut_or_refused_as_the_recipe_says(
 
     with pytest.raises(DataError, match=f"row 1: {lengths[1]} tokens, but sequence_len is {limit}"):
         prepared(path, sequence_len=limit, excess_length_strategy="raise")
+
+
+def test_parts_of_a_split_row_without_a_trained_token_are_told_of(
+    prepared: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [row(), row(instruction="a " * 200), row(output="a " * 200)])
+    length = prepared(path).train.length(0)
+    parts = prepared(path, sequence_len=length, excess_length_strategy="split")
+    assert parts.counts == {SPLIT: 2, SPLIT_IN_PART: 1}  # the first of them begins with a prompt alone
+    assert (parts.train.labels != IGNORE).sum() == (prepared(path).train.labels != IGNORE).sum()
 
 
 def test_rows_without_a_trained_token_are_counted_and_left_out(

@@ -170,6 +170,18 @@ def test_targets_by_name_reach_only_those_layers_and_an_unknown_one_lists_all(ti
     assert {name.split(".")[-4] for name in trainable_parameters(adapted)} == {"q_proj"}
 
 
+def test_a_new_token_that_ends_turns_is_special(tiny_model):
+    section = TokenizerSection(tokens=("<|eot|>", "<think>"))
+    tokenizer = load_tokenizer(section, str(tiny_model), False, ends=("<|eot|>",)).tokenizer
+    kinds = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    assert kinds["<|eot|>"] and not kinds["<think>"]
+    ids = tokenizer("a<|eot|>", add_special_tokens=False)["input_ids"]
+    assert ids[-1] == tokenizer.convert_tokens_to_ids("<|eot|>")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a"
+    words = tokenizer("a<|eot|>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert ids[-1] not in words, "a row can say it without ending its turn"
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_new_tokens_start_at_the_mean_and_are_trained_with_the_adapter(tied, tmp_path, tokenizer_folder):
     folder = make_model(tmp_path / "m", tokenizer_folder, tied=tied)

@@ -244,7 +244,8 @@ def _endless(turn: int, following: str) -> str:
     return (
         f"the chat template writes {following[:30]!r} after message {turn}, which does not begin with a token that "
         "ends a turn: a model trained on it would not learn where to stop. Use a template that ends turns with a "
-        "special token, name the one it ends them with (`eot_tokens: [...]`), or add it (`tokens: [...]`)"
+        "special token, or name the one it ends them with (`eot_tokens: [...]`), and add it where the vocabulary lacks "
+        "it (`tokens: [...]`)"
     )
 
 

@@ -32,6 +32,7 @@ BAD = "that cannot become text"
 BLANK = "of blank text"
 CUT = "cut to sequence_len"
 SPLIT = "split into several documents"
+SPLIT_IN_PART = "split, with parts left out that have nothing to learn or are too short"
 DUPLICATE = "equal to an earlier row"
 
 # What max_dropped_fraction speaks of: cut and split rows are learned, blank lines of a text are none, and equal rows
@@ -197,4 +198,6 @@ def fit(document: Document, section: DataSection, outcomes: list[Outcome], place
     kept = [(ids, labels) for ids, labels in trained if len(ids) >= section.min_sample_len]
     if not kept:
         outcome(TOO_SHORT if trained else UNTRAINED)
+    elif len(kept) < len(pieces):
+        outcome(SPLIT_IN_PART)
     return kept

@@ -19,8 +19,11 @@ class Vocabulary:
     new_ids: tuple[int, ...] = ()
 
 
-def load_tokenizer(section: TokenizerSection, name: str, trust_remote_code: bool) -> Vocabulary:
-    """The tokenizer of that name or folder, with the section's tokens added.
+def load_tokenizer(
+    section: TokenizerSection, name: str, trust_remote_code: bool, *, ends: tuple[str, ...] = ()
+) -> Vocabulary:
+    """The tokenizer of that name or folder, with the section's tokens added. Those that end turns are special tokens:
+    the same word in a row is text.
 
     Raises ModelError if there is no tokenizer, or none that can say which characters a token stands for."""
     from transformers import AddedToken, AutoTokenizer
@@ -39,7 +42,7 @@ def load_tokenizer(section: TokenizerSection, name: str, trust_remote_code: bool
     if roles:
         tokenizer.add_special_tokens(roles)
     if section.tokens:
-        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in section.tokens])
+        tokenizer.add_tokens([AddedToken(one, normalized=False, special=one in ends) for one in section.tokens])
     tokenizer.padding_side = "right"
     return Vocabulary(tokenizer, tuple(range(before, len(tokenizer))))
 
