@@ -12,7 +12,7 @@ from test_formats import CONTENTS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from finetuner.data.byte_level import CHECKED, ByteLevel, Loaded
+from finetuner.data.byte_level import CHECKED, ByteLevel, LoadedTokenizer
 from finetuner.data.encoding import Encoder
 from finetuner.data.formats import Rendered
 from finetuner.data.prepare import prepare
@@ -284,7 +284,7 @@ class Wrong:
 
 def test_a_text_that_the_two_read_differently_stops_the_run() -> None:
     tokenizer = plain()
-    reader = ByteLevel(tokenizer, Loaded(Wrong(tokenizer, after=CHECKED), fast(tokenizer).loaded.widths))
+    reader = ByteLevel(tokenizer, LoadedTokenizer(Wrong(tokenizer, after=CHECKED), fast(tokenizer).loaded.widths))
     texts = ["the first text of many"] * CHECKED
     assert reader.read(texts) is not None
     with pytest.raises(DataError, match=r"read a text differently, from token 0 on: .*\n.*pip uninstall fastokens"):

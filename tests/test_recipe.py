@@ -66,7 +66,8 @@ def test_recipes_in_the_pages_are_recipes(write: Callable[..., Path], name: str,
     rest = {"base_model": "org/model", "learning_rate": "1e-4", "datasets": "[{path: org/data, type: alpaca}]"}
     keys = [line.split(":")[0] for line in shown.splitlines()]
     added = "".join(f"{key}: {value}\n" for key, value in rest.items() if key not in keys)
-    load_recipe(write(shown + added), check_files=False)
+    recipe = load_recipe(write(shown + added), check_files=False)
+    assert recipe.data.datasets[0].path in shown + added
 
 
 # --- all mistakes at once ---

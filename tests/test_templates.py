@@ -2,7 +2,9 @@
 
 import json
 import time
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,6 +196,25 @@ def rendered(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], **keys: An
     )
     one = chat_renderer.render(MessageReader.of(entry).read(row))
     return [one.text[start:stop] for start, stop in one.spans]
+
+
+def test_a_template_that_writes_the_date_goes_on_behind_midnight(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ strftime_now('%d') }}\n"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    entry = DatasetEntry.model_validate({"path": "rows.jsonl", "type": "chat_template"})
+    renderer = build_chat_renderer(tokenizer, kwargs={}, eot_tokens=None, train_on_eos="turn", train_on_eot=None)
+    conversation = MessageReader.of(entry).read(chat("a", "b"))
+    for day in (30, 31):
+        now = datetime(2026, 12, day)
+        monkeypatch.setattr("finetuner.data.sandbox.datetime", SimpleNamespace(now=lambda now=now: now))
+        monkeypatch.setattr("finetuner.data.chat.date", SimpleNamespace(today=lambda now=now: now.date()))
+        one = renderer.render(conversation)
+        assert f"user {day}\na" in one.text
+        assert [one.text[start:stop] for start, stop in one.spans] == ["b<|im_end|>"]
 
 
 @pytest.mark.parametrize("calls", [False, True])

@@ -38,7 +38,7 @@ class Read(NamedTuple):
 class ByteLevel:
     """A byte-level BPE tokenizer by fastokens."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", loaded: "Loaded") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", loaded: "LoadedTokenizer") -> None:
         self.tokenizer, self.loaded = tokenizer, loaded
         backend: Any = tokenizer.backend_tokenizer
         self.normalizes = backend.normalizer is not None
@@ -59,7 +59,7 @@ class ByteLevel:
         loaded = _IN_USE.get(key)
         if loaded is None:
             try:
-                loaded = _IN_USE[key] = Loaded(Tokenizer.from_json_str(settings), _widths(tokenizer))
+                loaded = _IN_USE[key] = LoadedTokenizer(Tokenizer.from_json_str(settings), _widths(tokenizer))
             except ValueError:  # a part of the tokenizer that it does not know
                 return None
         return cls(tokenizer, loaded)
@@ -109,7 +109,7 @@ class ByteLevel:
                 )
 
 
-class Loaded:
+class LoadedTokenizer:
     """What is read of a tokenizer once, for all the streams of a mixture."""
 
     def __init__(self, fast: Any, widths: Numbers) -> None:
@@ -118,7 +118,7 @@ class Loaded:
         self.fast, self.widths = fast, widths
 
 
-_IN_USE: "WeakValueDictionary[bytes, Loaded]" = WeakValueDictionary()
+_IN_USE: "WeakValueDictionary[bytes, LoadedTokenizer]" = WeakValueDictionary()
 
 
 def _widths(tokenizer: "PreTrainedTokenizerBase") -> Numbers:
