@@ -345,7 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
         rank = _rank()
         if rank:  # if rank 0 found the same, its launcher ends this process meanwhile, and it is said once
             time.sleep(15)  # a busy node takes its time
-        from finetuner.recipe.secrets import without_secrets
+        from finetuner.redaction import without_secrets
 
         message = without_secrets(str(error))
         sys.stderr.write(f"\nrank {rank}: {message}\n" if rank else f"\n{message}\n")

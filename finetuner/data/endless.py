@@ -37,8 +37,8 @@ from finetuner.data.steady import (
     open_in,
 )
 from finetuner.errors import DataError, LostConnectionError
-from finetuner.recipe.secrets import hidden
 from finetuner.recipe.sections import DatasetEntry
+from finetuner.redaction import hidden
 
 Place = list[int]  # [pass, file, row], each from 0
 START: Place = [0, 0, 0]

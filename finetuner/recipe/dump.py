@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from finetuner.recipe.schema import Recipe
-from finetuner.recipe.secrets import without_secrets
+from finetuner.redaction import without_secrets
 
 
 def flat_values(recipe: Recipe) -> dict[str, Any]:

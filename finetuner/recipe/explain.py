@@ -14,8 +14,8 @@ from finetuner.recipe.foreign.translate import MEANINGS
 from finetuner.recipe.load import Loaded
 from finetuner.recipe.problems import meant, near_words
 from finetuner.recipe.schema import KEYS, SECTIONS
-from finetuner.recipe.secrets import without_secrets
 from finetuner.recipe.sections.base import unit_of
+from finetuner.redaction import without_secrets
 
 
 def explain(key: str, loaded: Loaded | None = None) -> str:

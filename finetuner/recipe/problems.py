@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from finetuner.recipe.secrets import hidden
+from finetuner.redaction import hidden
 
 KeyPath = tuple[str | int, ...]
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from finetuner.recipe.secrets import without_secrets
+from finetuner.redaction import without_secrets
 from finetuner.world import stream_is_terminal
 
 

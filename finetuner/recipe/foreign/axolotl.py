@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetuner.recipe.foreign.base import Foreign, blocked, ignored, renamed, spread, translated
-from finetuner.recipe.secrets import SECRET_KEYS
+from finetuner.redaction import SECRET_KEYS
 
 _LOSS_HEAD = (
     "here the chunked loss head keeps (tokens x vocabulary) logits out of memory, in the place of fused cross entropy; "
