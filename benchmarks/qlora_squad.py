@@ -20,13 +20,13 @@ import torch
 
 from finetuner import commands, run
 from finetuner.assemble import DTYPES
+from finetuner.console import Screen, quiet_libraries
 from finetuner.evaluate import Result, find_questions, job_of_run, markdown, measure
 from finetuner.evaluate import Wishes as Measures
 from finetuner.lineup import Candidate, candidates
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import load_model
 from finetuner.recipe import load
-from finetuner.training.progress import Screen, quiet_libraries
 from finetuner.world import World
 
 ASK = "{context}\n\nQuestion: {question}\nAnswer with a few words from the text."

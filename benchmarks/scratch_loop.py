@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from finetuner.console import Screen, quiet_libraries
 from finetuner.data.feed import build_feed
 from finetuner.models.gpt import GPTForCausalLM
 from finetuner.plan import Plan
@@ -29,7 +30,6 @@ from finetuner.recipe import load
 from finetuner.run import assemble, fit, prepare_rows
 from finetuner.scratch import begun_model, scratch_config
 from finetuner.training.accelerator import build_accelerator
-from finetuner.training.progress import Screen, quiet_libraries
 from finetuner.training.state import TrainState
 from finetuner.world import World
 

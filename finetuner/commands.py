@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finetuner.console import Screen, duration, quiet_libraries
 from finetuner.data.cache import prepared_already
 from finetuner.data.prepare import BY_WEIGHT, held_out_only
 from finetuner.errors import ModelError, RecipeError
@@ -28,7 +29,6 @@ from finetuner.recipe import Loaded, Recipe, load
 from finetuner.run import prepare_rows, special_ids
 from finetuner.scratch import texts_of, tokenizer_name
 from finetuner.summary import rows_line
-from finetuner.training.progress import Screen, duration, quiet_libraries
 from finetuner.unpickled import readable_base
 from finetuner.world import World
 

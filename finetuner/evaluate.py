@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from finetuner.assemble import DTYPES, probe
+from finetuner.console import Screen, quiet_libraries
 from finetuner.data.batches import evaluation_batches
 from finetuner.data.cache import prepare_once
 from finetuner.data.prepare import Part, Prepared, held_out_only
@@ -30,7 +31,6 @@ from finetuner.run import layout_of, prepare_rows
 from finetuner.scores import AnswerScore, TextScore, score_answers, total
 from finetuner.tasks import Tasks, TaskScore, require_tasks, score_tasks
 from finetuner.training.loop import loss_of
-from finetuner.training.progress import Screen, quiet_libraries
 from finetuner.unpickled import readable_base
 from finetuner.world import World
 

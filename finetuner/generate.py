@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetuner.console import Screen, quiet_libraries
 from finetuner.errors import ModelError
 from finetuner.models.attention import choose_attention
 from finetuner.models.build import grow_embeddings, load_model
@@ -16,7 +17,6 @@ from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe import load
 from finetuner.recipe.sections import TokenizerSection
 from finetuner.sharding import Precision
-from finetuner.training.progress import Screen, quiet_libraries
 from finetuner.unpickled import readable_base
 from finetuner.world import World
 

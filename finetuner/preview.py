@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.text import Text
 
+from finetuner.console import Screen
 from finetuner.data.page import Document, page
 from finetuner.data.preview import Shown, SourceView, look, packs_of, shown, visible
 from finetuner.data.stream import is_joined
@@ -14,7 +15,6 @@ from finetuner.errors import DataError
 from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe import Loaded
 from finetuner.scratch import tokenizer_name
-from finetuner.training.progress import Screen
 from finetuner.world import World
 
 TRAINED, SPECIAL, SPECIAL_TRAINED, NUMBER = "bold green", "magenta", "bold magenta", "dim"

@@ -19,6 +19,7 @@ from finetuner.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
+from finetuner.console import Screen, quiet_libraries
 from finetuner.data.batches import Layout
 from finetuner.data.bytes import token_bytes
 from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
@@ -71,7 +72,7 @@ from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
 from finetuner.training.metrics import MetricsFile
 from finetuner.training.optimizer import build_optimizer, own_rates
-from finetuner.training.progress import Screen, TrainingProgress, quiet_libraries
+from finetuner.training.progress import TrainingProgress
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
 from finetuner.training.trackers import Trackers, require_trackers

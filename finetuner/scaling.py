@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetuner.console import Screen
 from finetuner.errors import ModelError, PlanError
 from finetuner.flops import CHINCHILLA, Work, known_devices, parts_of_shape, peak_of, work_of_shape
 from finetuner.kept import Kept, Parts, kept_by_a_rank, trained_parts
@@ -15,7 +16,6 @@ from finetuner.plan import Plan
 from finetuner.recipe import Loaded, Recipe
 from finetuner.recipe.sections import NewTokenizer
 from finetuner.recipe.shapes import FROM_SCRATCH, shape_of
-from finetuner.training.progress import Screen
 from finetuner.world import World
 
 _SHOWN_WITHOUT_CHOICE = ("A100", "H100", "B200")

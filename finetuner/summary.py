@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object
 
+from finetuner.console import Screen
 from finetuner.data.batches import padding_share
 from finetuner.data.prepare import Prepared
 from finetuner.models.build import count_parameters
@@ -13,7 +14,6 @@ from finetuner.plan import Schedule
 from finetuner.recipe import Recipe
 from finetuner.sharding import EnginePlan, ZeroPlan, filled_in
 from finetuner.training.loop import Run
-from finetuner.training.progress import Screen
 from finetuner.weights import Weights
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.cli import main
+from finetuner.console import Screen
 from finetuner.data import encoding
 from finetuner.data import prepare as preparation
 from finetuner.data.cache import SETTLED_NS, prepare_once, source_facts
@@ -35,7 +36,6 @@ from finetuner.data.prepare import BY_WEIGHT, Prepared, packed, prepare, require
 from finetuner.data.sources import load_source
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry, PackingSection
-from finetuner.training.progress import Screen
 from finetuner.world import World
 
 
