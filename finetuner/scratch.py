@@ -21,10 +21,10 @@ from finetuner.data.sources import load_source
 from finetuner.errors import DataError, ModelError
 from finetuner.models import gpt, vocabularies
 from finetuner.models.vocabularies import train_bpe, write_byte_tokenizer, write_char_tokenizer
-from finetuner.once import made_once
 from finetuner.recipe import Recipe
 from finetuner.recipe.sections import DatasetEntry, GPTSection, NewTokenizer
 from finetuner.recipe.shapes import MADE_TOKENIZERS, shape_of
+from finetuner.storage.build_once import made_once
 from finetuner.world import World
 
 if TYPE_CHECKING:

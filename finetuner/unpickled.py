@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 from finetuner.errors import ModelError
 from finetuner.models.files import INDEX, find_base
-from finetuner.once import made_once
 from finetuner.recipe import Recipe
 from finetuner.recipe.shapes import FROM_SCRATCH
+from finetuner.storage.build_once import made_once
 from finetuner.world import World
 
 PICKLED_INDEX = "pytorch_model.bin.index.json"

@@ -18,8 +18,8 @@ from finetuner.export import merge as merge_module
 from finetuner.export.merge import merge_adapter
 from finetuner.models.build import load_model
 from finetuner.models.quantized import choose_format
-from finetuner.models.safetensors_stream import read_header
 from finetuner.recipe import load
+from finetuner.storage.safetensors_stream import read_header
 
 pytestmark = pytest.mark.slow
 
@@ -212,7 +212,7 @@ def test_a_pickle_that_would_run_code_is_refused_even_where_pickles_are_allowed(
 
 
 def test_streamed_files_are_what_the_library_reads(tmp_path):
-    from finetuner.models.safetensors_stream import NAMES, TensorInfo, write_stream
+    from finetuner.storage.safetensors_stream import NAMES, TensorInfo, write_stream
 
     tensors = {
         "a": torch.randn(3, 5).to(torch.bfloat16),

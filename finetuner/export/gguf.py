@@ -26,7 +26,7 @@ from finetuner.models.build import know_our_own, load_model
 from finetuner.models.files import weight_files
 from finetuner.models.gguf import import_gguf
 from finetuner.models.portable import portable_config
-from finetuner.models.safetensors_stream import TensorInfo, read_header, read_tensor
+from finetuner.storage.safetensors_stream import TensorInfo, read_header, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ import torch
 from finetuner.errors import ModelError
 from finetuner.export.merge import MARK, Form, Report, merged_tensor, plan_merge
 from finetuner.models.files import weight_files
-from finetuner.models.safetensors_stream import read_header, read_tensor
+from finetuner.storage.safetensors_stream import read_header, read_tensor
 
 # Most roundings that a number may be off: half a step of its format is 1. The sum in fp32 is rounded several times.
 BOUNDS = {torch.float32: 256.0, torch.float16: 1.5, torch.bfloat16: 1.5}

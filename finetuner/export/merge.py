@@ -25,8 +25,8 @@ from finetuner.export.seen import quantised_tensors, record_for
 from finetuner.models.build import on_meta
 from finetuner.models.files import INDEX, find_base, weight_files
 from finetuner.models.quantized import Record, seen_in_training
-from finetuner.models.safetensors_stream import NAMES, TensorInfo, read_header, read_tensor, write_stream
 from finetuner.models.targets import is_tied
+from finetuner.storage.safetensors_stream import NAMES, TensorInfo, read_header, read_tensor, write_stream
 
 Report = Callable[[int, int], None]  # bytes done, bytes in all
 

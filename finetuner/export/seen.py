@@ -23,7 +23,7 @@ from finetuner.models.quantized import (
     read_record,
     require_bitsandbytes,
 )
-from finetuner.models.safetensors_stream import DTYPES, read_header
+from finetuner.storage.safetensors_stream import DTYPES, read_header
 
 KINDS = ("nf4", "fp4")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from finetuner.errors import ModelError
 from finetuner.export.generation import stop_ids
 from finetuner.models.files import weight_files
-from finetuner.models.safetensors_stream import read_header
+from finetuner.storage.safetensors_stream import read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ from finetuner.export.seen import quantised_tensors, record_for
 from finetuner.models.build import load_model
 from finetuner.models.files import find_base, weight_files
 from finetuner.models.quantized import Record, seen_in_training
-from finetuner.models.safetensors_stream import read_header
+from finetuner.storage.safetensors_stream import read_header
 from finetuner.world import available_ram
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from finetuner.errors import ModelError
-from finetuner.models.safetensors_stream import TensorFile, TensorInfo, read_header, read_tensor
+from finetuner.storage.safetensors_stream import TensorFile, TensorInfo, read_header, read_tensor
 
 
 class PackedCache:

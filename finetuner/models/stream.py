@@ -19,7 +19,7 @@ from torch import nn
 from finetuner.models.files import find_base, weight_files
 from finetuner.models.quantized import Format, FourBitLinear
 from finetuner.models.quantized_cache import PackedCache
-from finetuner.models.safetensors_stream import NAMES, TensorInfo, read_header, read_tensor
+from finetuner.storage.safetensors_stream import NAMES, TensorInfo, read_header, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
