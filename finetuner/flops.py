@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from finetuner.recipe.shapes import Shape
+    from finetuner.recipe.gpt_shape import Shape
 
 CHINCHILLA = 20  # tokens a parameter, about, that make the best of a given number of FLOPs (arXiv:2203.15556, table 3)
 

@@ -15,8 +15,8 @@ from finetuner.export.merge import MARK
 from finetuner.models.build import grow_embeddings, load_model
 from finetuner.models.quantized import Format, choose_format, read_record
 from finetuner.recipe import Recipe
+from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.recipe.rules import looks_local
-from finetuner.recipe.shapes import FROM_SCRATCH
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -52,8 +52,8 @@ from finetuner.models.work import work_of
 from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan import Plan, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
+from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.recipe.sections import GuardSection, TrackingSection
-from finetuner.recipe.shapes import FROM_SCRATCH
 from finetuner.redaction import without_secrets
 from finetuner.resume import resume_facts
 from finetuner.scratch import begun_model, scratch_config, tokenizer_name

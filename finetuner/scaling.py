@@ -14,8 +14,8 @@ from finetuner.flops import CHINCHILLA, Work, known_devices, parts_of_shape, pea
 from finetuner.kept import Kept, Parts, kept_by_a_rank, trained_parts
 from finetuner.plan import Plan
 from finetuner.recipe import Loaded, Recipe
+from finetuner.recipe.gpt_shape import FROM_SCRATCH, shape_of
 from finetuner.recipe.sections import NewTokenizer
-from finetuner.recipe.shapes import FROM_SCRATCH, shape_of
 from finetuner.world import World
 
 _SHOWN_WITHOUT_CHOICE = ("A100", "H100", "B200")

@@ -22,8 +22,8 @@ from finetuner.errors import DataError, ModelError
 from finetuner.models import gpt, vocabularies
 from finetuner.models.vocabularies import train_bpe, write_byte_tokenizer, write_char_tokenizer
 from finetuner.recipe import Recipe
+from finetuner.recipe.gpt_shape import MADE_TOKENIZERS, shape_of
 from finetuner.recipe.sections import DatasetEntry, GPTSection, NewTokenizer
-from finetuner.recipe.shapes import MADE_TOKENIZERS, shape_of
 from finetuner.storage.build_once import made_once
 from finetuner.world import World
 

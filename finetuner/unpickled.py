@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from finetuner.errors import ModelError
 from finetuner.models.files import INDEX, find_base
 from finetuner.recipe import Recipe
-from finetuner.recipe.shapes import FROM_SCRATCH
+from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.storage.build_once import made_once
 from finetuner.world import World
 

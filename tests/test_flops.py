@@ -12,8 +12,8 @@ from finetuner.data.batches import Layout, collate
 from finetuner.flops import Work, parts_of_shape, peak_of, work_of_shape
 from finetuner.models.build import on_meta
 from finetuner.models.work import work_of
+from finetuner.recipe.gpt_shape import PRESETS, shape_of
 from finetuner.recipe.sections import GPTSection
-from finetuner.recipe.shapes import PRESETS, shape_of
 from finetuner.scratch import scratch_config
 
 LLAMA_MIX = {"preset": "gpt-nano", "bias": True, "tie_embeddings": False, "key_value_heads": 2, "norm": "layer"}

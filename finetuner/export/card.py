@@ -10,8 +10,8 @@ from typing import Any
 from finetuner import __version__
 from finetuner.errors import RecipeError
 from finetuner.recipe import load_recipe
+from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.recipe.sections import DatasetEntry
-from finetuner.recipe.shapes import FROM_SCRATCH
 
 MARK = "<!-- written by finetuner -->"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")

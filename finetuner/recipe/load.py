@@ -11,7 +11,7 @@ from finetuner.errors import RecipeError
 from finetuner.recipe.document import MAX_RECIPE_BYTES, Document, parse_value, parse_yaml
 from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, tool_of
 from finetuner.recipe.foreign.translate import ALIASES, translate
-from finetuner.recipe.prefix import drop_fsdp_prefix
+from finetuner.recipe.fsdp_prefix import drop_fsdp_prefix
 from finetuner.recipe.problems import (
     KeyPath,
     Note,

@@ -16,8 +16,8 @@ from finetuner.recipe.rules import (
 )
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.rules.files import DATA_SUFFIXES, file_findings, looks_local
-from finetuner.recipe.rules.given import given_findings, given_notes
 from finetuner.recipe.rules.sharding import deepspeed_findings
+from finetuner.recipe.rules.unused_keys import given_findings, given_notes
 
 __all__ = [
     "DATA_SUFFIXES",

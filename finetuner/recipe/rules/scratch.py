@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
+from finetuner.recipe.gpt_shape import FROM_SCRATCH, MADE_TOKENIZERS, NEEDED, choices_of
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.sections import NewTokenizer
-from finetuner.recipe.shapes import FROM_SCRATCH, MADE_TOKENIZERS, NEEDED, choices_of
 
 
 def _shape_and_name(values: Values) -> Iterator[Finding]:
