@@ -40,7 +40,7 @@ def feed_of(case: dict[str, bool], given: argparse.Namespace, folder: Path) -> A
     from finetuner.data.batches import Layout
     from finetuner.data.cache import prepare_once
     from finetuner.data.feed import build_feed
-    from finetuner.plan import Plan
+    from finetuner.plan.run import Plan
     from finetuner.recipe import load_recipe
     from finetuner.world import World
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from finetuner.console import Screen, quiet_libraries
 from finetuner.data.feed import build_feed
 from finetuner.models.gpt import GPTForCausalLM
-from finetuner.plan import Plan
+from finetuner.plan.run import Plan
 from finetuner.recipe import load
 from finetuner.run import assemble, fit, prepare_rows
 from finetuner.scratch import begun_model, scratch_config

@@ -27,10 +27,10 @@ from finetuner.models.packing import require_isolation
 from finetuner.models.quantized import choose_format, record_of, require_same_record
 from finetuner.models.stream import Promises, Report
 from finetuner.models.tokenizer import Vocabulary
-from finetuner.plan import Plan, Precision
+from finetuner.plan.parallel import FsdpPlan, ZeroPlan
+from finetuner.plan.run import Plan, Precision
 from finetuner.recipe import Recipe
 from finetuner.recipe.sections import AdapterSection, RegularisationSection
-from finetuner.sharding import FsdpPlan, ZeroPlan
 from finetuner.training.parts import has_parts, read_parts
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from finetuner.lineup import Candidate, Lineup, candidates, lineup_of_model, lin
 from finetuner.models.attention import choose_attention
 from finetuner.models.loss import TokenLoss
 from finetuner.models.tokenizer import load_tokenizer
-from finetuner.plan import Plan
+from finetuner.plan.run import Plan
 from finetuner.recipe import Loaded, Recipe, load, load_values
 from finetuner.recipe.sections import TokenizerSection
 from finetuner.run import layout_of, prepare_rows

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetuner.errors import PlanError
-from finetuner.kept import Parts, kept_by_a_rank, trained_parts
 from finetuner.models.build import bare_bones
 from finetuner.models.quantized import choose_format
-from finetuner.plan import Plan
+from finetuner.plan.memory import Parts, kept_by_a_rank, trained_parts
+from finetuner.plan.parallel import ZeroPlan
+from finetuner.plan.run import Plan
 from finetuner.recipe import Recipe
-from finetuner.sharding import ZeroPlan
 from finetuner.world import World
 
 if TYPE_CHECKING:

@@ -30,7 +30,6 @@ from finetuner.data.templates import chosen_template
 from finetuner.errors import FinetunerError, LostConnectionError, PreemptedError
 from finetuner.export.card import write_card
 from finetuner.export.upload import require_hub, upload_result
-from finetuner.flops import peak_of
 from finetuner.footprint import require_fit
 from finetuner.heap import giving_back
 from finetuner.models.attention import choose_attention
@@ -50,14 +49,15 @@ from finetuner.models.sampling import sample_text
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.models.work import work_of
 from finetuner.output import claimed, remove_run_files, require_space
-from finetuner.plan import Plan, Schedule
+from finetuner.plan.flops import peak_of
+from finetuner.plan.parallel import FsdpPlan
+from finetuner.plan.run import Plan, Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.recipe.sections import GuardSection, TrackingSection
 from finetuner.redaction import without_secrets
 from finetuner.resume import resume_facts
 from finetuner.scratch import begun_model, scratch_config, tokenizer_name
-from finetuner.sharding import FsdpPlan
 from finetuner.starting import choose_checkpoint, require_same_rows, state_of
 from finetuner.summary import print_plan
 from finetuner.training.accelerator import (

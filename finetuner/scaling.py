@@ -10,9 +10,9 @@ from typing import Any
 
 from finetuner.console import Screen
 from finetuner.errors import ModelError, PlanError
-from finetuner.flops import CHINCHILLA, Work, known_devices, parts_of_shape, peak_of, work_of_shape
-from finetuner.kept import Kept, Parts, kept_by_a_rank, trained_parts
-from finetuner.plan import Plan
+from finetuner.plan.flops import CHINCHILLA, Work, known_devices, parts_of_shape, peak_of, work_of_shape
+from finetuner.plan.memory import Kept, Parts, kept_by_a_rank, trained_parts
+from finetuner.plan.run import Plan
 from finetuner.recipe import Loaded, Recipe
 from finetuner.recipe.gpt_shape import FROM_SCRATCH, shape_of
 from finetuner.recipe.sections import NewTokenizer

@@ -10,9 +10,9 @@ from finetuner.data.batches import padding_share
 from finetuner.data.prepare import Prepared
 from finetuner.models.build import count_parameters
 from finetuner.models.quantized import quantized_layers, record_of
-from finetuner.plan import Schedule
+from finetuner.plan.parallel import EnginePlan, ZeroPlan, filled_in
+from finetuner.plan.run import Schedule
 from finetuner.recipe import Recipe
-from finetuner.sharding import EnginePlan, ZeroPlan, filled_in
 from finetuner.training.loop import Run
 from finetuner.weights import Weights
 

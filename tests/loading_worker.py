@@ -17,7 +17,7 @@ from finetuner.heap import giving_back
 from finetuner.models.build import promised_model
 from finetuner.models.loss import TokenLoss, head_is_composable
 from finetuner.models.quantized import Format
-from finetuner.sharding import FsdpPlan
+from finetuner.plan.parallel import FsdpPlan
 from finetuner.training.fsdp import shard_module
 
 CPU = torch.device("cpu")

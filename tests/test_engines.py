@@ -346,7 +346,7 @@ def group_of_one():
 def test_the_layers_of_the_plan_are_gathered_one_by_one(changes, classes, tiny_model, group_of_one):
     from torch.distributed.fsdp import FSDPModule
 
-    from finetuner.sharding import FsdpPlan
+    from finetuner.plan.parallel import FsdpPlan
 
     loss = sharded_here(FsdpPlan(num_shards=1, pin_memory=False, **changes), tiny_model)
     wrapped = [type(m).__name__.removeprefix("FSDP") for m in loss.modules() if isinstance(m, FSDPModule)]
@@ -355,7 +355,7 @@ def test_the_layers_of_the_plan_are_gathered_one_by_one(changes, classes, tiny_m
 
 def test_a_class_that_the_model_has_not_is_named_with_those_it_has(tiny_model, group_of_one):
     from finetuner.errors import ModelError
-    from finetuner.sharding import FsdpPlan
+    from finetuner.plan.parallel import FsdpPlan
 
     with pytest.raises(ModelError, match=r"no module of the class 'MistralLayer'(.|\n)*LlamaDecoderLayer"):
         sharded_here(FsdpPlan(num_shards=1, layer_classes=("MistralLayer",)), tiny_model)
@@ -367,7 +367,7 @@ def test_the_norm_of_a_sharded_gradient_is_torchs_and_clips_the_same(tiny_model,
     from torch.nn.utils import clip_grad_norm_
     from transformers import AutoModelForCausalLM
 
-    from finetuner.sharding import FsdpPlan
+    from finetuner.plan.parallel import FsdpPlan
     from finetuner.training.fsdp import FsdpEngine
 
     loss = sharded_here(plan := FsdpPlan(num_shards=1, pin_memory=False), tiny_model)

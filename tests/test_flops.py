@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from finetuner.data.batches import Layout, collate
-from finetuner.flops import Work, parts_of_shape, peak_of, work_of_shape
 from finetuner.models.build import on_meta
 from finetuner.models.work import work_of
+from finetuner.plan.flops import Work, parts_of_shape, peak_of, work_of_shape
 from finetuner.recipe.gpt_shape import PRESETS, shape_of
 from finetuner.recipe.sections import GPTSection
 from finetuner.scratch import scratch_config

@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT, SHARED_DATA
 
 from finetuner.errors import PlanError
-from finetuner.kept import Kept, Parts, kept_by_a_rank, trained_parts
-from finetuner.sharding import FsdpPlan, ZeroPlan
+from finetuner.plan.memory import Kept, Parts, kept_by_a_rank, trained_parts
+from finetuner.plan.parallel import FsdpPlan, ZeroPlan
 from finetuner.training.metrics import read_metrics
 from finetuner.training.watchdog import stacks_when_stuck
 from finetuner.world import available_ram

@@ -22,7 +22,7 @@ from finetuner.generate import Manner
 from finetuner.models.build import on_meta
 from finetuner.models.gpt import GPTForCausalLM
 from finetuner.models.vocabularies import train_bpe, write_byte_tokenizer, write_char_tokenizer
-from finetuner.plan import Plan
+from finetuner.plan.run import Plan
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import GPTSection
 from finetuner.scratch import scratch_config, tokenizer_name

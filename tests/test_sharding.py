@@ -7,10 +7,10 @@ import pytest
 from conftest import ROOT
 
 from finetuner.errors import PlanError, RecipeError
-from finetuner.plan import Plan
+from finetuner.plan.parallel import FsdpPlan, ZeroPlan, filled_in, plan_engine, zero_config_for
+from finetuner.plan.run import Plan
 from finetuner.recipe import load, load_recipe
 from finetuner.recipe.sections import FsdpConfig, ShardingSection
-from finetuner.sharding import FsdpPlan, ZeroPlan, filled_in, plan_engine, zero_config_for
 from finetuner.world import Launch, World, read_launch
 
 TWO = World(size=2, local_size=2)
@@ -231,7 +231,7 @@ def test_a_sharded_run_in_fp16_is_refused():
 
 
 def test_a_missing_deepspeed_names_the_command_that_installs_it(monkeypatch):
-    from finetuner import sharding
+    from finetuner.plan import parallel as sharding
 
     monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(PlanError, match=r"pip install 'finetuner\[deepspeed\]'"):

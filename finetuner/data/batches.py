@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from finetuner.data.order import order_by_length, row_order
 from finetuner.data.tokens import IGNORE, Document, Ids, Rows
-from finetuner.plan import Plan, Schedule
+from finetuner.plan.run import Plan, Schedule
 
 FILLER_ROW = -1
 

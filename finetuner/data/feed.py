@@ -15,7 +15,7 @@ from finetuner.data.steady import Patience
 from finetuner.data.stream import RowStream, StreamState
 from finetuner.data.tokens import Rows
 from finetuner.errors import CheckpointError
-from finetuner.plan import Plan, Schedule
+from finetuner.plan.run import Plan, Schedule
 from finetuner.recipe.sections import DataSection
 
 if TYPE_CHECKING:

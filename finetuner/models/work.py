@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from finetuner.flops import Work
 from finetuner.models.quantized import FourBitLinear
+from finetuner.plan.flops import Work
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -22,8 +22,8 @@ from torch import distributed
 from finetuner.errors import FinetunerError, PlanError
 from finetuner.models.loss import TokenLoss
 from finetuner.models.stream import Promises
-from finetuner.plan import Plan
-from finetuner.sharding import FsdpPlan, ZeroPlan
+from finetuner.plan.parallel import FsdpPlan, ZeroPlan
+from finetuner.plan.run import Plan
 from finetuner.training.engine import CopiesEngine, Engine
 from finetuner.world import World, take_engine_from_launcher
 

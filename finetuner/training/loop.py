@@ -15,8 +15,8 @@ from finetuner.data.order import mix
 from finetuner.data.prepare import Part
 from finetuner.data.tokens import Rows
 from finetuner.errors import PreemptedError
-from finetuner.flops import Work
-from finetuner.plan import Plan, Schedule
+from finetuner.plan.flops import Work
+from finetuner.plan.run import Plan, Schedule
 from finetuner.scores import TextScore, total
 from finetuner.training.engine import Engine
 from finetuner.training.guards import Guards

@@ -12,7 +12,7 @@ from torch import distributed, nn
 
 from finetuner.models.loss import TokenLoss
 from finetuner.models.stream import Promised, Promises
-from finetuner.sharding import ZeroPlan, zero_config_for
+from finetuner.plan.parallel import ZeroPlan, zero_config_for
 from finetuner.training.engine import Held, Tensors
 from finetuner.training.optimizer_state import (
     OF_RANKS,

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from finetuner.errors import PlanError
+from finetuner.plan.parallel import EnginePlan, FsdpPlan, Precision, ZeroPlan, plan_engine
 from finetuner.recipe import Recipe
 from finetuner.recipe.schedules import Shape, multiplier
 from finetuner.recipe.sections import (
@@ -20,7 +21,6 @@ from finetuner.recipe.sections import (
     PrecisionSection,
     ScheduleSection,
 )
-from finetuner.sharding import EnginePlan, FsdpPlan, Precision, ZeroPlan, plan_engine
 from finetuner.world import World
 
 

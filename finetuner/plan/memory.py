@@ -6,7 +6,7 @@ the state of its optimizer (of AdamW: two moments in fp32, or in 8 bits). For on
 
 from dataclasses import dataclass
 
-from finetuner.sharding import EnginePlan, FsdpPlan, ZeroPlan
+from finetuner.plan.parallel import EnginePlan, FsdpPlan, ZeroPlan
 
 # Of a weight, on its device, at the least: an optimizer that is not named here counts as having none.
 _STATE_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_bnb_8bit": 2, "adamw_8bit": 2}
