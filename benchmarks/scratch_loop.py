@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from finetuner.console import Screen, quiet_libraries
-from finetuner.data.feed import build_feed
+from finetuner.data.step_batches import build_feed
 from finetuner.models.gpt import GPTForCausalLM
 from finetuner.plan.run import Plan
 from finetuner.recipe import load

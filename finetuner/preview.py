@@ -7,13 +7,13 @@ from pathlib import Path
 from rich.text import Text
 
 from finetuner.console import Screen
-from finetuner.data.page import Document, page
 from finetuner.data.preview import Shown, SourceView, look, packs_of, shown, visible
 from finetuner.data.stream import is_joined
 from finetuner.data.templates import chosen_template
 from finetuner.errors import DataError
 from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe import Loaded
+from finetuner.report.preview_page import Document, page
 from finetuner.scratch import tokenizer_name
 from finetuner.world import World
 

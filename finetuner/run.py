@@ -21,12 +21,12 @@ from finetuner.checkpoint import (
 )
 from finetuner.console import Screen, quiet_libraries
 from finetuner.data.batches import Layout
-from finetuner.data.bytes import token_bytes
 from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
-from finetuner.data.feed import Feed, build_feed, prefetched
-from finetuner.data.listing import LISTED
+from finetuner.data.dropped_rows import LISTED
 from finetuner.data.prepare import Prepared, held_out_only
+from finetuner.data.step_batches import Feed, build_feed, prefetched
 from finetuner.data.templates import chosen_template
+from finetuner.data.token_bytes import token_bytes
 from finetuner.errors import FinetunerError, LostConnectionError, PreemptedError
 from finetuner.export.card import write_card
 from finetuner.export.upload import require_hub, upload_result

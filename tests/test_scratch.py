@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from finetuner.chat import chat
 from finetuner.cli import main
-from finetuner.data.bytes import token_bytes
+from finetuner.data.token_bytes import token_bytes
 from finetuner.errors import ModelError, PlanError, RecipeError
 from finetuner.generate import Manner
 from finetuner.models.build import on_meta

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetuner.data.formats import Rendered, Span
 from finetuner.data.messages import Conversation, Messages
 from finetuner.data.sandbox import ChatTemplate, compile_template
-from finetuner.data.skeleton import (
+from finetuner.data.template_spans import (
     USUAL_ROLES,
     Outline,
     Piece,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from finetuner.data.batches import Batch, Layout, dealt, step_batches
-from finetuner.data.endless import FileFacts
-from finetuner.data.steady import Patience
+from finetuner.data.reconnecting import Patience
 from finetuner.data.stream import RowStream, StreamState
+from finetuner.data.stream_source import FileFacts
 from finetuner.data.tokens import Rows
 from finetuner.errors import CheckpointError
 from finetuner.plan.run import Plan, Schedule

@@ -15,6 +15,15 @@ from typing import IO, Any, Protocol, cast
 
 from finetuner.data.fetch import data_files_in, is_address, open_filesystem
 from finetuner.data.files import CHUNK, Kind, Row, RowFile
+from finetuner.data.reconnecting import (
+    PATIENT,
+    Opened,
+    Patience,
+    SteadyFile,
+    Tries,
+    open_http,
+    open_in,
+)
 from finetuner.data.sources import (
     ROW_KINDS,
     Placed,
@@ -26,15 +35,6 @@ from finetuner.data.sources import (
     rows_of,
     split_name,
     unreadable,
-)
-from finetuner.data.steady import (
-    PATIENT,
-    Opened,
-    Patience,
-    SteadyFile,
-    Tries,
-    open_http,
-    open_in,
 )
 from finetuner.errors import DataError, LostConnectionError
 from finetuner.recipe.sections import DatasetEntry
