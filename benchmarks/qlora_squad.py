@@ -25,7 +25,7 @@ from finetuner.evaluate import Result, find_questions, job_of_run, markdown, mea
 from finetuner.evaluate import Wishes as Measures
 from finetuner.lineup import Candidate, candidates
 from finetuner.models.attention import choose_attention
-from finetuner.models.build import load_model
+from finetuner.models.load import load_model
 from finetuner.recipe import load
 from finetuner.world import World
 

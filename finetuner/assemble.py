@@ -11,7 +11,10 @@ from torch import nn
 from finetuner.errors import ModelError
 from finetuner.export.merge import require_same_base
 from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
-from finetuner.models.build import (
+from finetuner.models.compilation import compile_layers, wants_compilation
+from finetuner.models.document_isolation import require_isolation
+from finetuner.models.lazy_weights import Promises, Report
+from finetuner.models.load import (
     embedding_rows,
     empty_model,
     grow_embeddings,
@@ -21,11 +24,8 @@ from finetuner.models.build import (
     train_in_fp32,
     train_only,
 )
-from finetuner.models.compile import compile_layers, wants_compilation
 from finetuner.models.loss import Regularisers, TokenLoss, head_is_composable
-from finetuner.models.packing import require_isolation
 from finetuner.models.quantized import choose_format, record_of, require_same_record
-from finetuner.models.stream import Promises, Report
 from finetuner.models.tokenizer import Vocabulary
 from finetuner.plan.parallel import FsdpPlan, ZeroPlan
 from finetuner.plan.run import Plan, Precision

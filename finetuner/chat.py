@@ -11,7 +11,7 @@ from finetuner.data.sandbox import ChatTemplate, compile_template
 from finetuner.errors import DataError, ModelError
 from finetuner.export.generation import stop_ids
 from finetuner.generate import Manner, Speaker, speaker_of
-from finetuner.models.sampling import as_text, choose, context_of, ends_of, sampled
+from finetuner.models.generation import as_text, choose, context_of, ends_of, sampled
 
 Write = Callable[[str], None]
 COMMANDS = "/reset forgets the conversation, /system TEXT begins one with that instruction, /quit ends"

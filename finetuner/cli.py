@@ -330,7 +330,7 @@ def import_gguf(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
 ) -> None:
     """Turn a GGUF file into an ordinary safetensors model folder."""
-    from finetuner.models.gguf import import_gguf as convert
+    from finetuner.models.gguf_import import import_gguf as convert
 
     convert(source, output, dtype, typer.echo)
 

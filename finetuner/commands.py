@@ -23,13 +23,13 @@ from finetuner.export.upload import require_hub, upload_result
 from finetuner.export.verify import room_to_verify, verify_merged
 from finetuner.export.wishes import Wishes, read_wishes
 from finetuner.models.files import find_base
+from finetuner.models.from_scratch import texts_of, tokenizer_name
+from finetuner.models.pickled_weights import readable_base
 from finetuner.models.quantized import read_record
 from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe import Loaded, Recipe, load
 from finetuner.run import prepare_rows, special_ids
-from finetuner.scratch import texts_of, tokenizer_name
 from finetuner.summary import rows_line
-from finetuner.unpickled import readable_base
 from finetuner.world import World
 
 if TYPE_CHECKING:

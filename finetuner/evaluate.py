@@ -23,6 +23,7 @@ from finetuner.export.generation import stop_ids
 from finetuner.lineup import Candidate, Lineup, candidates, lineup_of_model, lineup_of_run
 from finetuner.models.attention import choose_attention
 from finetuner.models.loss import TokenLoss
+from finetuner.models.pickled_weights import readable_base
 from finetuner.models.tokenizer import load_tokenizer
 from finetuner.plan.run import Plan
 from finetuner.recipe import Loaded, Recipe, load, load_values
@@ -31,7 +32,6 @@ from finetuner.run import layout_of, prepare_rows
 from finetuner.scores import AnswerScore, TextScore, score_answers, total
 from finetuner.tasks import Tasks, TaskScore, require_tasks, score_tasks
 from finetuner.training.loop import loss_of
-from finetuner.unpickled import readable_base
 from finetuner.world import World
 
 if TYPE_CHECKING:

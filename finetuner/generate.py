@@ -11,13 +11,13 @@ import torch
 from finetuner.console import Screen, quiet_libraries
 from finetuner.errors import ModelError
 from finetuner.models.attention import choose_attention
-from finetuner.models.build import grow_embeddings, load_model
-from finetuner.models.sampling import as_text, choose, context_of, ends_of, first_tokens, sampled
+from finetuner.models.generation import as_text, choose, context_of, ends_of, first_tokens, sampled
+from finetuner.models.load import grow_embeddings, load_model
+from finetuner.models.pickled_weights import readable_base
 from finetuner.models.tokenizer import load_tokenizer
 from finetuner.plan.parallel import Precision
 from finetuner.recipe import load
 from finetuner.recipe.sections import TokenizerSection
-from finetuner.unpickled import readable_base
 from finetuner.world import World
 
 if TYPE_CHECKING:

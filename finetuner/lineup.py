@@ -12,7 +12,7 @@ import torch
 from finetuner.errors import ModelError
 from finetuner.export.changes import read_config
 from finetuner.export.merge import MARK
-from finetuner.models.build import grow_embeddings, load_model
+from finetuner.models.load import grow_embeddings, load_model
 from finetuner.models.quantized import Format, choose_format, read_record
 from finetuner.recipe import Recipe
 from finetuner.recipe.gpt_shape import FROM_SCRATCH

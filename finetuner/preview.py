@@ -11,10 +11,10 @@ from finetuner.data.preview import Shown, SourceView, look, packs_of, shown, vis
 from finetuner.data.stream import is_joined
 from finetuner.data.templates import chosen_template
 from finetuner.errors import DataError
+from finetuner.models.from_scratch import tokenizer_name
 from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe import Loaded
 from finetuner.report.preview_page import Document, page
-from finetuner.scratch import tokenizer_name
 from finetuner.world import World
 
 TRAINED, SPECIAL, SPECIAL_TRAINED, NUMBER = "bold green", "magenta", "bold magenta", "dim"

@@ -31,23 +31,25 @@ from finetuner.errors import FinetunerError, LostConnectionError, PreemptedError
 from finetuner.export.card import write_card
 from finetuner.export.upload import require_hub, upload_result
 from finetuner.footprint import require_fit
-from finetuner.heap import giving_back
 from finetuner.models.attention import choose_attention
-from finetuner.models.build import (
+from finetuner.models.document_isolation import wants_flat_packs
+from finetuner.models.freed_memory import giving_back
+from finetuner.models.from_scratch import begun_model, scratch_config, tokenizer_name
+from finetuner.models.generation import sample_text
+from finetuner.models.load import (
     count_parameters,
     length_notes,
     reading_notes,
     trainable_parameters,
     vocabulary_parameters,
 )
-from finetuner.models.packing import wants_flat_packs
+from finetuner.models.model_flops import work_of
+from finetuner.models.pickled_weights import readable_base
 from finetuner.models.quantized import (
     choose_format,
     require_bitsandbytes,
 )
-from finetuner.models.sampling import sample_text
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
-from finetuner.models.work import work_of
 from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.plan.flops import peak_of
 from finetuner.plan.parallel import FsdpPlan
@@ -57,7 +59,6 @@ from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.recipe.sections import GuardSection, TrackingSection
 from finetuner.redaction import without_secrets
 from finetuner.resume import resume_facts
-from finetuner.scratch import begun_model, scratch_config, tokenizer_name
 from finetuner.starting import choose_checkpoint, require_same_rows, state_of
 from finetuner.summary import print_plan
 from finetuner.training.accelerator import (
@@ -77,7 +78,6 @@ from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
 from finetuner.training.trackers import Trackers, require_trackers
 from finetuner.training.watchdog import stacks_when_stuck
-from finetuner.unpickled import readable_base
 from finetuner.weights import (
     Weights,
     checkpoint_bytes,

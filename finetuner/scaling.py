@@ -142,8 +142,8 @@ def _vocabulary(recipe: Recipe) -> int:
         return _BYTES
     if isinstance(section.tokenizer, NewTokenizer) and not adds:
         return section.tokenizer.train.vocab_size
+    from finetuner.models.from_scratch import tokenizer_name
     from finetuner.models.tokenizer import load_tokenizer
-    from finetuner.scratch import tokenizer_name
 
     try:
         name = tokenizer_name(recipe, World()) or recipe.model.base_model
@@ -155,8 +155,8 @@ def _vocabulary(recipe: Recipe) -> int:
 def _read(recipe: Recipe, plan: Plan) -> Model:
     from finetuner.footprint import model_without_weights, parts_to_keep
     from finetuner.models.attention import choose_attention
-    from finetuner.models.build import train_only
-    from finetuner.models.work import parts_of, work_of
+    from finetuner.models.load import train_only
+    from finetuner.models.model_flops import parts_of, work_of
 
     name = recipe.model.base_model
     model = model_without_weights(recipe, plan, choose_attention("sdpa", World(), plan.precision))

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from finetuner.console import Screen
 from finetuner.data.batches import padding_share
 from finetuner.data.prepare import Prepared
-from finetuner.models.build import count_parameters
+from finetuner.models.load import count_parameters
 from finetuner.models.quantized import quantized_layers, record_of
 from finetuner.plan.parallel import EnginePlan, ZeroPlan, filled_in
 from finetuner.plan.run import Schedule

@@ -21,7 +21,7 @@ from finetuner.checkpoint import MANIFEST, checkpoint_folder, damage, written_as
 from finetuner.errors import CheckpointError
 from finetuner.export.generation import write_generation_config
 from finetuner.models.adapter import write_adapter
-from finetuner.models.build import use_token_ids, write_model_folder
+from finetuner.models.load import use_token_ids, write_model_folder
 from finetuner.models.loss import TokenLoss
 from finetuner.models.quantized import record_of, write_record
 from finetuner.output import move_into

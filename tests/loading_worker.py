@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from finetuner.heap import giving_back
-from finetuner.models.build import promised_model
+from finetuner.models.freed_memory import giving_back
+from finetuner.models.load import promised_model
 from finetuner.models.loss import TokenLoss, head_is_composable
 from finetuner.models.quantized import Format
 from finetuner.plan.parallel import FsdpPlan

@@ -13,8 +13,8 @@ from finetuner import commands
 from finetuner.errors import ModelError, RecipeError
 from finetuner.export.merge import merge_adapter
 from finetuner.models.adapter import adapter_tensors, add_lora
-from finetuner.models.build import load_model, train_only, trainable_parameters
-from finetuner.models.targets import target_modules, whole_modules
+from finetuner.models.load import load_model, train_only, trainable_parameters
+from finetuner.models.lora_targets import target_modules, whole_modules
 from finetuner.recipe import load
 from finetuner.recipe.sections import AdapterSection
 

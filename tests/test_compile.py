@@ -6,8 +6,8 @@ from conftest import largest_difference, run_command, weights_of
 from transformers import AutoModelForCausalLM
 
 from finetuner.errors import PlanError
-from finetuner.models import compile as compilation
-from finetuner.models.compile import compile_layers, wants_compilation
+from finetuner.models import compilation
+from finetuner.models.compilation import compile_layers, wants_compilation
 from finetuner.recipe.sections import CompileSection
 from finetuner.training.metrics import read_metrics
 

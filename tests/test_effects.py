@@ -12,8 +12,8 @@ from finetuner.data.documents import TOO_SHORT
 from finetuner.data.prepare import prepare
 from finetuner.data.templates import chosen_template
 from finetuner.errors import ModelError
-from finetuner.models.build import load_model
-from finetuner.models.compile import compile_layers
+from finetuner.models.compilation import compile_layers
+from finetuner.models.load import load_model
 from finetuner.recipe.sections import CompileSection, DataSection
 
 

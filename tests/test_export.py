@@ -11,8 +11,8 @@ from finetuner import commands
 from finetuner.errors import ModelError
 from finetuner.export.gguf import SPLITS
 from finetuner.export.serving import turns_of
-from finetuner.models.build import load_model
-from finetuner.models.gguf import import_gguf, read_header
+from finetuner.models.gguf_import import import_gguf, read_header
+from finetuner.models.load import load_model
 
 pytestmark = pytest.mark.slow
 

@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from finetuner.data.batches import Layout, collate
-from finetuner.models.build import on_meta
-from finetuner.models.work import work_of
+from finetuner.models.from_scratch import scratch_config
+from finetuner.models.load import on_meta
+from finetuner.models.model_flops import work_of
 from finetuner.plan.flops import Work, parts_of_shape, peak_of, work_of_shape
 from finetuner.recipe.gpt_shape import PRESETS, shape_of
 from finetuner.recipe.sections import GPTSection
-from finetuner.scratch import scratch_config
 
 LLAMA_MIX = {"preset": "gpt-nano", "bias": True, "tie_embeddings": False, "key_value_heads": 2, "norm": "layer"}
 

@@ -13,8 +13,8 @@ from finetuner.chat import chat
 from finetuner.cli import main
 from finetuner.errors import ModelError
 from finetuner.generate import Manner, generate
-from finetuner.models.sampling import as_text, choose, sampled
-from finetuner.models.vocabularies import write_byte_tokenizer
+from finetuner.models.generation import as_text, choose, sampled
+from finetuner.models.new_tokenizers import write_byte_tokenizer
 
 pytestmark = pytest.mark.slow
 

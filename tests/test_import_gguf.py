@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging
 
 from finetuner.errors import ModelError
-from finetuner.models.gguf import import_gguf, read_header
+from finetuner.models.gguf_import import import_gguf, read_header
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf: pip install 'finetuner[gguf]'")
 
@@ -334,7 +334,7 @@ def test_failed_write_leaves_no_folder(source: Path, tmp_path: Path) -> None:
 KILLED_WHILE_WRITING = """
 import resource, signal, sys
 from pathlib import Path
-from finetuner.models.gguf import import_gguf
+from finetuner.models.gguf_import import import_gguf
 
 def limit(line):
     if line.startswith("writing"):

@@ -11,7 +11,7 @@ from finetuner.errors import ModelError
 from finetuner.models import loss as loss_module
 from finetuner.models.adapter import adapter_tensors, add_lora, read_adapter, write_adapter
 from finetuner.models.attention import choose_attention
-from finetuner.models.build import (
+from finetuner.models.load import (
     grow_embeddings,
     length_notes,
     load_model,
@@ -19,8 +19,8 @@ from finetuner.models.build import (
     train_in_fp32,
     trainable_parameters,
 )
+from finetuner.models.lora_targets import target_modules
 from finetuner.models.loss import TokenLoss, head_is_composable
-from finetuner.models.targets import target_modules
 from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe.sections import AdapterSection, SpecialTokens, TokenizerSection
 from finetuner.world import World

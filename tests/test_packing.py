@@ -16,8 +16,8 @@ from finetuner.data.batches import Layout, collate
 from finetuner.data.packing import Packs, best_fit_decreasing
 from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.errors import ModelError
+from finetuner.models.document_isolation import require_isolation
 from finetuner.models.loss import TokenLoss
-from finetuner.models.packing import require_isolation
 
 pytestmark = pytest.mark.slow
 

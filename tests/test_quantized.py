@@ -15,7 +15,7 @@ from test_models import FP32
 from finetuner.data.batches import collate
 from finetuner.errors import CheckpointError, ModelError, RecipeError
 from finetuner.models.adapter import add_lora
-from finetuner.models.build import count_parameters, load_model, recompute_activations
+from finetuner.models.load import count_parameters, load_model, recompute_activations
 from finetuner.models.loss import TokenLoss, head_is_composable
 from finetuner.models.quantized import Format, FourBitLinear, choose_format, quantized_layers, read_record
 from finetuner.recipe import load_recipe

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from finetuner.models import loss as loss_module
 from finetuner.models.loss import Regularisers, TokenLoss, summed_loss
-from finetuner.models.noise import document_lengths, noisy
+from finetuner.models.neftune import document_lengths, noisy
 
 pytestmark = pytest.mark.slow
 

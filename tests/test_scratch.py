@@ -19,13 +19,13 @@ from finetuner.cli import main
 from finetuner.data.token_bytes import token_bytes
 from finetuner.errors import ModelError, PlanError, RecipeError
 from finetuner.generate import Manner
-from finetuner.models.build import on_meta
+from finetuner.models.from_scratch import scratch_config, tokenizer_name
 from finetuner.models.gpt import GPTForCausalLM
-from finetuner.models.vocabularies import train_bpe, write_byte_tokenizer, write_char_tokenizer
+from finetuner.models.load import on_meta
+from finetuner.models.new_tokenizers import train_bpe, write_byte_tokenizer, write_char_tokenizer
 from finetuner.plan.run import Plan
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import GPTSection
-from finetuner.scratch import scratch_config, tokenizer_name
 from finetuner.world import World
 
 pytestmark = pytest.mark.slow

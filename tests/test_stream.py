@@ -10,7 +10,7 @@ from conftest import ROOT, make_model, run_command
 from transformers import AutoModelForCausalLM
 
 from finetuner.errors import ModelError
-from finetuner.models.build import load_model, promised_model
+from finetuner.models.load import load_model, promised_model
 from finetuner.models.quantized import Format, record_of
 
 CPU = torch.device("cpu")

@@ -22,10 +22,10 @@ import torch
 from finetuner.errors import ModelError
 from finetuner.export.generation import stop_ids
 from finetuner.export.verify import Agreement, agreement_of, prompt_rows
-from finetuner.models.build import know_our_own, load_model
 from finetuner.models.files import weight_files
-from finetuner.models.gguf import import_gguf
-from finetuner.models.portable import portable_config
+from finetuner.models.gguf_import import import_gguf
+from finetuner.models.gpt_conversion import portable_config
+from finetuner.models.load import know_our_own, load_model
 from finetuner.storage.safetensors_stream import TensorInfo, read_header, read_tensor
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import torch
 
 from finetuner.errors import ModelError
 from finetuner.export.changes import base_name, read_config
-from finetuner.models.build import layers_to_quantize
 from finetuner.models.files import weight_files
+from finetuner.models.load import layers_to_quantize
 from finetuner.models.quantized import (
     BLOCK,
     RECORD,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuner.errors import ModelError
-from finetuner.models.targets import Targets, choose_targets, is_tied
+from finetuner.models.lora_targets import Targets, choose_targets, is_tied
 from finetuner.recipe.sections import AdapterSection
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812  (its usual name)
 from torch.utils.checkpoint import checkpoint
 
 from finetuner.errors import ModelError
-from finetuner.models.noise import noisy
+from finetuner.models.neftune import noisy
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -20,8 +20,8 @@ from accelerate.utils import (
 from torch import distributed
 
 from finetuner.errors import FinetunerError, PlanError
+from finetuner.models.lazy_weights import Promises
 from finetuner.models.loss import TokenLoss
-from finetuner.models.stream import Promises
 from finetuner.plan.parallel import FsdpPlan, ZeroPlan
 from finetuner.plan.run import Plan
 from finetuner.training.engine import CopiesEngine, Engine

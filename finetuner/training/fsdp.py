@@ -20,8 +20,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetuner.errors import ModelError
+from finetuner.models.lazy_weights import Promises
 from finetuner.models.loss import TokenLoss
-from finetuner.models.stream import Promises
 from finetuner.plan.parallel import FsdpPlan
 from finetuner.training.engine import Held, Tensors, held_by
 from finetuner.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate

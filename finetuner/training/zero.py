@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import distributed, nn
 
+from finetuner.models.lazy_weights import Promised, Promises
 from finetuner.models.loss import TokenLoss
-from finetuner.models.stream import Promised, Promises
 from finetuner.plan.parallel import ZeroPlan, zero_config_for
 from finetuner.training.engine import Held, Tensors
 from finetuner.training.optimizer_state import (

@@ -19,8 +19,9 @@ import transformers
 from finetuner.data.cache import source_facts
 from finetuner.data.sources import load_source
 from finetuner.errors import DataError, ModelError
-from finetuner.models import gpt, vocabularies
-from finetuner.models.vocabularies import train_bpe, write_byte_tokenizer, write_char_tokenizer
+from finetuner.models import gpt
+from finetuner.models import new_tokenizers as vocabularies
+from finetuner.models.new_tokenizers import train_bpe, write_byte_tokenizer, write_char_tokenizer
 from finetuner.recipe import Recipe
 from finetuner.recipe.gpt_shape import MADE_TOKENIZERS, shape_of
 from finetuner.recipe.sections import DatasetEntry, GPTSection, NewTokenizer

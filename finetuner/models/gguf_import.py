@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional
 
 from finetuner.errors import ModelError
-from finetuner.models.sampling import as_text, ends_of, first_tokens, sampled
+from finetuner.models.generation import as_text, ends_of, first_tokens, sampled
 
 DTYPES = ("bfloat16", "float16", "float32")
 PLAIN = "The sun rises in the east and sets in the west. Water is a liquid, and when it is very cold it turns to ice."

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from finetuner.errors import ModelError
+from finetuner.models.lazy_weights import Promises, Report, promise, settle_buffers
 from finetuner.models.quantized import (
     Format,
     FourBitLinear,
@@ -21,7 +22,6 @@ from finetuner.models.quantized import (
     make_room_for_layers,
     require_full_weights,
 )
-from finetuner.models.stream import Promises, Report, promise, settle_buffers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -218,7 +218,7 @@ def _as_others_know_it(
 ) -> "tuple[PreTrainedModel, Mapping[str, torch.Tensor]]":
     from transformers import AutoModelForCausalLM
 
-    from finetuner.models.portable import is_portable, portable_config, portable_weights
+    from finetuner.models.gpt_conversion import is_portable, portable_config, portable_weights
 
     config: Any = model.config
     if not is_portable(config):
@@ -232,7 +232,7 @@ def _as_others_know_it(
 
 def reading_notes(model: "PreTrainedModel") -> list[str]:
     """What to know of a result that write_model_folder could not make portable."""
-    from finetuner.models.portable import is_portable
+    from finetuner.models.gpt_conversion import is_portable
 
     config: Any = model.config
     if config.model_type != "finetuner_gpt" or is_portable(config):
