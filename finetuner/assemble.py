@@ -24,9 +24,9 @@ from finetuner.models.load import (
     train_in_fp32,
     train_only,
 )
-from finetuner.models.loss import Regularisers, TokenLoss, head_is_composable
 from finetuner.models.quantized import choose_format, record_of, require_same_record
 from finetuner.models.tokenizer import Vocabulary
+from finetuner.objectives.next_token import Regularisers, TokenLoss, head_is_composable
 from finetuner.plan.parallel import FsdpPlan, ZeroPlan
 from finetuner.plan.run import Plan, Precision
 from finetuner.recipe import Recipe

@@ -22,9 +22,9 @@ from finetuner.errors import DataError, ModelError, RecipeError
 from finetuner.export.generation import stop_ids
 from finetuner.lineup import Candidate, Lineup, candidates, lineup_of_model, lineup_of_run
 from finetuner.models.attention import choose_attention
-from finetuner.models.loss import TokenLoss
 from finetuner.models.pickled_weights import readable_base
 from finetuner.models.tokenizer import load_tokenizer
+from finetuner.objectives.next_token import TokenLoss
 from finetuner.plan.run import Plan
 from finetuner.recipe import Loaded, Recipe, load, load_values
 from finetuner.recipe.sections import TokenizerSection

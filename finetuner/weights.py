@@ -22,8 +22,8 @@ from finetuner.errors import CheckpointError
 from finetuner.export.generation import write_generation_config
 from finetuner.models.adapter import write_adapter
 from finetuner.models.load import use_token_ids, write_model_folder
-from finetuner.models.loss import TokenLoss
 from finetuner.models.quantized import record_of, write_record
+from finetuner.objectives.next_token import TokenLoss
 from finetuner.output import move_into
 from finetuner.training.loop import Run
 from finetuner.training.optimizer_state import optimizer_tensors

@@ -15,8 +15,8 @@ from torch import distributed
 
 from finetuner.models.freed_memory import giving_back
 from finetuner.models.load import promised_model
-from finetuner.models.loss import TokenLoss, head_is_composable
 from finetuner.models.quantized import Format
+from finetuner.objectives.next_token import TokenLoss, head_is_composable
 from finetuner.plan.parallel import FsdpPlan
 from finetuner.training.fsdp import shard_module
 

@@ -318,7 +318,7 @@ def sharded_here(plan, tied_or_not: Path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetuner.models.loss import TokenLoss
+    from finetuner.objectives.next_token import TokenLoss
     from finetuner.training.fsdp import shard_module
 
     loss = TokenLoss(AutoModelForCausalLM.from_pretrained(tied_or_not), composed=True)

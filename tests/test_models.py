@@ -8,7 +8,6 @@ from torch.nn import functional as F  # noqa: N812
 from finetuner.data.batches import collate
 from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.errors import ModelError
-from finetuner.models import loss as loss_module
 from finetuner.models.adapter import adapter_tensors, add_lora, read_adapter, write_adapter
 from finetuner.models.attention import choose_attention
 from finetuner.models.load import (
@@ -20,8 +19,9 @@ from finetuner.models.load import (
     trainable_parameters,
 )
 from finetuner.models.lora_targets import target_modules
-from finetuner.models.loss import TokenLoss, head_is_composable
 from finetuner.models.tokenizer import load_tokenizer
+from finetuner.objectives import next_token as loss_module
+from finetuner.objectives.next_token import TokenLoss, head_is_composable
 from finetuner.recipe.sections import AdapterSection, SpecialTokens, TokenizerSection
 from finetuner.world import World
 

@@ -17,7 +17,7 @@ from finetuner.data.packing import Packs, best_fit_decreasing
 from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.errors import ModelError
 from finetuner.models.document_isolation import require_isolation
-from finetuner.models.loss import TokenLoss
+from finetuner.objectives.next_token import TokenLoss
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,9 @@ from conftest import largest_difference, unfinished, weights_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from finetuner.models import loss as loss_module
-from finetuner.models.loss import Regularisers, TokenLoss, summed_loss
 from finetuner.models.neftune import document_lengths, noisy
+from finetuner.objectives import next_token as loss_module
+from finetuner.objectives.next_token import Regularisers, TokenLoss, summed_loss
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from torch import distributed
 
 from finetuner.errors import FinetunerError, PlanError
 from finetuner.models.lazy_weights import Promises
-from finetuner.models.loss import TokenLoss
+from finetuner.objectives.next_token import TokenLoss
 from finetuner.plan.parallel import FsdpPlan, ZeroPlan
 from finetuner.plan.run import Plan
 from finetuner.training.engine import CopiesEngine, Engine

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetuner.errors import ModelError
 from finetuner.models.lazy_weights import Promises
-from finetuner.models.loss import TokenLoss
+from finetuner.objectives.next_token import TokenLoss
 from finetuner.plan.parallel import FsdpPlan
 from finetuner.training.engine import Held, Tensors, held_by
 from finetuner.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate

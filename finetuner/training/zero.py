@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import distributed, nn
 
 from finetuner.models.lazy_weights import Promised, Promises
-from finetuner.models.loss import TokenLoss
+from finetuner.objectives.next_token import TokenLoss
 from finetuner.plan.parallel import ZeroPlan, zero_config_for
 from finetuner.training.engine import Held, Tensors
 from finetuner.training.optimizer_state import (
