@@ -26,10 +26,10 @@ from finetuner.console import Screen, quiet_libraries
 from finetuner.data.step_batches import build_feed
 from finetuner.models.from_scratch import begun_model, scratch_config
 from finetuner.models.gpt import GPTForCausalLM
+from finetuner.parallel.launch import build_accelerator
 from finetuner.plan.run import Plan
 from finetuner.recipe import load
 from finetuner.run import assemble, fit, prepare_rows
-from finetuner.training.accelerator import build_accelerator
 from finetuner.training.state import TrainState
 from finetuner.world import World
 

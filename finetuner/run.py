@@ -51,6 +51,13 @@ from finetuner.models.quantized import (
 )
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.output import claimed, remove_run_files, require_space
+from finetuner.parallel.launch import (
+    build_accelerator,
+    build_engine,
+    by_main_rank,
+    leave_ranks,
+    use_threads_and_matmuls,
+)
 from finetuner.plan.flops import peak_of
 from finetuner.plan.parallel import FsdpPlan
 from finetuner.plan.run import Plan, Schedule
@@ -61,13 +68,6 @@ from finetuner.redaction import without_secrets
 from finetuner.resume import resume_facts
 from finetuner.starting import choose_checkpoint, require_same_rows, state_of
 from finetuner.summary import print_plan
-from finetuner.training.accelerator import (
-    build_accelerator,
-    build_engine,
-    by_main_rank,
-    leave_ranks,
-    use_threads_and_matmuls,
-)
 from finetuner.training.guards import Guards
 from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop

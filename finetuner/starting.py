@@ -9,9 +9,9 @@ from accelerate.utils import gather_object
 from finetuner.checkpoint import list_checkpoints, newest_whole, read_saved, require_whole
 from finetuner.console import Screen
 from finetuner.errors import CheckpointError, DataError
+from finetuner.parallel.launch import by_main_rank
 from finetuner.recipe import Recipe
 from finetuner.resume import check_resume
-from finetuner.training.accelerator import by_main_rank
 from finetuner.training.state import TrainState
 
 

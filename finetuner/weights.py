@@ -25,8 +25,8 @@ from finetuner.models.load import use_token_ids, write_model_folder
 from finetuner.models.quantized import record_of, write_record
 from finetuner.objectives.next_token import TokenLoss
 from finetuner.output import move_into
+from finetuner.parallel.optimizer_state import optimizer_tensors
 from finetuner.training.loop import Run
-from finetuner.training.optimizer_state import optimizer_tensors
 from finetuner.training.parts import MODEL_PART, OPTIMIZER_PART, Parts, has_parts, write_part
 
 if TYPE_CHECKING:

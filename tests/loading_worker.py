@@ -17,8 +17,8 @@ from finetuner.models.freed_memory import giving_back
 from finetuner.models.load import promised_model
 from finetuner.models.quantized import Format
 from finetuner.objectives.next_token import TokenLoss, head_is_composable
+from finetuner.parallel.fsdp import shard_module
 from finetuner.plan.parallel import FsdpPlan
-from finetuner.training.fsdp import shard_module
 
 CPU = torch.device("cpu")
 NF4 = Format("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)

@@ -319,7 +319,7 @@ def sharded_here(plan, tied_or_not: Path):
     from transformers import AutoModelForCausalLM
 
     from finetuner.objectives.next_token import TokenLoss
-    from finetuner.training.fsdp import shard_module
+    from finetuner.parallel.fsdp import shard_module
 
     loss = TokenLoss(AutoModelForCausalLM.from_pretrained(tied_or_not), composed=True)
     shard_module(loss, plan, torch.device("cpu"), full=True)
@@ -367,8 +367,8 @@ def test_the_norm_of_a_sharded_gradient_is_torchs_and_clips_the_same(tiny_model,
     from torch.nn.utils import clip_grad_norm_
     from transformers import AutoModelForCausalLM
 
+    from finetuner.parallel.fsdp import FsdpEngine
     from finetuner.plan.parallel import FsdpPlan
-    from finetuner.training.fsdp import FsdpEngine
 
     loss = sharded_here(plan := FsdpPlan(num_shards=1, pin_memory=False), tiny_model)
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.0)

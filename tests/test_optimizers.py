@@ -9,11 +9,11 @@ from conftest import largest_difference, run_command, unfinished, weights_of
 from torch import nn
 
 from finetuner.errors import CheckpointError, PlanError, RecipeError
+from finetuner.parallel.optimizer_state import SideBySide, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from finetuner.recipe import load
 from finetuner.recipe.optimizers import OPTIMIZERS, read_arguments
 from finetuner.recipe.sections import AdapterSection, OptimizerSection, RatesSection
 from finetuner.training.optimizer import build_optimizer, own_rates
-from finetuner.training.optimizer_state import SideBySide, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
-from finetuner.training.engine import CopiesEngine
+from finetuner.parallel.engine import CopiesEngine
 
 SCALE = 1024.0
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from finetuner.errors import ModelError, PlanError
+from finetuner.parallel.optimizer_state import SideBySide
 from finetuner.recipe.optimizers import read_arguments
 from finetuner.recipe.sections import OptimizerSection, RatesSection
-from finetuner.training.optimizer_state import SideBySide
 
 Groups = list[dict[str, Any]]
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from finetuner.errors import CheckpointError
-from finetuner.training.engine import local_part
+from finetuner.parallel.engine import local_part
 
 PATTERN = "part-*.safetensors"
 MODEL_PART, OPTIMIZER_PART = "model/", "optimizer/"  # what a name in a part file begins with

@@ -22,9 +22,9 @@ from torch import distributed
 from finetuner.errors import FinetunerError, PlanError
 from finetuner.models.lazy_weights import Promises
 from finetuner.objectives.next_token import TokenLoss
+from finetuner.parallel.engine import CopiesEngine, Engine
 from finetuner.plan.parallel import FsdpPlan, ZeroPlan
 from finetuner.plan.run import Plan
-from finetuner.training.engine import CopiesEngine, Engine
 from finetuner.world import World, take_engine_from_launcher
 
 T = TypeVar("T")
@@ -95,12 +95,12 @@ def build_engine(
     offloads = plan.engine is not None and plan.engine.offload
     updated_on = torch.device("cpu") if offloads else accelerator.device
     if isinstance(plan.engine, FsdpPlan):
-        from finetuner.training.fsdp import FsdpEngine, shard_module
+        from finetuner.parallel.fsdp import FsdpEngine, shard_module
 
         shard_module(loss, plan.engine, accelerator.device, full=full, promises=promises)
         return FsdpEngine(accelerator, loss, make_optimizer(updated_on), plan.engine)
     if isinstance(plan.engine, ZeroPlan):
-        from finetuner.training.zero import ZeroEngine
+        from finetuner.parallel.zero import ZeroEngine
 
         return ZeroEngine(accelerator, loss, make_optimizer(updated_on), plan.engine, promises)
     assert promises is None

@@ -12,7 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
 
-from finetuner.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from finetuner.parallel.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate
 
 Tensors = dict[str, torch.Tensor]
 

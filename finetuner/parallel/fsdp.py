@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from finetuner.errors import ModelError
 from finetuner.models.lazy_weights import Promises
 from finetuner.objectives.next_token import TokenLoss
+from finetuner.parallel.engine import Held, Tensors, held_by
+from finetuner.parallel.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from finetuner.plan.parallel import FsdpPlan
-from finetuner.training.engine import Held, Tensors, held_by
-from finetuner.training.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate
 
 
 def shard_module(

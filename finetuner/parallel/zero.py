@@ -12,15 +12,15 @@ from torch import distributed, nn
 
 from finetuner.models.lazy_weights import Promised, Promises
 from finetuner.objectives.next_token import TokenLoss
-from finetuner.plan.parallel import ZeroPlan, zero_config_for
-from finetuner.training.engine import Held, Tensors
-from finetuner.training.optimizer_state import (
+from finetuner.parallel.engine import Held, Tensors
+from finetuner.parallel.optimizer_state import (
     OF_RANKS,
     as_tensor,
     as_value,
     blocks_are_of,
     set_learning_rate,
 )
+from finetuner.plan.parallel import ZeroPlan, zero_config_for
 from finetuner.world import name_local_rank
 
 
