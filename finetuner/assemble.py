@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from finetuner.checkpoint.shards import has_parts, read_parts
 from finetuner.errors import ModelError
 from finetuner.export.merge import require_same_base
 from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
@@ -31,7 +32,6 @@ from finetuner.plan.parallel import FsdpPlan, ZeroPlan
 from finetuner.plan.run import Plan, Precision
 from finetuner.recipe import Recipe
 from finetuner.recipe.sections import AdapterSection, RegularisationSection
-from finetuner.training.parts import has_parts, read_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

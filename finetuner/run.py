@@ -11,7 +11,20 @@ from accelerate import Accelerator
 
 from finetuner import __version__
 from finetuner.assemble import DTYPES, build_model, probe
-from finetuner.checkpoint import (
+from finetuner.checkpoint.compatibility import resume_facts
+from finetuner.checkpoint.contents import (
+    Weights,
+    checkpoint_bytes,
+    gather,
+    read_optimizer,
+    result_mark,
+    write_best,
+    write_checkpoint,
+    write_model,
+    write_parts,
+    write_result,
+)
+from finetuner.checkpoint.folder import (
     aside_of,
     checkpoint_folder,
     list_checkpoints,
@@ -19,6 +32,7 @@ from finetuner.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
+from finetuner.checkpoint.output_dir import claimed, remove_run_files, require_space
 from finetuner.console import Screen, quiet_libraries
 from finetuner.data.batches import Layout
 from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
@@ -50,7 +64,6 @@ from finetuner.models.quantized import (
     require_bitsandbytes,
 )
 from finetuner.models.tokenizer import Vocabulary, load_tokenizer
-from finetuner.output import claimed, remove_run_files, require_space
 from finetuner.parallel.launch import (
     build_accelerator,
     build_engine,
@@ -65,7 +78,6 @@ from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.recipe.sections import GuardSection, TrackingSection
 from finetuner.redaction import without_secrets
-from finetuner.resume import resume_facts
 from finetuner.starting import choose_checkpoint, require_same_rows, state_of
 from finetuner.summary import print_plan
 from finetuner.training.guards import Guards
@@ -78,18 +90,6 @@ from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_wishes
 from finetuner.training.trackers import Trackers, require_trackers
 from finetuner.training.watchdog import stacks_when_stuck
-from finetuner.weights import (
-    Weights,
-    checkpoint_bytes,
-    gather,
-    read_optimizer,
-    result_mark,
-    write_best,
-    write_checkpoint,
-    write_model,
-    write_parts,
-    write_result,
-)
 from finetuner.world import World
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from finetuner.checkpoint import list_checkpoints, newest_whole, read_saved, require_whole
+from finetuner.checkpoint.compatibility import check_resume
+from finetuner.checkpoint.folder import list_checkpoints, newest_whole, read_saved, require_whole
 from finetuner.console import Screen
 from finetuner.errors import CheckpointError, DataError
 from finetuner.parallel.launch import by_main_rank
 from finetuner.recipe import Recipe
-from finetuner.resume import check_resume
 from finetuner.training.state import TrainState
 
 

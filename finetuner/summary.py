@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object
 
+from finetuner.checkpoint.contents import Weights
 from finetuner.console import Screen
 from finetuner.data.batches import padding_share
 from finetuner.data.prepare import Prepared
@@ -14,7 +15,6 @@ from finetuner.plan.parallel import EnginePlan, ZeroPlan, filled_in
 from finetuner.plan.run import Schedule
 from finetuner.recipe import Recipe
 from finetuner.training.loop import Run
-from finetuner.weights import Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

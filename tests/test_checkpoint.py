@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from finetuner.checkpoint import (
+from finetuner.checkpoint.compatibility import check_resume, resume_facts
+from finetuner.checkpoint.folder import (
     checkpoint_folder,
     damage,
     list_checkpoints,
@@ -17,9 +18,8 @@ from finetuner.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
+from finetuner.checkpoint.output_dir import claimed, move_into, remove_run_files, require_space
 from finetuner.errors import CheckpointError
-from finetuner.output import claimed, move_into, remove_run_files, require_space
-from finetuner.resume import check_resume, resume_facts
 from finetuner.training.loop import TrainState
 
 pytestmark = pytest.mark.slow

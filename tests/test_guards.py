@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, alpaca_rows, run_command, weights_of, write_rows
 from safetensors.torch import load_file
 
-from finetuner.checkpoint import list_checkpoints, newest_whole, read_saved
+from finetuner.checkpoint.folder import list_checkpoints, newest_whole, read_saved
 from finetuner.errors import CheckpointError, RecipeError, TrainingError
 from finetuner.plan.run import Schedule
 from finetuner.recipe import load

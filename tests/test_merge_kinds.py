@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner import commands
-from finetuner.checkpoint import aside_of
+from finetuner.checkpoint.folder import aside_of
 from finetuner.errors import ModelError, RecipeError
 from finetuner.export.card import write_card
 from finetuner.export.merge import Form, merge_adapter

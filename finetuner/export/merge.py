@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from finetuner.checkpoint import aside_of, written_aside
+from finetuner.checkpoint.folder import aside_of, written_aside
 from finetuner.errors import ModelError
 from finetuner.export.changes import Change, Changes, Tied, base_name, read_changes, read_config
 from finetuner.export.generation import write_generation_config

@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetuner.checkpoint import MANIFEST, checkpoint_folder, damage, written_aside
+from finetuner.checkpoint.folder import MANIFEST, checkpoint_folder, damage, written_aside
+from finetuner.checkpoint.output_dir import move_into
+from finetuner.checkpoint.shards import MODEL_PART, OPTIMIZER_PART, Parts, has_parts, write_part
 from finetuner.errors import CheckpointError
 from finetuner.export.generation import write_generation_config
 from finetuner.models.adapter import write_adapter
 from finetuner.models.load import use_token_ids, write_model_folder
 from finetuner.models.quantized import record_of, write_record
 from finetuner.objectives.next_token import TokenLoss
-from finetuner.output import move_into
 from finetuner.parallel.optimizer_state import optimizer_tensors
 from finetuner.training.loop import Run
-from finetuner.training.parts import MODEL_PART, OPTIMIZER_PART, Parts, has_parts, write_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
