@@ -9,7 +9,7 @@ import torch
 
 from finetuner.data.sandbox import ChatTemplate, compile_template
 from finetuner.errors import DataError, ModelError
-from finetuner.export.generation import stop_ids
+from finetuner.export.generation_config import stop_ids
 from finetuner.generate import Manner, Speaker, speaker_of
 from finetuner.models.generation import as_text, choose, context_of, ends_of, sampled
 

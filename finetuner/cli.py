@@ -57,7 +57,7 @@ def merge(
     ] = None,
 ) -> None:
     """Merge a trained adapter into its base model, to OUTPUT_DIR/merged."""
-    from finetuner.export.wishes import read_wishes
+    from finetuner.export.merge_options import read_wishes
     from finetuner.recipe import load
 
     if not Path(target).is_dir():  # what is wrong with a recipe is said before torch is imported

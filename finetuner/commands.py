@@ -12,16 +12,16 @@ from finetuner.console import Screen, duration, quiet_libraries
 from finetuner.data.cache import prepared_already
 from finetuner.data.prepare import BY_WEIGHT, held_out_only
 from finetuner.errors import ModelError, RecipeError
-from finetuner.export.card import write_card
-from finetuner.export.changes import read_config
-from finetuner.export.gguf import export_gguf, read_source
-from finetuner.export.layers import verify_layers
+from finetuner.export.adapter_updates import read_config
+from finetuner.export.gguf_export import export_gguf, read_source
+from finetuner.export.hub import require_hub, upload_result
 from finetuner.export.merge import Form, merge_adapter, require_same_base
-from finetuner.export.seen import known_settings
+from finetuner.export.merge_options import Wishes, read_wishes
+from finetuner.export.model_card import write_card
 from finetuner.export.serving import check_for_vllm, modelfile
-from finetuner.export.upload import require_hub, upload_result
-from finetuner.export.verify import room_to_verify, verify_merged
-from finetuner.export.wishes import Wishes, read_wishes
+from finetuner.export.training_base import known_settings
+from finetuner.export.verify_logits import room_to_verify, verify_merged
+from finetuner.export.verify_tensors import verify_layers
 from finetuner.models.files import find_base
 from finetuner.models.from_scratch import texts_of, tokenizer_name
 from finetuner.models.pickled_weights import readable_base

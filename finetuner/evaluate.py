@@ -19,7 +19,7 @@ from finetuner.data.prepare import Part, Prepared, held_out_only
 from finetuner.data.templates import chosen_template
 from finetuner.data.tokens import IGNORE, Ids
 from finetuner.errors import DataError, ModelError, RecipeError
-from finetuner.export.generation import stop_ids
+from finetuner.export.generation_config import stop_ids
 from finetuner.lineup import Candidate, Lineup, candidates, lineup_of_model, lineup_of_run
 from finetuner.models.attention import choose_attention
 from finetuner.models.pickled_weights import readable_base

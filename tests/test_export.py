@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner import commands
 from finetuner.errors import ModelError
-from finetuner.export.gguf import SPLITS
+from finetuner.export.gguf_export import SPLITS
 from finetuner.export.serving import turns_of
 from finetuner.models.gguf_import import import_gguf, read_header
 from finetuner.models.load import load_model

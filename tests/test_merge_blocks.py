@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetuner.export.changes import BLOCK, MIN_ROWS, LowRank
+from finetuner.export.adapter_updates import BLOCK, MIN_ROWS, LowRank
 
 SHAPES = [(3001, 701, 1), (1537, 2049, 64), (9000, 333, 256), (33, 90_001, 4), (2048, 2048, 16), (5, 300_001, 2)]
 

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetuner import commands
 from finetuner.checkpoint.folder import aside_of
 from finetuner.errors import ModelError, RecipeError
-from finetuner.export.card import write_card
 from finetuner.export.merge import Form, merge_adapter
-from finetuner.export.verify import verify_merged
-from finetuner.export.wishes import read_wishes
+from finetuner.export.merge_options import read_wishes
+from finetuner.export.model_card import write_card
+from finetuner.export.verify_logits import verify_merged
 
 pytestmark = pytest.mark.slow
 
@@ -226,9 +226,9 @@ def test_a_killed_merge_goes_on_behind_the_files_it_had_finished(tmp_path, token
     code = f"""
 import time
 from pathlib import Path
-from finetuner.export.card import write_card
+from finetuner.export.model_card import write_card
 from finetuner.export.merge import Form, merge_adapter
-from finetuner.export.verify import verify_merged
+from finetuner.export.verify_logits import verify_merged
 merge_adapter(Path({str(folder)!r}), {str(base)!r}, Path({str(output)!r}), lambda *a: time.sleep(0.02), form={form})
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)

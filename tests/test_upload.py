@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from finetuner.errors import ModelError, PlanError, RecipeError
-from finetuner.export.upload import require_hub
+from finetuner.export.hub import require_hub
 from finetuner.recipe.sections import OutputSection
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,8 @@ from test_merge_kinds import KINDS, adapt
 
 from finetuner import commands
 from finetuner.errors import ModelError
-from finetuner.export.layers import verify_layers
 from finetuner.export.merge import Form, merge_adapter
+from finetuner.export.verify_tensors import verify_layers
 
 pytestmark = pytest.mark.slow
 

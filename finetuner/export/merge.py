@@ -19,9 +19,9 @@ import torch
 
 from finetuner.checkpoint.folder import aside_of, written_aside
 from finetuner.errors import ModelError
-from finetuner.export.changes import Change, Changes, Tied, base_name, read_changes, read_config
-from finetuner.export.generation import write_generation_config
-from finetuner.export.seen import quantised_tensors, record_for
+from finetuner.export.adapter_updates import Change, Changes, Tied, base_name, read_changes, read_config
+from finetuner.export.generation_config import write_generation_config
+from finetuner.export.training_base import quantised_tensors, record_for
 from finetuner.models.files import INDEX, find_base, weight_files
 from finetuner.models.load import on_meta
 from finetuner.models.lora_targets import is_tied

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuner.errors import ModelError
-from finetuner.export.generation import stop_ids
+from finetuner.export.generation_config import stop_ids
 from finetuner.models.files import weight_files
 from finetuner.storage.safetensors_stream import read_header
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from finetuner.errors import ModelError
-from finetuner.export.changes import base_name, read_config
+from finetuner.export.adapter_updates import base_name, read_config
 from finetuner.models.files import weight_files
 from finetuner.models.load import layers_to_quantize
 from finetuner.models.quantized import (

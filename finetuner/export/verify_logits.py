@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from finetuner.errors import ModelError
 from finetuner.export.merge import MARK
-from finetuner.export.seen import quantised_tensors, record_for
+from finetuner.export.training_base import quantised_tensors, record_for
 from finetuner.models.files import find_base, weight_files
 from finetuner.models.load import load_model
 from finetuner.models.quantized import Record, seen_in_training
