@@ -21,9 +21,9 @@ import torch
 from finetuner import commands, run
 from finetuner.assemble import DTYPES
 from finetuner.console import Screen, quiet_libraries
-from finetuner.evaluate import Result, find_questions, job_of_run, markdown, measure
-from finetuner.evaluate import Wishes as Measures
-from finetuner.lineup import Candidate, candidates
+from finetuner.evaluation.candidates import Candidate, candidates
+from finetuner.evaluation.evaluate import Result, find_questions, job_of_run, markdown, measure
+from finetuner.evaluation.evaluate import Wishes as Measures
 from finetuner.models.attention import choose_attention
 from finetuner.models.load import load_model
 from finetuner.recipe import load

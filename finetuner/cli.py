@@ -198,9 +198,9 @@ def evaluate(
         from finetuner.recipe import load
 
         load(target, overrides or [])  # what is wrong with a recipe is said before torch is imported
-    from finetuner.evaluate import Wishes
-    from finetuner.evaluate import evaluate as score
-    from finetuner.tasks import Tasks
+    from finetuner.evaluation.benchmark_tasks import Tasks
+    from finetuner.evaluation.evaluate import Wishes
+    from finetuner.evaluation.evaluate import evaluate as score
 
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     if not names and (include_path is not None or limit is not None):

@@ -14,9 +14,9 @@ from conftest import ROOT, alpaca_rows, make_model, write_rows
 from finetuner import commands
 from finetuner.cli import main
 from finetuner.errors import DataError, ModelError, RecipeError
-from finetuner.evaluate import Wishes, evaluate
-from finetuner.scores import TextScore, f1, normalised, score_answers, total
-from finetuner.tasks import TaskScore, scores_of
+from finetuner.evaluation.benchmark_tasks import TaskScore, scores_of
+from finetuner.evaluation.evaluate import Wishes, evaluate
+from finetuner.evaluation.scores import TextScore, f1, normalised, score_answers, total
 
 pytestmark = pytest.mark.slow
 

@@ -15,10 +15,10 @@ from finetuner.data.order import mix
 from finetuner.data.prepare import Part
 from finetuner.data.tokens import Rows
 from finetuner.errors import PreemptedError
+from finetuner.evaluation.scores import TextScore, total
 from finetuner.parallel.engine import Engine
 from finetuner.plan.flops import Work
 from finetuner.plan.run import Plan, Schedule
-from finetuner.scores import TextScore, total
 from finetuner.training.guards import Guards
 from finetuner.training.metrics import peak_memory_bytes
 from finetuner.training.state import TrainState

@@ -19,8 +19,10 @@ from finetuner.data.prepare import Part, Prepared, held_out_only
 from finetuner.data.templates import chosen_template
 from finetuner.data.tokens import IGNORE, Ids
 from finetuner.errors import DataError, ModelError, RecipeError
+from finetuner.evaluation.benchmark_tasks import Tasks, TaskScore, require_tasks, score_tasks
+from finetuner.evaluation.candidates import Candidate, Lineup, candidates, lineup_of_model, lineup_of_run
+from finetuner.evaluation.scores import AnswerScore, TextScore, score_answers, total
 from finetuner.export.generation_config import stop_ids
-from finetuner.lineup import Candidate, Lineup, candidates, lineup_of_model, lineup_of_run
 from finetuner.models.attention import choose_attention
 from finetuner.models.pickled_weights import readable_base
 from finetuner.models.tokenizer import load_tokenizer
@@ -29,8 +31,6 @@ from finetuner.plan.run import Plan
 from finetuner.recipe import Loaded, Recipe, load, load_values
 from finetuner.recipe.sections import TokenizerSection
 from finetuner.run import layout_of, prepare_rows
-from finetuner.scores import AnswerScore, TextScore, score_answers, total
-from finetuner.tasks import Tasks, TaskScore, require_tasks, score_tasks
 from finetuner.training.loop import loss_of
 from finetuner.world import World
 
