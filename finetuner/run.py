@@ -42,9 +42,9 @@ from finetuner.data.step_batches import Feed, build_feed, prefetched
 from finetuner.data.templates import chosen_template
 from finetuner.data.token_bytes import token_bytes
 from finetuner.errors import FinetunerError, LostConnectionError, PreemptedError
+from finetuner.estimate.fit import require_fit
 from finetuner.export.hub import require_hub, upload_result
 from finetuner.export.model_card import write_card
-from finetuner.footprint import require_fit
 from finetuner.models.attention import choose_attention
 from finetuner.models.document_isolation import wants_flat_packs
 from finetuner.models.freed_memory import giving_back

@@ -153,7 +153,7 @@ def _vocabulary(recipe: Recipe) -> int:
 
 
 def _read(recipe: Recipe, plan: Plan) -> Model:
-    from finetuner.footprint import model_without_weights, parts_to_keep
+    from finetuner.estimate.fit import model_without_weights, parts_to_keep
     from finetuner.models.attention import choose_attention
     from finetuner.models.load import train_only
     from finetuner.models.model_flops import parts_of, work_of
