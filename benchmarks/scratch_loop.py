@@ -29,7 +29,7 @@ from finetuner.models.gpt import GPTForCausalLM
 from finetuner.parallel.launch import build_accelerator
 from finetuner.plan.run import Plan
 from finetuner.recipe import load
-from finetuner.run import assemble, fit, prepare_rows
+from finetuner.run.train import assemble, fit, prepare_rows
 from finetuner.training.state import TrainState
 from finetuner.world import World
 

@@ -15,13 +15,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from finetuner import run
 from finetuner.data.order import row_order
 from finetuner.data.prepare import prepare
 from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.models.adapter import add_lora
 from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe import Recipe, load
+from finetuner.run import train as run
 from finetuner.training.metrics import read_metrics
 
 

@@ -37,7 +37,7 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     from finetuner.recipe import load
 
     loaded = load(recipe, overrides or [])
-    from finetuner import run  # imports torch: only once the recipe is known to be right
+    from finetuner.run import train as run  # imports torch: only once the recipe is known to be right
 
     run.train(loaded, recipe)
 

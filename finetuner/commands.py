@@ -28,8 +28,8 @@ from finetuner.models.pickled_weights import readable_base
 from finetuner.models.quantized import read_record
 from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe import Loaded, Recipe, load
-from finetuner.run import prepare_rows, special_ids
-from finetuner.summary import rows_line
+from finetuner.run.summary import rows_line
+from finetuner.run.train import prepare_rows, special_ids
 from finetuner.world import World
 
 if TYPE_CHECKING:

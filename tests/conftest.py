@@ -185,8 +185,8 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict]]:
     """train(recipe, "key=value", ...) runs it in this process on one CPU rank; gives the rows of its metrics."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    from finetuner import run
     from finetuner.recipe import load
+    from finetuner.run import train as run
     from finetuner.training.metrics import read_metrics
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from finetuner.assemble import DTYPES, probe
 from finetuner.console import Screen, quiet_libraries
 from finetuner.data.batches import evaluation_batches
 from finetuner.data.cache import prepare_once
@@ -30,7 +29,8 @@ from finetuner.objectives.next_token import TokenLoss
 from finetuner.plan.run import Plan
 from finetuner.recipe import Loaded, Recipe, load, load_values
 from finetuner.recipe.sections import TokenizerSection
-from finetuner.run import layout_of, prepare_rows
+from finetuner.run.build import DTYPES, probe
+from finetuner.run.train import layout_of, prepare_rows
 from finetuner.training.loop import loss_of
 from finetuner.world import World
 

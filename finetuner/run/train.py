@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 
 from finetuner import __version__
-from finetuner.assemble import DTYPES, build_model, probe
 from finetuner.checkpoint.compatibility import resume_facts
 from finetuner.checkpoint.contents import (
     Weights,
@@ -78,8 +77,9 @@ from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.recipe.sections import GuardSection, TrackingSection
 from finetuner.redaction import without_secrets
-from finetuner.starting import choose_checkpoint, require_same_rows, state_of
-from finetuner.summary import print_plan
+from finetuner.run.build import DTYPES, build_model, probe
+from finetuner.run.resume import choose_checkpoint, require_same_rows, state_of
+from finetuner.run.summary import print_plan
 from finetuner.training.guards import Guards
 from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
