@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from finetuner import commands
+from finetuner.commands.merge import merge
 from finetuner.console import Screen, quiet_libraries
 from finetuner.evaluation.candidates import Candidate, candidates
 from finetuner.evaluation.evaluate import Result, find_questions, job_of_run, markdown, measure
@@ -135,7 +135,7 @@ def main() -> None:
     merged = {"merged, original base": "original", "merged, dequantized base": "dequantized"}
     folders = {name: words.out / f"merged-{base}" for name, base in merged.items()}
     for name, base in merged.items():
-        commands.merge(recipe, [f"output={folders[name]}", f"base={base}"])
+        merge(recipe, [f"output={folders[name]}", f"base={base}"])
     results = measured(recipe, folders, words.questions)
     table = markdown(results)
     (words.out / "qlora_squad.md").write_text(table + "\n")

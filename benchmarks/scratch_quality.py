@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from finetuner.generate import Speaker, speaker_of
+from finetuner.commands.generate import Speaker, speaker_of
 from finetuner.models.generation import as_text, choose, context_of, ends_of, first_tokens, sampled
 from finetuner.training.metrics import read_metrics
 

@@ -62,9 +62,9 @@ def merge(
 
     if not Path(target).is_dir():  # what is wrong with a recipe is said before torch is imported
         load(target, read_wishes(overrides or []).others)
-    from finetuner import commands
+    from finetuner.commands.merge import merge as run_merge
 
-    commands.merge(target, overrides or [])
+    run_merge(target, overrides or [])
 
 
 @app.command()
@@ -92,9 +92,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
 ) -> None:
     """Say what a run will compute: parameters by part, tokens, FLOPs, hours, memory; no weights are loaded."""
+    from finetuner.commands.plan import devices_of
+    from finetuner.commands.plan import plan as show
     from finetuner.recipe import load
-    from finetuner.scaling import devices_of
-    from finetuner.scaling import plan as show
 
     loaded = load(recipe, overrides or [], check_files=False)
     there = devices_of(devices, flops or loaded.recipe.output.device_peak_flops)
@@ -147,9 +147,9 @@ def data(recipe: RecipePath, overrides: Overrides = None) -> None:
     from finetuner.recipe import load
 
     loaded = load(recipe, overrides or [])
-    from finetuner import commands
+    from finetuner.commands.data import prepare_data
 
-    commands.prepare_data(loaded, recipe)
+    prepare_data(loaded, recipe)
 
 
 @app.command()
@@ -168,7 +168,7 @@ def preview(
     from finetuner.recipe import load
 
     loaded = load(recipe, overrides or [])
-    from finetuner.preview import preview as show
+    from finetuner.commands.preview import preview as show
 
     show(loaded, recipe, count=count, rows=rows, source=source, ids=ids, html=html)
 
@@ -217,7 +217,7 @@ def export(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the files; default: MODEL's own.")] = None,
 ) -> None:
     """Write a model for the tools that serve it, and check it by reading it back."""
-    from finetuner.commands import export as write
+    from finetuner.commands.export import export as write
 
     write(model, to, form, out)
 
@@ -241,7 +241,7 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="For everyone, if the repository is new.")] = False,
 ) -> None:
     """Upload a result to the hub, with the token of `hf auth login` or HF_TOKEN; what is there is not sent again."""
-    from finetuner.commands import push as upload
+    from finetuner.commands.push import push as upload
 
     upload(target, to, public=public)
 
@@ -257,8 +257,8 @@ def generate(
     seed: Seed = 0,
 ) -> None:
     """Write text with a model, or with what a recipe trained (an adapter on its base)."""
-    from finetuner.generate import Manner
-    from finetuner.generate import generate as write_text
+    from finetuner.commands.generate import Manner
+    from finetuner.commands.generate import generate as write_text
 
     write_text(source, overrides or [], prompt, Manner(max_new_tokens, temperature, top_p, seed), _write_at_once)
 
@@ -274,8 +274,8 @@ def chat(
     seed: Seed = 0,
 ) -> None:
     """Talk with a model, or with what a recipe trained: a line of input is a turn; /quit or the end of input ends."""
-    from finetuner.chat import chat as talk
-    from finetuner.generate import Manner
+    from finetuner.commands.chat import chat as talk
+    from finetuner.commands.generate import Manner
 
     manner = Manner(max_new_tokens, temperature, top_p, seed)
     talk(
@@ -318,9 +318,9 @@ def tokenizer(recipe: RecipePath, overrides: Overrides = None) -> None:
     from finetuner.recipe import load
 
     loaded = load(recipe, overrides or [])
-    from finetuner import commands
+    from finetuner.commands.tokenizer import make_tokenizer
 
-    commands.make_tokenizer(loaded)
+    make_tokenizer(loaded)
 
 
 @app.command("import-gguf")

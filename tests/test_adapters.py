@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from finetuner import commands
+from finetuner.commands.merge import merge
 from finetuner.errors import ModelError, RecipeError
 from finetuner.export.merge import merge_adapter
 from finetuner.models.adapter import adapter_tensors, add_lora
@@ -69,7 +69,7 @@ def test_merged_model_equals_adapter_model(kind, tied, write_recipe, train, tmp_
     base = make_model(tmp_path / "base", tokenizer_folder, tied=tied)
     recipe = write_recipe(base_model=str(base), **QUICK, **KINDS[kind])
     train(recipe)
-    commands.merge(str(recipe), [])
+    merge(str(recipe), [])
     out = tmp_path / "out"
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
     model = AutoModelForCausalLM.from_pretrained(base)

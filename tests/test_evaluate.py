@@ -11,8 +11,8 @@ import sys
 import pytest
 from conftest import ROOT, alpaca_rows, make_model, write_rows
 
-from finetuner import commands
 from finetuner.cli import main
+from finetuner.commands.merge import merge
 from finetuner.errors import DataError, ModelError, RecipeError
 from finetuner.evaluation.benchmark_tasks import TaskScore, scores_of
 from finetuner.evaluation.evaluate import Wishes, evaluate
@@ -69,7 +69,7 @@ def test_the_loss_is_the_one_that_training_logged_and_merging_changes_nothing(
         eval_steps=4,
     )
     logged = [row for row in train(recipe) if "eval_loss" in row]
-    commands.merge(str(recipe), ["verify=false"])
+    merge(str(recipe), ["verify=false"])
     capsys.readouterr()
     evaluate(str(tmp_path / "out" / "merged"), [], Wishes(questions=4))
     shown = capsys.readouterr().out

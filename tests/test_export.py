@@ -7,7 +7,7 @@ import torch
 from conftest import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetuner import commands
+from finetuner.commands.export import export
 from finetuner.errors import ModelError
 from finetuner.export.gguf_export import SPLITS
 from finetuner.export.serving import turns_of
@@ -37,7 +37,7 @@ def test_gguf_holds_the_same_model_but_for_the_rounding_of_its_form(form, tied, 
     model = make_model(
         tmp_path / "model", tokenizer_folder, tied=tied, hidden_size=64, vocab_size=520, initializer_range=0.2
     )
-    commands.export(model, "gguf", form, tmp_path / "out")
+    export(model, "gguf", form, tmp_path / "out")
     file = tmp_path / "out" / f"model-{form}.gguf"
     assert "verified, read back" in capsys.readouterr().out and list(file.parent.iterdir()) == [file]
     again = import_gguf(file, tmp_path / "again", "float32", report=lambda line: None)
@@ -107,7 +107,7 @@ def make_gpt2(folder, tokenizer_folder, tied):
 @pytest.mark.parametrize("form", ["f16", "q8_0"])
 def test_a_qwen2_with_its_biases_and_its_tokenizer_is_read_back_the_same(form, tmp_path, tokenizer_folder):
     model = make_qwen2(tmp_path / "model", tokenizer_folder)
-    commands.export(tmp_path / "model", "gguf", form, tmp_path / "out")
+    export(tmp_path / "model", "gguf", form, tmp_path / "out")
     file = tmp_path / "out" / f"model-{form}.gguf"
     again = import_gguf(file, tmp_path / "again", "float32", report=lambda line: None)
     exact = logits_of(tmp_path / "model")
@@ -133,7 +133,7 @@ def test_llama_cpp_writes_the_same_text_with_the_file(kind, tmp_path, tokenizer_
         make_qwen2(folder, tokenizer_folder)
     else:
         make_gpt2(folder, tokenizer_folder, tied=True)
-    commands.export(folder, "gguf", "f16", tmp_path / "out")
+    export(folder, "gguf", "f16", tmp_path / "out")
     settings = llama_cpp.CommonParams()
     settings.model.path = str(tmp_path / "out" / "model-f16.gguf")
     settings.n_ctx, settings.n_parallel, settings.warmup, settings.cpuparams.n_threads = 128, 1, False, 1
@@ -164,19 +164,19 @@ def test_a_gpt_of_ours_that_is_a_llama_is_written_as_one(tmp_path, tokenizer_fol
         config = GPTConfig(**shape, **kind, positions=positions, bias=False, initializer_range=0.2)
         GPTForCausalLM(config).save_pretrained(tmp_path / name)
         AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / name)
-    commands.export(tmp_path / "model", "gguf", "f16", tmp_path / "out")
+    export(tmp_path / "model", "gguf", "f16", tmp_path / "out")
     again = import_gguf(tmp_path / "out" / "model-f16.gguf", tmp_path / "again", "float32", report=lambda line: None)
     torch.testing.assert_close(logits_of(again), logits_of(tmp_path / "model"), rtol=2e-2, atol=2e-2)
     assert json.loads((again / "config.json").read_text())["model_type"] == "llama"
     with pytest.raises(ModelError, match="has no counterpart in other tools"):
-        commands.export(tmp_path / "other", "gguf", "f16", tmp_path / "out")
+        export(tmp_path / "other", "gguf", "f16", tmp_path / "out")
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("form", ["f16", "q8_0"])
 def test_a_gpt2_as_a_run_from_scratch_leaves_it_is_read_back_the_same(form, tied, tmp_path, tokenizer_folder):
     make_gpt2(tmp_path / "model", tokenizer_folder, tied)
-    commands.export(tmp_path / "model", "gguf", form, tmp_path / "out")
+    export(tmp_path / "model", "gguf", form, tmp_path / "out")
     again = import_gguf(
         tmp_path / "out" / f"model-{form}.gguf", tmp_path / "again", "float32", report=lambda line: None
     )
@@ -199,16 +199,16 @@ def test_what_gguf_would_change_is_refused_and_nothing_is_left(tmp_path, tokeniz
         before = (model / file).read_text()
         (model / file).write_text(json.dumps(settings))
         with pytest.raises(ModelError, match=message):
-            commands.export(model, "gguf", "f16", tmp_path / "out")
+            export(model, "gguf", "f16", tmp_path / "out")
         (model / file).write_text(before)
     with pytest.raises(ModelError, match="f16, q8_0"):
-        commands.export(model, "gguf", "q2", tmp_path / "out")
+        export(model, "gguf", "q2", tmp_path / "out")
     with pytest.raises(ModelError, match="gguf, ollama or vllm"):
-        commands.export(model, "onnx", "f16", tmp_path / "out")
+        export(model, "onnx", "f16", tmp_path / "out")
     (model / "adapter_config.json").write_text("{}")
     for tool in ("gguf", "vllm"):
         with pytest.raises(ModelError, match="Merge it first"):
-            commands.export(model, tool, "f16", tmp_path / "out")
+            export(model, tool, "f16", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -241,7 +241,7 @@ def test_a_plain_chat_template_is_its_turns(name, tokenizer_folder):
 
 def test_ollama_gets_the_file_its_template_and_where_to_stop(tmp_path, tokenizer_folder):
     model = make_model(tmp_path / "model", tokenizer_folder, hidden_size=64)
-    commands.export(model, "ollama", "q8_0", None)
+    export(model, "ollama", "q8_0", None)
     page = (model / "Modelfile").read_text()
     assert page.startswith("FROM ./model-q8_0.gguf\n") and (model / "model-q8_0.gguf").exists()
     assert '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n{{ else if' in page
@@ -254,13 +254,13 @@ def test_ollama_gets_the_file_its_template_and_where_to_stop(tmp_path, tokenizer
 
 def test_a_folder_that_vllm_can_serve_is_told_from_one_it_cannot(tmp_path, tokenizer_folder, capsys):
     model = make_model(tmp_path / "model", tokenizer_folder)
-    commands.export(model, "vllm", "f16", None)
+    export(model, "vllm", "f16", None)
     shown = capsys.readouterr().out
     assert f"serve it: vllm serve {model} --max-model-len 2048 --dtype float32" in shown and "chat template" in shown
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 4, "architectures": None}))
     with pytest.raises(ModelError, match=r"no architectures\n.*512 tokens, and the model rows for 4"):
-        commands.export(model, "vllm", "f16", None)
+        export(model, "vllm", "f16", None)
     (model / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"has no model\.safetensors"):
-        commands.export(model, "vllm", "f16", None)
+        export(model, "vllm", "f16", None)

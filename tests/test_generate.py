@@ -9,10 +9,10 @@ from conftest import make_model, run_command, write_rows
 from test_gpt import GPT2, IDS, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetuner.chat import chat
 from finetuner.cli import main
+from finetuner.commands.chat import chat
+from finetuner.commands.generate import Manner, generate
 from finetuner.errors import ModelError
-from finetuner.generate import Manner, generate
 from finetuner.models.generation import as_text, choose, sampled
 from finetuner.models.new_tokenizers import write_byte_tokenizer
 

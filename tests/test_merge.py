@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetuner import commands
+from finetuner.commands.merge import merge
 from finetuner.errors import ModelError
 from finetuner.export import merge as merge_module
 from finetuner.export.merge import merge_adapter
@@ -48,7 +48,7 @@ def test_merged_model_equals_adapter_model(tied, tokens, write_recipe, train, tm
     base = make_model(tmp_path / "base", tokenizer_folder, tied=tied)
     recipe = write_recipe(base_model=str(base), tokens=list(tokens), **LORA)
     train(recipe)
-    commands.merge(str(recipe), [])
+    merge(str(recipe), [])
     out = tmp_path / "out"
 
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
@@ -166,7 +166,7 @@ def test_pickled_weights_are_read_only_where_the_recipe_says_so(tied, write_reci
     base = make_model(tmp_path / "base", tokenizer_folder, tied=tied)
     plain = write_recipe(base_model=str(base), **LORA)
     wanted = train(plain)
-    commands.merge(str(plain), ["verify=false"])
+    merge(str(plain), ["verify=false"])
     model = AutoModelForCausalLM.from_pretrained(base)
     tensors = model.state_dict()  # of a tied model it has the head beside the embedding
     (base / "model.safetensors").unlink()
@@ -185,7 +185,7 @@ def test_pickled_weights_are_read_only_where_the_recipe_says_so(tied, write_reci
     again = tmp_path / "again"
     found = train(allowed, f"output_dir={again}")
     assert [row["loss"] for row in found] == [row["loss"] for row in wanted]
-    commands.merge(str(allowed), [f"output_dir={again}", "verify=false"])
+    merge(str(allowed), [f"output_dir={again}", "verify=false"])
     left, right = weights_of(again / "merged"), weights_of(tmp_path / "out" / "merged")
     assert all(torch.equal(left[name], right[name]) for name in right)
 
@@ -232,7 +232,7 @@ def test_streamed_files_are_what_the_library_reads(tmp_path):
 def test_merge_of_a_full_fine_tune_says_where_the_weights_are(write_recipe):
     recipe = write_recipe()
     with pytest.raises(ModelError, match="there is no adapter to merge"):
-        commands.merge(str(recipe), [])
+        merge(str(recipe), [])
 
 
 def test_run_folder_holds_what_the_design_promises(write_recipe, train, tmp_path):
@@ -257,7 +257,7 @@ def test_another_base_than_the_adapter_was_trained_on_is_refused(write_recipe, t
     train(recipe)
     other = make_model(tmp_path / "same-shape", tokenizer_folder)
     with pytest.raises(ModelError, match="was trained on"):
-        commands.merge(str(recipe), [f"base_model={other}"])
+        merge(str(recipe), [f"base_model={other}"])
 
 
 def test_a_tokenizer_with_more_tokens_than_the_base_has_rows_is_trained_and_merged(
@@ -268,7 +268,7 @@ def test_a_tokenizer_with_more_tokens_than_the_base_has_rows_is_trained_and_merg
     larger.save_pretrained(tmp_path / "larger")
     recipe = write_recipe(tokenizer=str(tmp_path / "larger"), **LORA)
     train(recipe)
-    commands.merge(str(recipe), [])
+    merge(str(recipe), [])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
     assert merged.get_input_embeddings().weight.shape[0] == merged.config.vocab_size == len(larger)
 
@@ -279,7 +279,7 @@ def test_a_chosen_end_of_text_reaches_the_configs_that_generation_reads(adapter,
     train(recipe)
     folder = tmp_path / "out"
     if adapter:
-        commands.merge(str(recipe), [])
+        merge(str(recipe), [])
         folder = folder / "merged"
     model = AutoModelForCausalLM.from_pretrained(folder)
     wanted = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>")
@@ -303,7 +303,7 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_what_it_was_trained_on(
     recipe = write_recipe(base_model=str(base), **LORA | keys)
     train(recipe)
     out, number = tmp_path / "out", getattr(torch, dtype)
-    commands.merge(str(recipe), [])
+    merge(str(recipe), [])
     assert "14 tensors rounded as the quantised base was" in capsys.readouterr().out
     exact = tmp_path / "exact"
     shutil.copytree(out, exact, ignore=shutil.ignore_patterns("quantization.json", "merged"))

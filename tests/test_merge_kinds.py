@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetuner import commands
 from finetuner.checkpoint.folder import aside_of
+from finetuner.commands.merge import merge
 from finetuner.errors import ModelError, RecipeError
 from finetuner.export.merge import Form, merge_adapter
 from finetuner.export.merge_options import read_wishes
@@ -151,8 +151,8 @@ def test_an_adapter_that_changed_its_base_at_the_start_or_is_broken_is_refused(t
 def test_number_format_and_shards_are_as_wished(tmp_path, tied_model):
     folder = tmp_path / "adapter"
     adapt(tied_model, folder, target_modules=["q_proj", "lm_head"])
-    commands.merge(str(folder), [f"output={tmp_path / 'whole'}", "dtype=bfloat16"])
-    commands.merge(str(folder), [f"output={tmp_path / 'parts'}", "dtype=bfloat16", "shard_size=60KB"])
+    merge(str(folder), [f"output={tmp_path / 'whole'}", "dtype=bfloat16"])
+    merge(str(folder), [f"output={tmp_path / 'parts'}", "dtype=bfloat16", "shard_size=60KB"])
     parts = sorted(path.name for path in (tmp_path / "parts").glob("*.safetensors"))
     assert len(parts) > 2 and parts[0] == f"model-00001-of-{len(parts):05}.safetensors"
     whole, sharded = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
@@ -185,13 +185,13 @@ def test_a_folder_is_not_merged_onto_itself_and_takes_no_recipe_keys(tmp_path, t
     folder = tmp_path / "adapter"
     adapt(tiny_model, folder, target_modules=["q_proj"])
     with pytest.raises(RecipeError, match="learning_rate=1"):
-        commands.merge(str(folder), ["learning_rate=1"])
+        merge(str(folder), ["learning_rate=1"])
     with pytest.raises(ModelError, match="the folder of the base model itself"):
-        commands.merge(str(folder), [f"output={tiny_model}"])
+        merge(str(folder), [f"output={tiny_model}"])
     with pytest.raises(ModelError, match="the folder of the adapter itself"):
-        commands.merge(str(folder), [f"output={folder}"])
+        merge(str(folder), [f"output={folder}"])
     with pytest.raises(ModelError, match="is not the folder of an adapter"):
-        commands.merge(str(tmp_path), [])
+        merge(str(tmp_path), [])
 
 
 def test_a_value_beyond_float16_is_an_error_and_nothing_is_left(tmp_path, tokenizer_folder):
@@ -257,13 +257,13 @@ merge_adapter(Path({str(folder)!r}), {str(base)!r}, Path({str(output)!r}), lambd
 def test_the_merged_files_are_read_back_and_compared_with_what_was_trained(tmp_path, tiny_model, capsys):
     folder, out = tmp_path / "adapter", tmp_path / "merged"
     adapt(tiny_model, folder, target_modules="all-linear")
-    commands.merge(str(folder), [f"output={out}"])
+    merge(str(folder), [f"output={out}"])
     assert "verified, read back, against base + adapter on built-in prompts: largest logit" in capsys.readouterr().out
     verified = json.loads((out / "merge.json").read_text())["verified"]
     assert verified["kl"] < 1e-9 and verified["same_choice"] == 1 and verified["num_tokens"] > 50
-    commands.merge(str(folder), [f"output={out}", "dtype=bfloat16"])
+    merge(str(folder), [f"output={out}", "dtype=bfloat16"])
     assert 1e-9 < json.loads((out / "merge.json").read_text())["verified"]["kl"] < 1e-2
-    commands.merge(str(folder), [f"output={out}", "verify=false"])
+    merge(str(folder), [f"output={out}", "verify=false"])
     assert "verified" not in json.loads((out / "merge.json").read_text())
     tensors = load_file(out / "model.safetensors")
     base = load_file(tiny_model / "model.safetensors")
@@ -276,7 +276,7 @@ def test_the_merged_files_are_read_back_and_compared_with_what_was_trained(tmp_p
 def test_the_card_says_what_the_result_was_made_of(write_recipe, train, tmp_path):
     recipe = write_recipe(adapter="lora", lora_r=4, max_steps=2, val_set_size=2, eval_on_start=True)
     train(recipe)
-    commands.merge(str(recipe), [])
+    merge(str(recipe), [])
     for folder in (tmp_path / "out", tmp_path / "out" / "merged"):
         card = (folder / "README.md").read_text()
         for part in ("| trained on | `rows.jsonl` | alpaca |", "lora_r: 4", "held-out loss", "torch 2", "2 steps"):

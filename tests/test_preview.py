@@ -10,9 +10,9 @@ from conftest import RecipeWriter, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.cli import main
+from finetuner.commands.preview import colours, marks
 from finetuner.data.preview import shown, visible
 from finetuner.data.tokens import IGNORE
-from finetuner.preview import colours, marks
 
 EOS = "<|endoftext|>"
 ROWS = [

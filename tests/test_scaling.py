@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 from test_cli import exit_of
 
+from finetuner.commands.plan import devices_of, span
 from finetuner.errors import PlanError
-from finetuner.scaling import devices_of, span
 
 
 def planned(capsys, *arguments: object) -> dict:

@@ -14,11 +14,11 @@ from conftest import ROOT, largest_difference, run_command, unfinished, weights_
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from finetuner.chat import chat
 from finetuner.cli import main
+from finetuner.commands.chat import chat
+from finetuner.commands.generate import Manner
 from finetuner.data.token_bytes import token_bytes
 from finetuner.errors import ModelError, PlanError, RecipeError
-from finetuner.generate import Manner
 from finetuner.models.from_scratch import scratch_config, tokenizer_name
 from finetuner.models.gpt import GPTForCausalLM
 from finetuner.models.load import on_meta

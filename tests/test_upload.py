@@ -161,7 +161,7 @@ def test_a_second_try_sends_a_merged_models_weights_no_second_time(hub, result):
 
 
 def test_what_to_upload_and_where_is_the_recipes_or_named(write_recipe, train, tmp_path, tiny_model):
-    from finetuner.commands import push
+    from finetuner.commands.push import push
 
     with pytest.raises(ModelError, match="neither an adapter nor a model"):
         push(str(tmp_path), "me/x", public=False)

@@ -11,7 +11,7 @@ from conftest import make_model, weights_of
 from safetensors.torch import load_file, save_file
 from test_merge_kinds import KINDS, adapt
 
-from finetuner import commands
+from finetuner.commands.merge import merge
 from finetuner.errors import ModelError
 from finetuner.export.merge import Form, merge_adapter
 from finetuner.export.verify_tensors import verify_layers
@@ -66,14 +66,16 @@ def test_a_merge_is_verified_on_held_out_rows_or_prompts_or_by_tensors_and_says_
     recipe = write_recipe(adapter="qlora", lora_r=4, max_steps=2, val_set_size=3, learning_rate=0.02)
     train(recipe)
     capsys.readouterr()
-    commands.merge(str(recipe), [])
+    merge(str(recipe), [])
     assert "on 3 held-out rows of the recipe: largest logit difference" in capsys.readouterr().out
     assert "on 3 held-out rows" in (tmp_path / "out" / "merged" / "README.md").read_text()
     shutil.rmtree(tmp_path / "prepared")
-    commands.merge(str(recipe), [])
+    merge(str(recipe), [])
     assert "on built-in prompts: largest logit difference" in capsys.readouterr().out
-    monkeypatch.setattr(commands, "room_to_verify", lambda base: "it takes 99.0 GB of memory, and 1.0 are free")
-    commands.merge(str(recipe), ["dtype=bfloat16"])
+    monkeypatch.setattr(
+        "finetuner.commands.merge.room_to_verify", lambda base: "it takes 99.0 GB of memory, and 1.0 are free"
+    )
+    merge(str(recipe), ["dtype=bfloat16"])
     shown = capsys.readouterr().out
     assert "verifying tensor by tensor, because base + adapter cannot be held: it takes 99.0 GB" in shown
     assert "largest difference" in shown and "14 of them changed by the adapter" in shown
@@ -103,7 +105,7 @@ def test_an_adapter_of_another_tool_is_merged_onto_what_bitsandbytes_makes_of_th
     assert len(linear) == 14
 
     def merged(*words: str) -> dict[str, torch.Tensor]:
-        commands.merge(str(folder), [f"output={tmp_path / 'out'}", *words])
+        merge(str(folder), [f"output={tmp_path / 'out'}", *words])
         return weights_of(tmp_path / "out")
 
     as_it_is = merged()
@@ -136,9 +138,9 @@ def test_what_a_recipe_trained_in_4_bits_is_merged_alike_without_its_record(writ
     recipe = write_recipe(adapter="qlora", lora_r=4, max_steps=2, learning_rate=0.02)
     train(recipe)
     out = tmp_path / "out"
-    commands.merge(str(recipe), ["verify=false"])
+    merge(str(recipe), ["verify=false"])
     wanted = weights_of(out / "merged")
     (out / "quantization.json").unlink()
-    commands.merge(str(out), ["base=dequantized", "verify=false"])
+    merge(str(out), ["base=dequantized", "verify=false"])
     found = weights_of(out / "merged")
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []

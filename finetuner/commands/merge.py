@@ -1,4 +1,4 @@
-"""Commands beside training, for a recipe: make its tokenizer, prepare its rows, merge its adapter, export a model."""
+"""`finetuner merge`: merge an adapter into its base model, and verify the result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,81 +10,24 @@ import torch
 
 from finetuner.console import Screen, duration, quiet_libraries
 from finetuner.data.cache import prepared_already
-from finetuner.data.prepare import BY_WEIGHT, held_out_only
+from finetuner.data.prepare import held_out_only
 from finetuner.errors import ModelError, RecipeError
 from finetuner.export.adapter_updates import read_config
-from finetuner.export.gguf_export import export_gguf, read_source
-from finetuner.export.hub import require_hub, upload_result
 from finetuner.export.merge import Form, merge_adapter, require_same_base
 from finetuner.export.merge_options import Wishes, read_wishes
 from finetuner.export.model_card import write_card
-from finetuner.export.serving import check_for_vllm, modelfile
 from finetuner.export.training_base import known_settings
 from finetuner.export.verify_logits import room_to_verify, verify_merged
 from finetuner.export.verify_tensors import verify_layers
 from finetuner.models.files import find_base
-from finetuner.models.from_scratch import texts_of, tokenizer_name
 from finetuner.models.pickled_weights import readable_base
 from finetuner.models.quantized import read_record
-from finetuner.models.tokenizer import load_tokenizer
-from finetuner.recipe import Loaded, Recipe, load
-from finetuner.run.summary import rows_line
-from finetuner.run.train import prepare_rows, special_ids
+from finetuner.recipe import Recipe, load
+from finetuner.run.train import special_ids
 from finetuner.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def prepare_data(loaded: Loaded, recipe_name: str) -> None:
-    """Prepare the recipe's rows, so that training finds them ready. Raises FinetunerError."""
-    recipe, screen = loaded.recipe, Screen(speaks=True)
-    for note in loaded.notes:
-        screen.line(f"note: {note}")
-    quiet_libraries(screen)
-    _, prepared = prepare_rows(recipe, World(), recipe.output.seed, screen)
-    rows = [
-        ("recipe", recipe_name),
-        ("rows", rows_line(prepared, recipe)),
-        ("longest", f"{prepared.train.longest:,} tokens"),
-    ]
-    screen.table(rows)
-    for line in prepared.notes:
-        screen.line(f"note: {line}")
-    if prepared.listed is not None:
-        if any(reason != BY_WEIGHT for reason in prepared.counts):
-            which = "the other" if BY_WEIGHT in prepared.counts else "these"
-            screen.line(f"note: {which} rows are listed in {prepared.listed}")
-        screen.line(f"done: {prepared.listed.parent}")
-
-
-_SAMPLE_BYTES = 2_000_000  # of text to measure a tokenizer with
-
-
-def make_tokenizer(loaded: Loaded) -> None:
-    """Make the tokenizer that the recipe asks for, and measure it on the recipe's text. Raises FinetunerError."""
-    recipe, screen = loaded.recipe, Screen(speaks=True)
-    for note in loaded.notes:
-        screen.line(f"note: {note}")
-    quiet_libraries(screen)
-    with screen.work("making the tokenizer", "rows") as work:
-        name = tokenizer_name(recipe, World(), work.at) or recipe.model.base_model
-    tokenizer = load_tokenizer(recipe.tokenizer, name, recipe.model.trust_remote_code).tokenizer
-    rows = [("tokenizer", name), ("vocabulary", f"{len(tokenizer):,} tokens")]
-    texts, num_bytes = [], 0
-    plain = tuple(entry for entry in recipe.data.datasets if entry.type == "completion")
-    for text in texts_of(plain, recipe):
-        texts.append(text[:_SAMPLE_BYTES])
-        num_bytes += len(texts[-1].encode())
-        if num_bytes >= _SAMPLE_BYTES:
-            break
-    if texts:
-        num_tokens = sum(len(tokens.ids) for tokens in tokenizer.backend_tokenizer.encode_batch(texts))
-        num_words = sum(len(text.split()) for text in texts)
-        rows.append(("bytes per token", f"{num_bytes / num_tokens:.3f}"))
-        rows.append(("tokens per word", f"{num_tokens / max(1, num_words):.3f}"))
-        rows.append(("measured on", f"{num_bytes:,} bytes of the datasets: {num_tokens:,} tokens, {num_words:,} words"))
-    screen.table(rows)
 
 
 def merge(target: str, overrides: list[str]) -> None:
@@ -236,49 +179,3 @@ def _of_folder(folder: Path, overrides: list[str]) -> MergeJob:
     if recorded and base_model != recorded:
         note = f"the adapter says that it was trained on '{recorded}'; it is merged into '{base_model}', as you ask"
     return MergeJob(folder, base_model, {}, note)
-
-
-def export(model: Path, to: str, form: str, out: Path | None) -> None:
-    """Write `model` for llama.cpp or Ollama, or check it for vLLM. Raises FinetunerError."""
-    screen = Screen(speaks=True)
-    if to not in ("gguf", "ollama", "vllm"):
-        raise ModelError(f"--to {to} is not a tool that can be written for. Write gguf, ollama or vllm.")
-    quiet_libraries(screen)
-    if to == "vllm":
-        good, command = check_for_vllm(model)
-        for line in good:
-            screen.line(line)
-        screen.line(f"serve it: {command}")
-        return
-    folder = model if out is None else out
-    file = folder / f"{model.resolve().name}-{form}.gguf"
-    page = modelfile(file.name, read_source(model).tokenizer) if to == "ollama" else None
-    with screen.work("writing", "MB") as work:
-        agreement = export_gguf(model, file, form, work.at_bytes)
-    screen.line(f"verified, read back, against {model}: {agreement}")
-    if page is not None:
-        (folder / "Modelfile").write_text(page, encoding="utf-8")
-        screen.line(f"create it: ollama create {model.resolve().name} -f {folder / 'Modelfile'}")
-    screen.line(f"done: {file}")
-
-
-def push(target: str, repo_id: str | None, *, public: bool) -> None:
-    """Upload an adapter, a trained or a merged model: a folder, or what the run of a recipe left. Raises
-    FinetunerError."""
-    folder, recipe = Path(target).expanduser(), None
-    if folder.suffix in (".yml", ".yaml"):
-        recipe = load(target).recipe
-        folder = Path(recipe.output.output_dir)
-    elif repo_id is None:
-        near = (folder / "recipe.yml", folder.parent / "recipe.yml")
-        recipe = next((load(path, check_files=False).recipe for path in near if path.exists()), None)
-    if not any((folder / name).exists() for name in ("adapter_config.json", "config.json")):
-        raise ModelError(f"'{folder}' holds neither an adapter nor a model. Name the folder of a result.")
-    repo_id = repo_id or (None if recipe is None else recipe.output.hub_model_id)
-    if repo_id is None:
-        raise RecipeError("nothing says where to upload to. Name a repository: --to me/my-model")
-    require_hub(repo_id)
-    private = not public and (recipe is None or recipe.output.hub_private_repo)
-    screen = Screen(speaks=True)
-    screen.line(f"uploading {folder} to {repo_id} ({'private' if private else 'public'}, if it is new)")
-    screen.line(f"done: {upload_result(folder, repo_id, private=private)}")

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from finetuner.commands.generate import Manner, Speaker, speaker_of
 from finetuner.data.sandbox import ChatTemplate, compile_template
 from finetuner.errors import DataError, ModelError
 from finetuner.export.generation_config import stop_ids
-from finetuner.generate import Manner, Speaker, speaker_of
 from finetuner.models.generation import as_text, choose, context_of, ends_of, sampled
 
 Write = Callable[[str], None]

@@ -1,0 +1,36 @@
+"""`finetuner export`: write a model for llama.cpp or Ollama, or check it for vLLM."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetuner.console import Screen, quiet_libraries
+from finetuner.errors import ModelError
+from finetuner.export.gguf_export import export_gguf, read_source
+from finetuner.export.serving import check_for_vllm, modelfile
+
+if TYPE_CHECKING:
+    pass
+
+
+def export(model: Path, to: str, form: str, out: Path | None) -> None:
+    """Write `model` for llama.cpp or Ollama, or check it for vLLM. Raises FinetunerError."""
+    screen = Screen(speaks=True)
+    if to not in ("gguf", "ollama", "vllm"):
+        raise ModelError(f"--to {to} is not a tool that can be written for. Write gguf, ollama or vllm.")
+    quiet_libraries(screen)
+    if to == "vllm":
+        good, command = check_for_vllm(model)
+        for line in good:
+            screen.line(line)
+        screen.line(f"serve it: {command}")
+        return
+    folder = model if out is None else out
+    file = folder / f"{model.resolve().name}-{form}.gguf"
+    page = modelfile(file.name, read_source(model).tokenizer) if to == "ollama" else None
+    with screen.work("writing", "MB") as work:
+        agreement = export_gguf(model, file, form, work.at_bytes)
+    screen.line(f"verified, read back, against {model}: {agreement}")
+    if page is not None:
+        (folder / "Modelfile").write_text(page, encoding="utf-8")
+        screen.line(f"create it: ollama create {model.resolve().name} -f {folder / 'Modelfile'}")
+    screen.line(f"done: {file}")
