@@ -23,13 +23,14 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from finetuner.console import Screen, quiet_libraries
+from finetuner.data.inputs import prepare_rows
 from finetuner.data.step_batches import build_feed
 from finetuner.models.from_scratch import begun_model, scratch_config
 from finetuner.models.gpt import GPTForCausalLM
 from finetuner.parallel.launch import build_accelerator
 from finetuner.plan.run import Plan
 from finetuner.recipe import load
-from finetuner.run.train import assemble, fit, prepare_rows
+from finetuner.run.train import assemble, fit
 from finetuner.training.state import TrainState
 from finetuner.world import World
 

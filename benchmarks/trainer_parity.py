@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from finetuner.data.order import row_order
 from finetuner.data.prepare import prepare
+from finetuner.data.tokenizer import load_tokenizer
 from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.models.adapter import add_lora
-from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe import Recipe, load
 from finetuner.run import train as run
 from finetuner.training.metrics import read_metrics

@@ -16,7 +16,8 @@ from finetuner.commands.merge import merge
 from finetuner.errors import DataError, ModelError, RecipeError
 from finetuner.evaluation.benchmark_tasks import TaskScore, scores_of
 from finetuner.evaluation.evaluate import Wishes, evaluate
-from finetuner.evaluation.scores import TextScore, f1, normalised, score_answers, total
+from finetuner.evaluation.scores import f1, normalised, score_answers
+from finetuner.objectives.text_score import TextScore, total
 
 pytestmark = pytest.mark.slow
 

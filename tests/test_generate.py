@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetuner.cli import main
 from finetuner.commands.chat import chat
 from finetuner.commands.generate import Manner, generate
+from finetuner.data.new_tokenizers import write_byte_tokenizer
 from finetuner.errors import ModelError
 from finetuner.models.generation import as_text, choose, sampled
-from finetuner.models.new_tokenizers import write_byte_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -6,6 +6,7 @@ from conftest import make_model
 from torch.nn import functional as F  # noqa: N812
 
 from finetuner.data.batches import collate
+from finetuner.data.tokenizer import load_tokenizer
 from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.errors import ModelError
 from finetuner.models.adapter import adapter_tensors, add_lora, read_adapter, write_adapter
@@ -19,7 +20,6 @@ from finetuner.models.load import (
     trainable_parameters,
 )
 from finetuner.models.lora_targets import target_modules
-from finetuner.models.tokenizer import load_tokenizer
 from finetuner.objectives import next_token as loss_module
 from finetuner.objectives.next_token import TokenLoss, head_is_composable
 from finetuner.recipe.sections import AdapterSection, SpecialTokens, TokenizerSection

@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from finetuner.cli import main
 from finetuner.commands.chat import chat
 from finetuner.commands.generate import Manner
+from finetuner.data.new_tokenizers import train_bpe, write_byte_tokenizer, write_char_tokenizer
 from finetuner.data.token_bytes import token_bytes
+from finetuner.data.tokenizer_source import tokenizer_name
 from finetuner.errors import ModelError, PlanError, RecipeError
-from finetuner.models.from_scratch import scratch_config, tokenizer_name
+from finetuner.models.from_scratch import scratch_config
 from finetuner.models.gpt import GPTForCausalLM
 from finetuner.models.load import on_meta
-from finetuner.models.new_tokenizers import train_bpe, write_byte_tokenizer, write_char_tokenizer
 from finetuner.plan.run import Plan
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import GPTSection

@@ -10,8 +10,8 @@ import torch
 from finetuner.commands.generate import Manner, Speaker, speaker_of
 from finetuner.data.sandbox import ChatTemplate, compile_template
 from finetuner.errors import DataError, ModelError
-from finetuner.export.generation_config import stop_ids
 from finetuner.models.generation import as_text, choose, context_of, ends_of, sampled
+from finetuner.models.generation_config import stop_ids
 
 Write = Callable[[str], None]
 COMMANDS = "/reset forgets the conversation, /system TEXT begins one with that instruction, /quit ends"

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING
 
 from finetuner.console import Screen, quiet_libraries
+from finetuner.data.inputs import prepare_rows
 from finetuner.data.prepare import BY_WEIGHT
 from finetuner.recipe import Loaded
 from finetuner.run.summary import rows_line
-from finetuner.run.train import prepare_rows
 from finetuner.world import World
 
 if TYPE_CHECKING:

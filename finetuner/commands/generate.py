@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuner.console import Screen, quiet_libraries
+from finetuner.data.tokenizer import load_tokenizer
 from finetuner.errors import ModelError
 from finetuner.models.attention import choose_attention
 from finetuner.models.generation import as_text, choose, context_of, ends_of, first_tokens, sampled
 from finetuner.models.load import grow_embeddings, load_model
 from finetuner.models.pickled_weights import readable_base
-from finetuner.models.tokenizer import load_tokenizer
 from finetuner.plan.parallel import Precision
 from finetuner.recipe import load
 from finetuner.recipe.sections import TokenizerSection

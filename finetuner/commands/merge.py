@@ -11,19 +11,19 @@ import torch
 from finetuner.console import Screen, duration, quiet_libraries
 from finetuner.data.cache import prepared_already
 from finetuner.data.prepare import held_out_only
+from finetuner.data.tokenizer import special_ids
 from finetuner.errors import ModelError, RecipeError
-from finetuner.export.adapter_updates import read_config
-from finetuner.export.merge import Form, merge_adapter, require_same_base
+from finetuner.export.merge import Form, merge_adapter
 from finetuner.export.merge_options import Wishes, read_wishes
 from finetuner.export.model_card import write_card
 from finetuner.export.training_base import known_settings
 from finetuner.export.verify_logits import room_to_verify, verify_merged
 from finetuner.export.verify_tensors import verify_layers
+from finetuner.models.adapter_folder import read_config, require_same_base
 from finetuner.models.files import find_base
 from finetuner.models.pickled_weights import readable_base
 from finetuner.models.quantized import read_record
 from finetuner.recipe import Recipe, load
-from finetuner.run.train import special_ids
 from finetuner.world import World
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _of_recipe(recipe_name: str, overrides: list[str], screen: Screen) -> MergeJ
     return MergeJob(
         output_dir,
         base,
-        special_ids(recipe, tokenizer),
+        special_ids(recipe.tokenizer, tokenizer),
         trust_remote_code=trust,
         held_out=held_out,
     )

@@ -142,8 +142,8 @@ def _vocabulary(recipe: Recipe) -> int:
         return _BYTES
     if isinstance(section.tokenizer, NewTokenizer) and not adds:
         return section.tokenizer.train.vocab_size
-    from finetuner.models.from_scratch import tokenizer_name
-    from finetuner.models.tokenizer import load_tokenizer
+    from finetuner.data.tokenizer import load_tokenizer
+    from finetuner.data.tokenizer_source import tokenizer_name
 
     try:
         name = tokenizer_name(recipe, World()) or recipe.model.base_model

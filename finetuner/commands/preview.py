@@ -10,9 +10,9 @@ from finetuner.console import Screen
 from finetuner.data.preview import Shown, SourceView, look, packs_of, shown, visible
 from finetuner.data.stream import is_joined
 from finetuner.data.templates import chosen_template
+from finetuner.data.tokenizer import load_tokenizer
+from finetuner.data.tokenizer_source import tokenizer_name
 from finetuner.errors import DataError
-from finetuner.models.from_scratch import tokenizer_name
-from finetuner.models.tokenizer import load_tokenizer
 from finetuner.recipe import Loaded
 from finetuner.report.preview_page import Document, page
 from finetuner.world import World

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from finetuner.console import Screen, quiet_libraries
-from finetuner.models.from_scratch import texts_of, tokenizer_name
-from finetuner.models.tokenizer import load_tokenizer
+from finetuner.data.tokenizer import load_tokenizer
+from finetuner.data.tokenizer_source import texts_of, tokenizer_name
 from finetuner.recipe import Loaded
 from finetuner.world import World
 

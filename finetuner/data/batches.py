@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from finetuner.data.order import order_by_length, row_order
 from finetuner.data.tokens import IGNORE, Document, Ids, Rows
 from finetuner.plan.run import Plan, Schedule
+from finetuner.recipe.sections import PackingSection
 
 FILLER_ROW = -1
 
@@ -210,3 +211,14 @@ def _lay(
     input_ids[row, at:stop] = ids
     positions[row, at:stop] = np.arange(len(ids))
     following[row, at : stop - 1] = labels[1:]
+
+
+def layout_of(section: PackingSection, sequence_len: int, *, packed: bool, flat: bool) -> Layout:
+    """Return the layout of a recipe's rows. `flat`: if they are packed, the model wants them end to end."""
+    return Layout(
+        packed=packed,
+        flat=packed and flat,
+        joined=packed and not section.pretrain_multipack_attn,
+        pad_to=sequence_len if section.pad_to_sequence_len else None,
+        by_length=section.group_by_length,
+    )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuner.errors import ModelError
-from finetuner.export.adapter_updates import read_config
 from finetuner.export.merge import MARK
+from finetuner.models.adapter_folder import read_config
 from finetuner.models.load import grow_embeddings, load_model
 from finetuner.models.quantized import Format, choose_format, read_record
 from finetuner.recipe import Recipe

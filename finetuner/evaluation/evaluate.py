@@ -12,25 +12,27 @@ import numpy as np
 import torch
 
 from finetuner.console import Screen, quiet_libraries
-from finetuner.data.batches import evaluation_batches
+from finetuner.data.batches import evaluation_batches, layout_of
 from finetuner.data.cache import prepare_once
+from finetuner.data.inputs import prepare_rows
 from finetuner.data.prepare import Part, Prepared, held_out_only
 from finetuner.data.templates import chosen_template
+from finetuner.data.tokenizer import load_tokenizer
 from finetuner.data.tokens import IGNORE, Ids
 from finetuner.errors import DataError, ModelError, RecipeError
 from finetuner.evaluation.benchmark_tasks import Tasks, TaskScore, require_tasks, score_tasks
 from finetuner.evaluation.candidates import Candidate, Lineup, candidates, lineup_of_model, lineup_of_run
-from finetuner.evaluation.scores import AnswerScore, TextScore, score_answers, total
-from finetuner.export.generation_config import stop_ids
+from finetuner.evaluation.scores import AnswerScore, score_answers
 from finetuner.models.attention import choose_attention
+from finetuner.models.document_isolation import wants_flat_packs
+from finetuner.models.generation_config import stop_ids
 from finetuner.models.pickled_weights import readable_base
-from finetuner.models.tokenizer import load_tokenizer
 from finetuner.objectives.next_token import TokenLoss
+from finetuner.objectives.text_score import TextScore, total
 from finetuner.plan.run import Plan
 from finetuner.recipe import Loaded, Recipe, load, load_values
 from finetuner.recipe.sections import TokenizerSection
 from finetuner.run.build import DTYPES, probe
-from finetuner.run.train import layout_of, prepare_rows
 from finetuner.training.loop import loss_of
 from finetuner.world import World
 
@@ -246,7 +248,12 @@ def score_text(
     rows = prepared.held_out_rows
     loss = TokenLoss(model)
     loss.composed = bool(probe(loss.bare, packs=prepared.held_out_packs is not None))
-    layout = layout_of(recipe, loss.bare, packed=prepared.held_out_packs is not None)
+    layout = layout_of(
+        recipe.packing,
+        recipe.data.sequence_len,
+        packed=prepared.held_out_packs is not None,
+        flat=wants_flat_packs(loss.bare),
+    )
     device, done = next(model.parameters()).device, 0
     scores = {}
     for part in prepared.held_out_parts or (Part("held out", 0, len(rows)),):

@@ -1,6 +1,5 @@
 """What an adapter does to each tensor of its base. Adapters of other tools too, as PEFT writes them."""
 
-import json
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetuner.errors import ModelError
+from finetuner.models.adapter_folder import read_config
 
 # PEFT's settings under which an update is more than what is read here.
 UNSUPPORTED = (
@@ -166,17 +166,6 @@ LORA_PARTS = (A, B, MAGNITUDE, EMBEDDING_A, EMBEDDING_B, BIAS)
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 # Parts of names that PEFT puts around a module of the base.
 WRAPPERS = (".base_layer", ".modules_to_save.default", ".modules_to_save")
-
-
-def read_config(adapter: Path) -> dict[str, Any]:
-    """The settings of an adapter in PEFT's words. Raises ModelError."""
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{adapter}' is not the folder of an adapter: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"'{adapter}/adapter_config.json' holds no settings of an adapter.")
-    return config
 
 
 def read_changes(adapter: Path, base_shapes: Mapping[str, tuple[int, ...]], tied: Tied | None = None) -> Changes:

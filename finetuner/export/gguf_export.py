@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from finetuner.errors import ModelError
-from finetuner.export.generation_config import stop_ids
 from finetuner.export.verify_logits import Agreement, agreement_of, prompt_rows
 from finetuner.models.files import weight_files
+from finetuner.models.generation_config import stop_ids
 from finetuner.models.gguf_import import import_gguf
 from finetuner.models.gpt_conversion import portable_config
 from finetuner.models.load import know_our_own, load_model

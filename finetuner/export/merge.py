@@ -19,10 +19,10 @@ import torch
 
 from finetuner.checkpoint.folder import aside_of, written_aside
 from finetuner.errors import ModelError
-from finetuner.export.adapter_updates import Change, Changes, Tied, base_name, read_changes, read_config
-from finetuner.export.generation_config import write_generation_config
+from finetuner.export.adapter_updates import Change, Changes, Tied, base_name, read_changes
 from finetuner.export.training_base import quantised_tensors, record_for
 from finetuner.models.files import INDEX, find_base, weight_files
+from finetuner.models.generation_config import write_generation_config
 from finetuner.models.load import on_meta
 from finetuner.models.lora_targets import is_tied
 from finetuner.models.quantized import Record, seen_in_training
@@ -74,16 +74,6 @@ class Piece:
     after: TensorInfo
     change: Change | None
     record: Record | None
-
-
-def require_same_base(adapter: Path, base_model: str) -> None:
-    """Raises ModelError if the adapter says that it was trained on another base."""
-    trained_on = read_config(adapter).get("base_model_name_or_path")
-    if trained_on and trained_on != base_model and Path(trained_on).resolve() != Path(base_model).resolve():
-        raise ModelError(
-            f"the adapter in '{adapter}' was trained on '{trained_on}', and the recipe names '{base_model}'.\n"
-            f"Merged onto another base it is worthless. If it is the same model: base_model={trained_on}"
-        )
 
 
 def merge_adapter(

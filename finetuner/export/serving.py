@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuner.errors import ModelError
-from finetuner.export.generation_config import stop_ids
 from finetuner.models.files import weight_files
+from finetuner.models.generation_config import stop_ids
 from finetuner.storage.safetensors_stream import read_header
 
 if TYPE_CHECKING:

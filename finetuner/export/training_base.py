@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from finetuner.errors import ModelError
-from finetuner.export.adapter_updates import base_name, read_config
+from finetuner.export.adapter_updates import base_name
+from finetuner.models.adapter_folder import read_config
 from finetuner.models.files import weight_files
 from finetuner.models.load import layers_to_quantize
 from finetuner.models.quantized import (

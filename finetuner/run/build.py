@@ -9,9 +9,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetuner.checkpoint.shards import has_parts, read_parts
+from finetuner.data.tokenizer import Vocabulary
 from finetuner.errors import ModelError
-from finetuner.export.merge import require_same_base
 from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
+from finetuner.models.adapter_folder import require_same_base
 from finetuner.models.compilation import compile_layers, wants_compilation
 from finetuner.models.document_isolation import require_isolation
 from finetuner.models.lazy_weights import Promises, Report
@@ -26,7 +27,6 @@ from finetuner.models.load import (
     train_only,
 )
 from finetuner.models.quantized import choose_format, record_of, require_same_record
-from finetuner.models.tokenizer import Vocabulary
 from finetuner.objectives.next_token import Regularisers, TokenLoss, head_is_composable
 from finetuner.plan.parallel import FsdpPlan, ZeroPlan
 from finetuner.plan.run import Plan, Precision

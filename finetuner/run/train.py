@@ -33,13 +33,14 @@ from finetuner.checkpoint.folder import (
 )
 from finetuner.checkpoint.output_dir import claimed, remove_run_files, require_space
 from finetuner.console import Screen, quiet_libraries
-from finetuner.data.batches import Layout
-from finetuner.data.cache import packs_held_out, prepare_once, tokenizer_digest
+from finetuner.data.batches import layout_of
+from finetuner.data.cache import packs_held_out, tokenizer_digest
 from finetuner.data.dropped_rows import LISTED
-from finetuner.data.prepare import Prepared, held_out_only
+from finetuner.data.inputs import prepare_rows
+from finetuner.data.prepare import Prepared
 from finetuner.data.step_batches import Feed, build_feed, prefetched
-from finetuner.data.templates import chosen_template
 from finetuner.data.token_bytes import token_bytes
+from finetuner.data.tokenizer import Vocabulary, special_ids
 from finetuner.errors import FinetunerError, LostConnectionError, PreemptedError
 from finetuner.estimate.fit import require_fit
 from finetuner.export.hub import require_hub, upload_result
@@ -47,7 +48,7 @@ from finetuner.export.model_card import write_card
 from finetuner.models.attention import choose_attention
 from finetuner.models.document_isolation import wants_flat_packs
 from finetuner.models.freed_memory import giving_back
-from finetuner.models.from_scratch import begun_model, scratch_config, tokenizer_name
+from finetuner.models.from_scratch import begun_model, scratch_config
 from finetuner.models.generation import sample_text
 from finetuner.models.load import (
     count_parameters,
@@ -62,7 +63,6 @@ from finetuner.models.quantized import (
     choose_format,
     require_bitsandbytes,
 )
-from finetuner.models.tokenizer import Vocabulary, load_tokenizer
 from finetuner.parallel.launch import (
     build_accelerator,
     build_engine,
@@ -93,7 +93,7 @@ from finetuner.training.watchdog import stacks_when_stuck
 from finetuner.world import World
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    pass
 
 
 def train(loaded: Loaded, recipe_name: str) -> None:
@@ -249,6 +249,7 @@ def assemble(
         bare.composed = bool(engine.module(partial(probe, packs=packs)))
     if flops is not None and not bare.composed:
         flops = flops.with_head_everywhere()
+    flat = wants_flat_packs(bare.bare)
     run = Run(
         accelerator=accelerator,
         engine=engine,
@@ -258,37 +259,16 @@ def assemble(
         held_out_parts=prepared.held_out_parts,
         token_bytes=token_bytes(vocabulary.tokenizer) if len(prepared.held_out_rows) else None,
         max_grad_norm=recipe.optimizer.max_grad_norm,
-        layout=layout_of(recipe, bare.bare, packed=recipe.packing.sample_packing),
-        eval_layout=layout_of(recipe, bare.bare, packed=prepared.held_out_packs is not None),
+        layout=layout_of(recipe.packing, recipe.data.sequence_len, packed=recipe.packing.sample_packing, flat=flat),
+        eval_layout=layout_of(
+            recipe.packing, recipe.data.sequence_len, packed=prepared.held_out_packs is not None, flat=flat
+        ),
         guards=Guards.from_section(recipe.guards, plan.precision, recipe.output.save_strategy),
         work=flops,
         device_peak_flops=recipe.output.device_peak_flops or device_peak,
     )
-    token_ids = special_ids(recipe, vocabulary.tokenizer)
+    token_ids = special_ids(recipe.tokenizer, vocabulary.tokenizer)
     return Weights(run, bare, trainable_parameters(bare), vocabulary.tokenizer, is_lora, token_ids), counted
-
-
-def prepare_rows(recipe: Recipe, world: World, seed: int, screen: Screen) -> tuple[Vocabulary, Prepared]:
-    """The tokenizer with the recipe's chat template, and the documents that it makes of the rows."""
-    with screen.work("making the tokenizer", "rows") as work:
-        name = tokenizer_name(recipe, world, work.at)
-    source, ends = name or recipe.model.base_model, recipe.data.eot_tokens or ()
-    vocabulary = load_tokenizer(recipe.tokenizer, source, recipe.model.trust_remote_code, ends=ends)
-    tokenizer = vocabulary.tokenizer
-    tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)  # saved with the result
-    with screen.work("tokenising", "rows") as work:
-        section = held_out_only(recipe.data) if recipe.data.streaming else recipe.data
-        return vocabulary, prepare_once(section, recipe.packing, tokenizer, seed, world, work.at)
-
-
-def layout_of(recipe: Recipe, model: "PreTrainedModel", *, packed: bool) -> Layout:
-    return Layout(
-        packed=packed,
-        flat=packed and wants_flat_packs(model),
-        joined=packed and not recipe.packing.pretrain_multipack_attn,
-        pad_to=recipe.data.sequence_len if recipe.packing.pad_to_sequence_len else None,
-        by_length=recipe.packing.group_by_length,
-    )
 
 
 def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainState, screen: Screen) -> None:
@@ -305,13 +285,6 @@ def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainSt
     if copy.resolve() != Path(recipe_name).resolve():
         heading = f"{Path(recipe_name).name} as finetuner {__version__} understood it"
         copy.write_text(dump_recipe(recipe, heading), encoding="utf-8")
-
-
-def special_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Role -> id of the special tokens that the recipe names, such as {"eos_token_id": 2}."""
-    named = recipe.tokenizer.special_tokens.model_dump(exclude_none=True)
-    ids: Any = tokenizer.convert_tokens_to_ids(list(named.values()))
-    return {f"{role}_id": token_id for role, token_id in zip(named, ids, strict=True)}
 
 
 def fit(

@@ -15,7 +15,7 @@ from finetuner.data.order import mix
 from finetuner.data.prepare import Part
 from finetuner.data.tokens import Rows
 from finetuner.errors import PreemptedError
-from finetuner.evaluation.scores import TextScore, total
+from finetuner.objectives.text_score import TextScore, total
 from finetuner.parallel.engine import Engine
 from finetuner.plan.flops import Work
 from finetuner.plan.run import Plan, Schedule

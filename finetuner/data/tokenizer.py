@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetuner.errors import ModelError
 from finetuner.recipe.sections import TokenizerSection
@@ -51,3 +51,10 @@ def _no_tokenizer(name: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     where = "" if Path(name).is_dir() else f" (no folder of that name in {Path.cwd()}, so it was taken for a hub id)"
     return f"cannot load a tokenizer from '{name}'{where}: {first}\nCheck base_model or tokenizer, and the network."
+
+
+def special_ids(section: TokenizerSection, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Role -> id of the special tokens that the recipe names, such as {"eos_token_id": 2}."""
+    named = section.special_tokens.model_dump(exclude_none=True)
+    ids: Any = tokenizer.convert_tokens_to_ids(list(named.values()))
+    return {f"{role}_id": token_id for role, token_id in zip(named, ids, strict=True)}
