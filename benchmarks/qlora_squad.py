@@ -24,10 +24,10 @@ from finetuner.evaluation.candidates import Candidate, candidates
 from finetuner.evaluation.evaluate import Result, find_questions, job_of_run, markdown, measure
 from finetuner.evaluation.evaluate import Wishes as Measures
 from finetuner.models.attention import choose_attention
+from finetuner.models.dtypes import DTYPES
 from finetuner.models.load import load_model
 from finetuner.recipe import load
 from finetuner.run import train as run
-from finetuner.run.build import DTYPES
 from finetuner.world import World
 
 ASK = "{context}\n\nQuestion: {question}\nAnswer with a few words from the text."

@@ -25,14 +25,15 @@ from finetuner.evaluation.candidates import Candidate, Lineup, candidates, lineu
 from finetuner.evaluation.scores import AnswerScore, score_answers
 from finetuner.models.attention import choose_attention
 from finetuner.models.document_isolation import wants_flat_packs
+from finetuner.models.dtypes import DTYPES
 from finetuner.models.generation_config import stop_ids
 from finetuner.models.pickled_weights import readable_base
 from finetuner.objectives.next_token import TokenLoss
+from finetuner.objectives.probe import probe
 from finetuner.objectives.text_score import TextScore, total
 from finetuner.plan.run import Plan
 from finetuner.recipe import Loaded, Recipe, load, load_values
 from finetuner.recipe.sections import TokenizerSection
-from finetuner.run.build import DTYPES, probe
 from finetuner.training.loop import loss_of
 from finetuner.world import World
 

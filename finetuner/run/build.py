@@ -14,7 +14,7 @@ from finetuner.errors import ModelError
 from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
 from finetuner.models.adapter_folder import require_same_base
 from finetuner.models.compilation import compile_layers, wants_compilation
-from finetuner.models.document_isolation import require_isolation
+from finetuner.models.dtypes import DTYPES
 from finetuner.models.lazy_weights import Promises, Report
 from finetuner.models.load import (
     embedding_rows,
@@ -27,16 +27,14 @@ from finetuner.models.load import (
     train_only,
 )
 from finetuner.models.quantized import choose_format, record_of, require_same_record
-from finetuner.objectives.next_token import Regularisers, TokenLoss, head_is_composable
+from finetuner.objectives.next_token import Regularisers, TokenLoss
 from finetuner.plan.parallel import FsdpPlan, ZeroPlan
-from finetuner.plan.run import Plan, Precision
+from finetuner.plan.run import Plan
 from finetuner.recipe import Recipe
 from finetuner.recipe.sections import AdapterSection, RegularisationSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -176,15 +174,6 @@ def read_at_once(model: "PreTrainedModel", section: AdapterSection, vocab_size: 
         tables = (model.get_input_embeddings(), model.get_output_embeddings())
         found += [p for table in tables if table is not None for p in table.parameters()]
     return found
-
-
-@torch.no_grad()
-def probe(model: "PreTrainedModel", *, packs: bool) -> bool:
-    """Whether the loss head can be composed. Raises ModelError for a model that cannot be trained like this."""
-    composed = head_is_composable(model)
-    if packs:
-        require_isolation(model)
-    return composed
 
 
 def ids_to_train(model: "PreTrainedModel", vocabulary: Vocabulary) -> tuple[int, ...]:

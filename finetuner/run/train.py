@@ -47,6 +47,7 @@ from finetuner.export.hub import require_hub, upload_result
 from finetuner.export.model_card import write_card
 from finetuner.models.attention import choose_attention
 from finetuner.models.document_isolation import wants_flat_packs
+from finetuner.models.dtypes import DTYPES
 from finetuner.models.freed_memory import giving_back
 from finetuner.models.from_scratch import begun_model, scratch_config
 from finetuner.models.generation import sample_text
@@ -63,6 +64,7 @@ from finetuner.models.quantized import (
     choose_format,
     require_bitsandbytes,
 )
+from finetuner.objectives.probe import probe
 from finetuner.parallel.launch import (
     build_accelerator,
     build_engine,
@@ -77,7 +79,7 @@ from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.recipe.sections import GuardSection, TrackingSection
 from finetuner.redaction import without_secrets
-from finetuner.run.build import DTYPES, build_model, probe
+from finetuner.run.build import build_model
 from finetuner.run.resume import choose_checkpoint, require_same_rows, state_of
 from finetuner.run.summary import print_plan
 from finetuner.training.guards import Guards
