@@ -18,7 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads cost tiny models more than they give, most of all where another process wants the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 CHATML = (
@@ -170,6 +171,7 @@ def run_command(
     """Run `python -m MODULE ...` (ranks=0), or the same under torchrun with so many CPU ranks; `given` is its input."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("COV_", "PYTEST_"))}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, TESTS, *sorted(p for p in TESTS.iterdir() if p.is_dir()))))
     launch = [sys.executable, "-m"]
     if ranks:
         launch += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]

@@ -15,7 +15,7 @@ from finetuner.models.attention import choose_attention
 from finetuner.models.generation import as_text, choose, context_of, ends_of, first_tokens, sampled
 from finetuner.models.load import grow_embeddings, load_model
 from finetuner.models.pickled_weights import readable_base
-from finetuner.plan.parallel import Precision
+from finetuner.plan.precision import Precision
 from finetuner.recipe import load
 from finetuner.recipe.sections import TokenizerSection
 from finetuner.world import World

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from finetuner.data.order import order_by_length, row_order
 from finetuner.data.tokens import IGNORE, Document, Ids, Rows
-from finetuner.plan.run import Plan, Schedule
+from finetuner.plan.run import Plan
+from finetuner.plan.schedule import Schedule
 from finetuner.recipe.sections import PackingSection
 
 FILLER_ROW = -1

@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.plan.run import ceil_of
+from finetuner.plan.schedule import ceil_of
 
 _GOLDEN = 0x9E3779B97F4A7C15
 

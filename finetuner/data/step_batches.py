@@ -15,7 +15,8 @@ from finetuner.data.stream import RowStream, StreamState
 from finetuner.data.stream_source import FileFacts
 from finetuner.data.tokens import Rows
 from finetuner.errors import CheckpointError
-from finetuner.plan.run import Plan, Schedule
+from finetuner.plan.run import Plan
+from finetuner.plan.schedule import Schedule
 from finetuner.recipe.sections import DataSection
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import importlib.util
 
 from finetuner.errors import ModelError
-from finetuner.plan.run import Precision
+from finetuner.plan.precision import Precision
 from finetuner.world import World
 
 

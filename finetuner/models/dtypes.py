@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finetuner.plan.run import Precision
+from finetuner.plan.precision import Precision
 
 if TYPE_CHECKING:
     pass

@@ -13,15 +13,14 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from finetuner.errors import PlanError
+from finetuner.plan.precision import Precision
 from finetuner.recipe.deepspeed import read_deepspeed
 from finetuner.recipe.sections import FsdpConfig, ShardingSection
 from finetuner.recipe.sections.sharding import STRATEGIES
 from finetuner.world import Launch, World
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from finetuner.data.prepare import Prepared
 from finetuner.models.load import count_parameters
 from finetuner.models.quantized import quantized_layers, record_of
 from finetuner.plan.parallel import EnginePlan, ZeroPlan, filled_in
-from finetuner.plan.run import Schedule
+from finetuner.plan.schedule import Schedule
 from finetuner.recipe import Recipe
 from finetuner.training.loop import Run
 

@@ -74,7 +74,8 @@ from finetuner.parallel.launch import (
 )
 from finetuner.plan.flops import peak_of
 from finetuner.plan.parallel import FsdpPlan
-from finetuner.plan.run import Plan, Schedule
+from finetuner.plan.run import Plan
+from finetuner.plan.schedule import Schedule
 from finetuner.recipe import Loaded, Recipe, dump_recipe, flat_values
 from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.recipe.sections import GuardSection, TrackingSection

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 from finetuner.errors import TrainingError
-from finetuner.plan.run import Precision
+from finetuner.plan.precision import Precision
 from finetuner.recipe.sections import GuardSection
 from finetuner.training.state import TrainState
 

@@ -18,7 +18,8 @@ from finetuner.errors import PreemptedError
 from finetuner.objectives.text_score import TextScore, total
 from finetuner.parallel.engine import Engine
 from finetuner.plan.flops import Work
-from finetuner.plan.run import Plan, Schedule
+from finetuner.plan.run import Plan
+from finetuner.plan.schedule import Schedule
 from finetuner.training.guards import Guards
 from finetuner.training.metrics import peak_memory_bytes
 from finetuner.training.state import TrainState

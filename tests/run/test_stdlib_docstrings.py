@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "stdlib_docstrings.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "stdlib_docstrings.py"
 SPLITS = ("train.jsonl", "heldout.jsonl")
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from finetuner.checkpoint.folder import list_checkpoints, newest_whole, read_saved
 from finetuner.errors import CheckpointError, RecipeError, TrainingError
-from finetuner.plan.run import Schedule
+from finetuner.plan.schedule import Schedule
 from finetuner.recipe import load
 from finetuner.recipe.sections import GuardSection
 from finetuner.training.guards import Guards

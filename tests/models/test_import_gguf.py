@@ -350,7 +350,7 @@ import_gguf(Path(sys.argv[1]), Path(sys.argv[2]), report=limit)
 def test_import_killed_half_way_leaves_no_folder_and_can_be_repeated(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = [sys.executable, "-c", KILLED_WHILE_WRITING, str(source), str(output)]
-    killed = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    killed = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGXFSZ, killed.stderr
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
 

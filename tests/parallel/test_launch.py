@@ -262,7 +262,7 @@ def test_two_hosts_train_over_a_network_and_each_prepares_its_rows(write_recipe,
         pytest.skip("needs root and network namespaces")
     recipe = write_recipe(max_steps=3, logging_steps=1)
     reference = train(recipe, "micro_batch_size=4", f"output_dir={tmp_path / 'one'}")
-    words = ["tests/two_hosts.sh", str(recipe), "micro_batch_size=2", f"output_dir={tmp_path / 'two'}"]
+    words = ["tests/parallel/two_hosts.sh", str(recipe), "micro_batch_size=2", f"output_dir={tmp_path / 'two'}"]
     env = os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -273,6 +273,6 @@ def test_two_hosts_train_over_a_network_and_each_prepares_its_rows(write_recipe,
     assert losses == pytest.approx([row["loss"] for row in reference], rel=1e-5)
 
 
-@pytest.mark.parametrize("script", ["examples/slurm/finetune.sbatch", "tests/two_hosts.sh"])
+@pytest.mark.parametrize("script", ["examples/slurm/finetune.sbatch", "tests/parallel/two_hosts.sh"])
 def test_scripts_are_valid_bash(script):
     assert subprocess.run(["bash", "-n", script], cwd=ROOT).returncode == 0

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetuner.errors import PlanError
-from finetuner.plan.run import Plan, Schedule, ceil_of, choose_precision
+from finetuner.plan.precision import choose_precision
+from finetuner.plan.run import Plan
+from finetuner.plan.schedule import Schedule, ceil_of
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import EvaluationSection, OutputSection, PrecisionSection, ScheduleSection, Section
 from finetuner.world import (

@@ -20,7 +20,9 @@ from test_row_stream import texts
 from finetuner.data.batches import FILLER_ROW, PADDED, padding_share, step_batches
 from finetuner.data.order import row_order
 from finetuner.errors import CheckpointError, PlanError, RecipeError
-from finetuner.plan.run import Plan, Ramp, Schedule
+from finetuner.plan.ramp import Ramp
+from finetuner.plan.run import Plan
+from finetuner.plan.schedule import Schedule
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import BatchSection, EvaluationSection, OutputSection, ScheduleSection
 from finetuner.training.metrics import read_metrics

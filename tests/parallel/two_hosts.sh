@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Two hosts on one machine: network namespaces joined by a veth pair, one rank on each, gloo across the pair.
 #
-#   sudo tests/two_hosts.sh RECIPE [key=value ...]
+#   sudo tests/parallel/two_hosts.sh RECIPE [key=value ...]
 #
 # The hosts share the disk; each prepares the rows in a folder of its own, as nodes without a shared one do. Ends with
 # the bytes that went over the wire. Needs the right to make network namespaces (root).
