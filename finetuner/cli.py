@@ -39,7 +39,7 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     loaded = load(recipe, overrides or [])
     from finetuner.run import train as run  # imports torch: only once the recipe is known to be right
 
-    run.train(loaded, recipe)
+    run.train(loaded.recipe, recipe, map(str, loaded.notes))
 
 
 @app.command()

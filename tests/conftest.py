@@ -197,7 +197,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict]]:
         loaded = load(recipe, overrides)
         for state in (AcceleratorState, GradientState, PartialState):  # Accelerate's state outlives its Accelerator
             state._reset_state()
-        run.train(loaded, str(recipe))
+        run.train(loaded.recipe, str(recipe), map(str, loaded.notes))
         return read_metrics(Path(loaded.recipe.output.output_dir) / "metrics.jsonl")
 
     return train_here

@@ -1,6 +1,6 @@
-"""Sharded files: each rank writes what it holds, and any number of ranks reads whole tensors out of all of them.
+"""Sharded checkpoints: each rank writes its shards, and any number of ranks reads full tensors out of all files.
 
-A part file is safetensors; its metadata says for every tensor where its rows begin in the whole: {"name": 128}.
+A file is safetensors; its metadata says for every tensor at which row of the full one it begins: {"name": 128}.
 """
 
 import json
@@ -14,14 +14,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from finetuner.errors import CheckpointError
-from finetuner.parallel.engine import local_part
+from finetuner.parallel.engine import local_shard
 
 PATTERN = "part-*.safetensors"
-MODEL_PART, OPTIMIZER_PART = "model/", "optimizer/"  # what a name in a part file begins with
+MODEL_PART, OPTIMIZER_PART = "model/", "optimizer/"  # prefixes of names in a file
 
 
-def write_part(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """This rank's rows of every tensor, by the one copy of the model that writes. What is not sharded is rank 0's."""
+def write_shard(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write this rank's rows of every tensor (any shapes) to a file of its own.
+
+    Of several copies of the model one writes; what is not sharded is written by rank 0.
+    """
     mine: dict[str, torch.Tensor] = {}
     first_row: dict[str, int] = {}
     index, writes = 0, True
@@ -35,20 +38,21 @@ def write_part(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             first_row[name] = min(tensor.shape[0], index * rows_per_rank)
         elif torch.distributed.get_rank() != 0:
             continue
-        mine[name] = local_part(tensor).detach().cpu().contiguous()
+        mine[name] = local_shard(tensor).detach().cpu().contiguous()
     if writes:
         save_file(mine, folder / f"part-{index:05}.safetensors", metadata={"first_row": json.dumps(first_row)})
 
 
-def has_parts(folder: Path) -> bool:
+def is_sharded(folder: Path) -> bool:
+    """Return whether a checkpoint was written by every rank, each its shards."""
     return any(folder.glob(PATTERN))
 
 
-class Parts(Mapping[str, torch.Tensor]):
-    """name -> whole tensor on the CPU, read from the files when it is asked for, so that one is in memory at a time."""
+class ShardedTensors(Mapping[str, torch.Tensor]):
+    """name -> full tensor on the CPU, read from all files when it is asked for: one is in memory at a time."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
-        """`prefix`: of the names that are meant; it is left out of the keys."""
+        """Take the tensors whose names begin with `prefix`, which is left out of the keys."""
         self.prefix = prefix
         self.pieces: dict[str, list[tuple[int, Path]]] = {}
         for path in sorted(folder.glob(PATTERN)):
@@ -73,18 +77,21 @@ class Parts(Mapping[str, torch.Tensor]):
 
 
 @torch.no_grad()
-def read_parts(model: nn.Module, folder: Path, *, trained_only: bool) -> None:
-    """Copy a checkpoint in parts into a model that is still whole. Raises CheckpointError if it is of another."""
-    parts = Parts(folder, MODEL_PART)
+def read_shards(model: nn.Module, folder: Path, *, trained_only: bool) -> None:
+    """Copy a sharded checkpoint into a model that is not sharded yet.
+
+    Raises CheckpointError if the checkpoint is of another model.
+    """
+    stored = ShardedTensors(folder, MODEL_PART)
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad or not trained_only}
-    missing = sorted(set(wanted) - set(parts))
+    missing = sorted(set(wanted) - set(stored))
     if missing:
         raise CheckpointError(
             f"the checkpoint {folder} is not of this model and recipe: '{missing[0]}' and {len(missing) - 1} more "
             "tensors are missing. Use the recipe that it was written with."
         )
     for name, parameter in wanted.items():
-        value = parts[name]
+        value = stored[name]
         if value.shape != parameter.shape:
             raise CheckpointError(
                 f"the checkpoint {folder} is not of this model and recipe: '{name}' is {tuple(value.shape)} there and "

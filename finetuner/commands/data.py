@@ -22,7 +22,7 @@ def prepare_data(loaded: Loaded, recipe_name: str) -> None:
     _, prepared = prepare_rows(recipe, World(), recipe.output.seed, screen)
     rows = [
         ("recipe", recipe_name),
-        ("rows", rows_line(prepared, recipe)),
+        ("rows", rows_line(prepared, recipe.data)),
         ("longest", f"{prepared.train.longest:,} tokens"),
     ]
     screen.table(rows)

@@ -65,7 +65,7 @@ def plan(loaded: Loaded, recipe_name: str, devices: Devices, utilisation: float,
     begun = recipe.model.base_model == FROM_SCRATCH
     model = _begun(recipe, batches) if begun else _read(recipe, batches)
     length = length_of(recipe, batches)
-    kept = kept_by_a_rank(model.bytes_kept, batches.engine)
+    kept = kept_by_a_rank(model.bytes_kept, batches.parallel)
     flops = None
     if model.work is not None and length is not None:
         flops = model.work.flops_of_rows(length.tokens, recipe.data.sequence_len)
@@ -127,7 +127,7 @@ def _begun(recipe: Recipe, plan: Plan) -> Model:
     )
     kept = trained_parts(
         sum(parts.values()),
-        engine=plan.engine,
+        parallel=plan.parallel,
         bf16=plan.precision == "bf16",
         optimizer=recipe.optimizer.optimizer,
     )
@@ -153,13 +153,15 @@ def _vocabulary(recipe: Recipe) -> int:
 
 
 def _read(recipe: Recipe, plan: Plan) -> Model:
-    from finetuner.estimate.fit import model_without_weights, parts_to_keep
+    from finetuner.estimate.fit import model_without_weights, training_memory
     from finetuner.models.attention import choose_attention
     from finetuner.models.load import train_only
     from finetuner.models.model_flops import parts_of, work_of
 
     name = recipe.model.base_model
-    model = model_without_weights(recipe, plan, choose_attention("sdpa", World(), plan.precision))
+    model = model_without_weights(
+        name, recipe.adapter, recipe.quantization, plan.precision, choose_attention("sdpa", World(), plan.precision)
+    )
     if model is None:
         where = (
             "" if Path(name).is_dir() else f" (no folder of that name in {Path.cwd()}, so it was taken for a hub id)"
@@ -176,7 +178,12 @@ def _read(recipe: Recipe, plan: Plan) -> Model:
         how = "all trained" if recipe.adapter.unfrozen_parameters is None else "trained as unfrozen_parameters says"
     title = f"{name} ({type(model).__name__}), {how}"
     work = work_of(model, model, recipe.data.sequence_len)
-    return Model(title, parts_of(model), work, parts_to_keep(recipe, plan, model))
+    return Model(
+        title,
+        parts_of(model),
+        work,
+        training_memory(model, recipe.adapter, recipe.quantization, recipe.optimizer, plan),
+    )
 
 
 def _times(flops: float | None, devices: Devices, utilisation: float) -> list[tuple[str, float, float]]:
@@ -236,7 +243,7 @@ def _flops_rows(model: Model, length: Length | None, flops: float | None, row: i
 
 def _memory_line(parts: Parts, kept: Kept, plan: Plan) -> str:
     whole = f"weights {_gb(parts.weights)}, gradients {_gb(parts.gradients)}, optimizer {_gb(parts.optimizer)}"
-    spread = "" if plan.engine is None else f"; with {plan.engine.name} each rank keeps {_gb(kept.device)}"
+    spread = "" if plan.parallel.is_replicated else f"; with {plan.parallel.name} each rank keeps {_gb(kept.device)}"
     host = f" and {_gb(kept.host)} in its node's RAM" if kept.host else ""
     return f"{whole} in all{spread}{host}; activations come on top"
 

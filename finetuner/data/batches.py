@@ -19,6 +19,9 @@ from finetuner.recipe.sections import PackingSection
 
 FILLER_ROW = -1
 
+# name -> tensor of a batch, as objectives read it. A plain dict: engines move and cast the tensors in it.
+BatchTensors = dict[str, torch.Tensor | None]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -60,6 +63,16 @@ class Batch:
     @property
     def num_trained(self) -> int:
         return len(self.targets)
+
+    def tensors(self) -> BatchTensors:
+        """Return what a model is called with, by name: of `attention_mask` and `position_ids` one is None."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "positions": self.positions,
+            "targets": self.targets,
+            "position_ids": self.position_ids,
+        }
 
     def to(self, device: torch.device) -> "Batch":
         def moved(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,7 +117,7 @@ def dealt(rows: Rows, of_step: list[int], plan: Plan, layout: Layout) -> list[Ba
     batches = []
     for accum in range(plan.grad_accum):
         of_pass = of_step[accum * per_pass : (accum + 1) * per_pass]
-        mine = of_pass[plan.rank :: plan.data_parallel]
+        mine = of_pass[plan.data_parallel_rank :: plan.data_parallel]
         batches.append(collate(rows, mine or [FILLER_ROW], layout))
     return batches
 
@@ -134,7 +147,7 @@ def evaluation_batches(
     groups = [ordered[i : i + plan.eval_batch] for i in range(0, len(ordered), plan.eval_batch)]
     while len(groups) % plan.data_parallel:
         groups.append([FILLER_ROW])
-    for group in groups[plan.rank :: plan.data_parallel]:
+    for group in groups[plan.data_parallel_rank :: plan.data_parallel]:
         yield collate(rows, group, layout)
 
 

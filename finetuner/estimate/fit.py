@@ -1,7 +1,7 @@
 """Does the model fit, before anything but its config.json is fetched?
 
-Activations come on top of what kept.py counts, so what is refused here cannot run, while what passes may still be too
-large.
+Activations come on top of what plan/memory.py counts, so what is refused here cannot run, while what passes may still
+be too large.
 """
 
 import math
@@ -13,9 +13,10 @@ from finetuner.errors import PlanError
 from finetuner.models.load import bare_bones
 from finetuner.models.quantized import choose_format
 from finetuner.plan.memory import Parts, kept_by_a_rank, trained_parts
-from finetuner.plan.parallel import ZeroPlan
+from finetuner.plan.parallel import ParallelPlan
+from finetuner.plan.precision import Precision
 from finetuner.plan.run import Plan
-from finetuner.recipe import Recipe
+from finetuner.recipe.sections import AdapterSection, ModelSection, OptimizerSection, QuantizationSection
 from finetuner.world import World
 
 if TYPE_CHECKING:
@@ -23,89 +24,125 @@ if TYPE_CHECKING:
 
 
 def require_fit(
-    recipe: Recipe,
+    model_section: ModelSection,
+    adapter: AdapterSection,
+    quantization: QuantizationSection,
+    optimizer: OptimizerSection,
     plan: Plan,
     world: World,
     attention: tuple[str, ...],
     config: "PreTrainedConfig | None" = None,
 ) -> None:
-    """Raises PlanError if the model cannot fit into this rank's memory, with what would. Says nothing of a model whose
-    size cannot be known without running its own code. `config`: of a model that is not in base_model."""
-    if world.device_memory is None or recipe.model.trust_remote_code:
+    """Raise PlanError, with what would fit, if the model cannot fit into this rank's memory.
+
+    Says nothing of a model whose size cannot be known without running its own code. `config`: of a model that is not in
+    base_model.
+    """
+    if world.device_memory is None or model_section.trust_remote_code:
         return
-    model = model_without_weights(recipe, plan, attention, config)
+    source = config or model_section.base_model
+    model = model_without_weights(source, adapter, quantization, plan.precision, attention)
     if model is None:
         return
-    parts = parts_to_keep(recipe, plan, model)
-    kept = kept_by_a_rank(parts, plan.engine)
+    total = training_memory(model, adapter, quantization, optimizer, plan)
+    per_rank = kept_by_a_rank(total, plan.parallel)
     on_cpu = world.device == "cpu"
     checks = [
-        (kept.device, world.device_memory, f"this rank's share of the RAM is {{}} (the device is {world.device})")
+        (per_rank.device, world.device_memory, f"this rank's share of the RAM is {{}} (the device is {world.device})")
         if on_cpu
-        else (kept.device, world.device_memory, "its GPU has {} free"),
-        (kept.host * world.local_size, world.host_memory, "this node has {} of RAM available for its ranks"),
+        else (per_rank.device, world.device_memory, "its GPU has {} free"),
+        (per_rank.host * world.local_size, world.host_memory, "this node has {} of RAM available for its ranks"),
     ]
-    for needed, there, words in checks:
+    for needed, available, words in checks:
         in_ram = on_cpu or words.startswith("this node")
-        if there is not None and needed > there:
+        if available is not None and needed > available:
+            layout = "on each rank" if plan.parallel.is_replicated else f"with {plan.parallel.name}"
+            advice = smaller_ways(
+                adapter,
+                quantization,
+                plan.parallel,
+                world,
+                needed / available,
+                in_ram=in_ram,
+                from_scratch=model_section.model is not None,
+            )
             raise PlanError(
-                f"'{recipe.model.base_model}' does not fit: {_engine_name(plan)}, it takes {_gb(needed)} "
-                f"(weights {_gb(parts.weights)}, gradients {_gb(parts.gradients)}, optimizer {_gb(parts.optimizer)} in "
-                f"all; activations come on top), and {words.format(_gb(there))}.\n"
-                + "\n".join(f"  {line}" for line in advice(recipe, plan, world, needed / there, in_ram=in_ram))
+                f"'{model_section.base_model}' does not fit: {layout}, it takes {_gb(needed)} "
+                f"(weights {_gb(total.weights)}, gradients {_gb(total.gradients)}, optimizer {_gb(total.optimizer)} in "
+                f"all; activations come on top), and {words.format(_gb(available))}.\n"
+                + "\n".join(f"  {line}" for line in advice)
             )
 
 
 def model_without_weights(
-    recipe: Recipe, plan: Plan, attention: tuple[str, ...], config: "PreTrainedConfig | None" = None
+    source: "str | PreTrainedConfig",
+    adapter: AdapterSection,
+    quantization: QuantizationSection,
+    precision: Precision,
+    attention: tuple[str, ...],
 ) -> "PreTrainedModel | None":
-    """On the meta device, in the number formats it is trained in; None where it cannot be built from its config."""
-    dtype = torch.float32 if recipe.adapter.adapter is None or plan.precision == "fp32" else torch.bfloat16
-    form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
-    return bare_bones(config or recipe.model.base_model, dtype=dtype, attention=attention, form=form)
+    """Return a model on the meta device, in the number formats it is trained in.
+
+    None where it cannot be built from its config.
+    """
+    dtype = torch.float32 if adapter.adapter is None or precision == "fp32" else torch.bfloat16
+    form = choose_format(adapter.adapter, quantization, dtype)
+    return bare_bones(source, dtype=dtype, attention=attention, form=form)
 
 
-def parts_to_keep(recipe: Recipe, plan: Plan, model: "PreTrainedModel") -> Parts:
-    """Of a `model` without weights; an adapter is too small to count."""
-    count, weights = (sum(p.numel() * size(p) for p in model.parameters()) for size in (lambda p: 1, _itemsize))
-    if recipe.adapter.adapter is None and recipe.adapter.unfrozen_parameters is None:
-        name = recipe.optimizer.optimizer
-        return trained_parts(count, engine=plan.engine, bf16=plan.precision == "bf16", optimizer=name)
-    return Parts(weights // 2 if recipe.quantization.load_in_8bit else weights)
+def training_memory(
+    model: "PreTrainedModel",
+    adapter: AdapterSection,
+    quantization: QuantizationSection,
+    optimizer: OptimizerSection,
+    plan: Plan,
+) -> Parts:
+    """Bytes that a `model` without weights takes between steps, over all ranks; an adapter is too small to count."""
+    parameters = list(model.parameters())
+    if adapter.adapter is None and adapter.unfrozen_parameters is None:
+        count = sum(p.numel() for p in parameters)
+        return trained_parts(
+            count, parallel=plan.parallel, bf16=plan.precision == "bf16", optimizer=optimizer.optimizer
+        )
+    num_bytes = sum(p.numel() * p.itemsize for p in parameters)
+    return Parts(num_bytes // 2 if quantization.load_in_8bit else num_bytes)
 
 
-def advice(recipe: Recipe, plan: Plan, world: World, times: float, *, in_ram: bool) -> list[str]:
-    """What makes it smaller, the strongest first; `times` too large is it now. `in_ram`: for the RAM of the node, which
-    all its ranks share."""
+def smaller_ways(
+    adapter: AdapterSection,
+    quantization: QuantizationSection,
+    parallel: ParallelPlan,
+    world: World,
+    times: float,
+    *,
+    in_ram: bool,
+    from_scratch: bool,
+) -> list[str]:
+    """Return lines of advice, the strongest first, for a model that is `times` too large.
+
+    `in_ram`: too large for the RAM of the node, which all its ranks share.
+    """
     lines = []
     if world.device == "cpu":
         lines.append("This machine shows no GPU to PyTorch: start it where `nvidia-smi` lists one.")
-    if recipe.model.model is not None:
+    if from_scratch:
         lines.append("model: fewer layers, or less width   makes it smaller")
-    elif recipe.adapter.adapter is None:
+    elif adapter.adapter is None:
         lines.append("adapter: qlora   trains an adapter on a base in 4 bits instead: 0.55 bytes a weight, not 16")
-    elif recipe.adapter.adapter == "lora" and not recipe.quantization.load_in_8bit:
+    elif adapter.adapter == "lora" and not quantization.load_in_8bit:
         lines.append("adapter: qlora   keeps the base in 4 bits: 0.55 bytes a weight, not 2")
-    if plan.engine is None or (isinstance(plan.engine, ZeroPlan) and plan.engine.stage < 3):
+    if not parallel.shards_weights:
         lines.append("fsdp: [full_shard, auto_wrap]   spreads the model over the ranks")
+        return lines
+    ranks = math.ceil(times * parallel.shard)
+    if in_ram:
+        nodes, now = math.ceil(ranks / world.local_size), -(-world.size // world.local_size)
+        lines.append(f"more nodes: {nodes} or more like this one share what {now} cannot")
     else:
-        ranks = math.ceil(times * plan.engine.num_shards)
-        if in_ram:
-            nodes, now = math.ceil(ranks / world.local_size), -(-world.size // world.local_size)
-            lines.append(f"more nodes: {nodes} or more like this one share what {now} cannot")
-        else:
-            lines.append(f"more ranks: {ranks} or more share what {world.size} cannot")
-        if world.device == "cuda" and not plan.engine.offload:
-            lines.append("fsdp: [full_shard, auto_wrap, offload]   keeps it in the RAM of the nodes")
+        lines.append(f"more ranks: {ranks} or more share what {world.size} cannot")
+    if world.device == "cuda" and not parallel.offloads_optimizer:
+        lines.append("fsdp: [full_shard, auto_wrap, offload]   keeps it in the RAM of the nodes")
     return lines
-
-
-def _engine_name(plan: Plan) -> str:
-    return "on each rank" if plan.engine is None else f"with {plan.engine.name}"
-
-
-def _itemsize(parameter: torch.Tensor) -> int:
-    return parameter.itemsize
 
 
 def _gb(num_bytes: float) -> str:

@@ -28,13 +28,12 @@ from finetuner.models.document_isolation import wants_flat_packs
 from finetuner.models.dtypes import DTYPES
 from finetuner.models.generation_config import stop_ids
 from finetuner.models.pickled_weights import readable_base
-from finetuner.objectives.next_token import TokenLoss
-from finetuner.objectives.probe import probe
+from finetuner.objectives.loss_module import LossModule
+from finetuner.objectives.next_token import NextToken
 from finetuner.objectives.text_score import TextScore, total
 from finetuner.plan.run import Plan
 from finetuner.recipe import Loaded, Recipe, load, load_values
 from finetuner.recipe.sections import TokenizerSection
-from finetuner.training.loop import loss_of
 from finetuner.world import World
 
 if TYPE_CHECKING:
@@ -247,20 +246,20 @@ def score_text(
 ) -> dict[str, TextScore]:
     """The loss of the held-out rows of each source, computed as the training run's evaluation computes it."""
     rows = prepared.held_out_rows
-    loss = TokenLoss(model)
-    loss.composed = bool(probe(loss.bare, packs=prepared.held_out_packs is not None))
+    loss = LossModule(model, NextToken())
+    loss.settle(packs=prepared.held_out_packs is not None)
     layout = layout_of(
         recipe.packing,
         recipe.data.sequence_len,
         packed=prepared.held_out_packs is not None,
-        flat=wants_flat_packs(loss.bare),
+        flat=wants_flat_packs(loss.unwrapped),
     )
     device, done = next(model.parameters()).device, 0
     scores = {}
     for part in prepared.held_out_parts or (Part("held out", 0, len(rows)),):
         loss_sum, num_tokens = 0.0, 0
         for batch in evaluation_batches(rows, plan, layout, numbers=range(part.start, part.stop)):
-            loss_sum += float(loss_of(loss, batch.to(device)))
+            loss_sum += float(loss(batch.to(device).tensors()))
             num_tokens += batch.num_trained
             done += len(batch.input_ids)
             report(done, len(rows))

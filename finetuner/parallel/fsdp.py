@@ -1,8 +1,8 @@
-"""FSDP2: torch's `fully_shard` on the module that holds the loss, so that the head is gathered where it is used.
+"""FSDP2: torch's `fully_shard` on the loss module, so that the head is gathered where it is used.
 
 `fully_shard` is called directly and not through Accelerate, which has no FSDP on CPU ranks (it runs DDP and says
 nothing), casts a whole model to fp32 before it shards it, and wants one dtype for a frozen bf16 base and the fp32
-adapter on it. Gradients are reduced in every micro-batch: whole gradients of a model that has to be sharded would not
+adapter on it. Gradients are reduced in every micro-batch: full gradients of a model that has to be sharded would not
 fit.
 """
 
@@ -21,42 +21,44 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetuner.errors import ModelError
 from finetuner.models.lazy_weights import Promises
-from finetuner.objectives.next_token import TokenLoss
-from finetuner.parallel.engine import Held, Tensors, held_by
+from finetuner.objectives.loss_module import LossModule, Question
+from finetuner.parallel.engine import RankMemory, Tensors, memory_of
+from finetuner.parallel.gradient_norm import clip_factor, scale_, sum_of_squares
 from finetuner.parallel.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate
-from finetuner.plan.parallel import FsdpPlan
+from finetuner.plan.parallel import FsdpOptions, ParallelPlan
 
 
 def shard_module(
-    loss: TokenLoss, plan: FsdpPlan, device: torch.device, *, full: bool, promises: Promises | None = None
+    loss: LossModule, plan: ParallelPlan, device: torch.device, *, full: bool, promises: Promises | None = None
 ) -> None:
-    """Replace every parameter of `loss` by this rank's part of it, in place. Build the optimizer only after this.
+    """Replace every parameter of `loss` by this rank's shard of it, in place. Build the optimizer only after this.
 
-    `full`: whether the whole model is trained. With `plan.main_rank_reads` or `promises`, only the values of rank 0
-    count: it reads what is promised, and hands each rank its part.
+    `full`: whether all of the model is trained. With `main_rank_reads` or lazy weights, only the values of rank 0
+    count: it reads each full tensor, and hands every rank its shard.
     """
-    mesh = _mesh(plan, device)
+    mesh, options = _mesh(plan, device), plan.fsdp
+    assert options is not None
     promised = {} if promises is None else promises.hand_over(loss)
-    main_reads = plan.main_rank_reads or promises is not None
+    main_reads = options.main_rank_reads or promises is not None
     values: Tensors = {}
     if main_reads:
         _share_buffers(loss, device)
         if distributed.get_rank() == 0:
             values = {name: p.detach() for name, p in loss.named_parameters() if name not in promised}
-    offload = CPUOffloadPolicy(pin_memory=plan.pin_memory) if plan.offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=options.pin_memory) if options.offload else OffloadPolicy()
     # A frozen base keeps its own dtype, and an adapter its fp32: what is trained alone is cast.
-    dtypes = torch.bfloat16 if plan.gathers_bf16 and full else None
+    dtypes = torch.bfloat16 if options.gathers_bf16 and full else None
     policy = MixedPrecisionPolicy(param_dtype=dtypes, reduce_dtype=torch.float32 if dtypes else None)
-    layers = layers_to_wrap(loss, plan)
+    layers = layers_to_wrap(loss.unwrapped, options)
     for module in (*layers, loss):
         fully_shard(
             module,
             mesh=mesh,
-            reshard_after_forward=plan.reshard_after_forward,
+            reshard_after_forward=options.reshard_after_forward,
             mp_policy=policy,
             offload_policy=offload,
         )
-    if plan.forward_prefetch:
+    if options.forward_prefetch:
         for layer, following in pairwise(layers):
             assert isinstance(layer, FSDPModule) and isinstance(following, FSDPModule)
             layer.set_modules_to_forward_prefetch([following])
@@ -70,22 +72,22 @@ def shard_module(
             promises.close()
 
 
-def _mesh(plan: FsdpPlan, device: torch.device) -> DeviceMesh:
-    if plan.num_replicas == 1:
-        return init_device_mesh(device.type, (plan.num_shards,), mesh_dim_names=("shard",))
-    sizes = (plan.num_replicas, plan.num_shards)
+def _mesh(plan: ParallelPlan, device: torch.device) -> DeviceMesh:
+    if plan.replicate == 1:
+        return init_device_mesh(device.type, (plan.shard,), mesh_dim_names=("shard",))
+    sizes = (plan.replicate, plan.shard)
     return init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
 
 
-def layers_to_wrap(loss: TokenLoss, plan: FsdpPlan) -> list[nn.Module]:
-    """The layers that are gathered one by one, in order. Raises ModelError for a class that the model has not."""
-    if not plan.wraps_layers:
+def layers_to_wrap(model: nn.Module, options: FsdpOptions) -> list[nn.Module]:
+    """Return the layers that are gathered one at a time, in order. Raises ModelError for a class that the model has
+    not."""
+    if not options.wraps_layers:
         return []
-    model = loss.bare
     classes = [type(module).__name__ for module in model.modules()]
-    names = plan.layer_classes or tuple(getattr(model, "_no_split_modules", None) or ())
+    names = options.layer_classes or tuple(getattr(model, "_no_split_modules", None) or ())
     present = [name for name in names if name in classes]
-    unknown = [name for name in plan.layer_classes if name not in classes]
+    unknown = [name for name in options.layer_classes if name not in classes]
     if unknown or not present:
         what = f"no module of the class '{unknown[0]}'" if unknown else "no layers that it names itself"
         often = sorted({name for name in classes if classes.count(name) > 1})
@@ -96,7 +98,7 @@ def layers_to_wrap(loss: TokenLoss, plan: FsdpPlan) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in present]
 
 
-def _share_buffers(loss: TokenLoss, device: torch.device) -> None:
+def _share_buffers(loss: LossModule, device: torch.device) -> None:
     for buffer in loss.buffers():
         on_device = buffer.to(device)
         distributed.broadcast(on_device, src=0)
@@ -104,45 +106,49 @@ def _share_buffers(loss: TokenLoss, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _share_parameters(loss: TokenLoss, value: Callable[[str], torch.Tensor], device: torch.device) -> None:
-    """Rank 0 hands out the values that it has, one parameter at a time."""
+def _share_parameters(loss: LossModule, value: Callable[[str], torch.Tensor], device: torch.device) -> None:
+    """Hand out the full values (any shapes) that rank 0 has, one parameter at a time; each rank keeps its shard."""
     for name, parameter in loss.named_parameters():
         assert isinstance(parameter, DTensor)
         if distributed.get_rank() == 0:
-            whole = value(name).to(device)
+            full = value(name).to(device)
         else:
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        mine = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=0)
+            full = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        mine = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=0)
         parameter.to_local().copy_(mine.to_local())
 
 
 class _Autocast(nn.Module):
-    """Compute in the run's precision, as a model does that Accelerate prepared."""
+    """Computes in the run's precision, as a module does that Accelerate prepared."""
 
     def __init__(self, inner: nn.Module, accelerator: Accelerator) -> None:
         super().__init__()
         self.inner = inner
         self.accelerator = accelerator
 
-    def forward(self, *batch: torch.Tensor) -> torch.Tensor:
+    def forward(self, *arguments: Any, **named: Any) -> torch.Tensor:
         with self.accelerator.autocast():
-            return self.inner(*batch)
+            return self.inner(*arguments, **named)
 
 
 class FsdpEngine:
-    """A module that shard_module has sharded, and an optimizer over its parts."""
+    """A module that shard_module has sharded, and an optimizer over this rank's shards."""
 
     def __init__(
-        self, accelerator: Accelerator, loss: TokenLoss, optimizer: torch.optim.Optimizer, plan: FsdpPlan
+        self, accelerator: Accelerator, loss: LossModule, optimizer: torch.optim.Optimizer, plan: ParallelPlan
     ) -> None:
         self.accelerator, self.plan = accelerator, plan
         self.optimizer = optimizer
         self.name = plan.name
         self.module: nn.Module = _Autocast(loss, accelerator)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        whole = [name for name, p in loss.named_parameters() if not isinstance(p, DTensor)]
-        assert isinstance(loss, FSDPModule) and not whole, f"not sharded: {whole}"
+        full = [name for name, p in loss.named_parameters() if not isinstance(p, DTensor)]
+        assert isinstance(loss, FSDPModule) and not full, f"not sharded: {full}"
         assert all(isinstance(p, DTensor) for p in self.trained), "the optimizer was built before the sharding"
+
+    @torch.no_grad()
+    def ask(self, question: Question) -> float:
+        return float(self.module(question=question))
 
     def set_learning_rate(self, lr: float) -> None:
         set_learning_rate(self.optimizer, lr)
@@ -155,56 +161,45 @@ class FsdpEngine:
         loss.backward()
 
     def update(self, max_norm: float, *, loss_is_finite: bool) -> tuple[float, bool]:
-        grad_norm = self._clip(max_norm)
-        finite = loss_is_finite and math.isfinite(grad_norm)
+        gradients = [p.grad.to_local() for p in self.trained if isinstance(p.grad, DTensor)]
+        squares = sum_of_squares(gradients, self.accelerator.device)
+        distributed.all_reduce(squares)
+        norm = math.sqrt(float(squares) / self.plan.replicate)  # copies have the same gradient
+        scale_(gradients, clip_factor(norm, max_norm))
+        finite = loss_is_finite and math.isfinite(norm)
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return grad_norm, finite
+        return norm, finite
 
-    @torch.no_grad()
-    def _clip(self, max_norm: float) -> float:
-        """The norm of the whole gradient: the parts' sums of squares, added over the ranks. torch's own function needs
-        a process group of the CPU for what is offloaded."""
-        gradients = [p.grad.to_local() for p in self.trained if isinstance(p.grad, DTensor)]
-        norms = torch._foreach_norm(gradients) if gradients else []
-        device = self.accelerator.device
-        squares = torch.stack([n.double() ** 2 for n in norms]).sum() if norms else torch.zeros((), dtype=torch.float64)
-        squares = squares.to(device)
-        distributed.all_reduce(squares)
-        norm = math.sqrt(float(squares) / self.plan.num_replicas)  # copies have the same gradient
-        if max_norm and math.isfinite(norm) and norm > max_norm:
-            torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
-        return norm
+    def memory(self) -> RankMemory:
+        return memory_of(self.module.parameters(), self.optimizer)
 
-    def held(self) -> Held:
-        return held_by(self.module.parameters(), self.optimizer)
-
-    def whole(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    def gather(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         out: Tensors = {}
         for name, tensor in tensors.items():
-            full = self._gathered(tensor.detach())
+            full = self._full(tensor.detach())
             if self.accelerator.is_main_process:
                 out[name] = full.cpu().contiguous()
         return out
 
-    def _gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _full(self, tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, DTensor):
             return tensor
         on_device: Any = tensor.to(self.accelerator.device)  # the CPU may have no process group
         return on_device.full_tensor()
 
-    def optimizer_state(self, parameters: Mapping[str, nn.Parameter]) -> Tensors:
-        return self.whole(optimizer_tensors(self.optimizer, parameters, on_cpu=False))
+    def gather_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> Tensors:
+        return self.gather(optimizer_tensors(self.optimizer, parameters, on_cpu=False))
 
-    def load_optimizer_state(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
-        parts: Tensors = {}
+    def load_optimizer(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+        shards: Tensors = {}
         for key, tensor in tensors.items():
             parameter = parameters[key.rpartition("::")[0]]
             assert isinstance(parameter, DTensor)
-            if tensor.shape == parameter.shape:  # every rank has read the whole and keeps its part
+            if tensor.shape == parameter.shape:  # every rank has read the full tensor and keeps its shard
                 tensor = distribute_tensor(
                     tensor.to(self.accelerator.device), parameter.device_mesh, parameter.placements, src_data_rank=None
                 ).to(parameter.to_local().device)
-            parts[key] = tensor
-        load_optimizer_tensors(self.optimizer, parameters, parts)
+            shards[key] = tensor
+        load_optimizer_tensors(self.optimizer, parameters, shards)

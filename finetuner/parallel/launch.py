@@ -1,4 +1,4 @@
-"""The one place where a Plan becomes an Accelerator and an engine.
+"""Ranks: how they meet, what they decide together, and how they part.
 
 Accelerate sets up the ranks, the device, the precision, and DDP. FSDP2 and ZeRO are built on its ranks directly: see
 fsdp.py and zero.py for why.
@@ -20,10 +20,6 @@ from accelerate.utils import (
 from torch import distributed
 
 from finetuner.errors import FinetunerError, PlanError
-from finetuner.models.lazy_weights import Promises
-from finetuner.objectives.next_token import TokenLoss
-from finetuner.parallel.engine import CopiesEngine, Engine
-from finetuner.plan.parallel import FsdpPlan, ZeroPlan
 from finetuner.plan.run import Plan
 from finetuner.world import World, take_engine_from_launcher
 
@@ -33,7 +29,10 @@ _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def build_accelerator(plan: Plan, world: World, timeout_seconds: float) -> Accelerator:
-    """Raises PlanError if the ranks cannot meet, or Accelerate did not set up those that the launcher started."""
+    """Return the Accelerator of this rank, joined with the others.
+
+    Raises PlanError if the ranks cannot meet, or Accelerate did not set up those that the launcher started.
+    """
     take_engine_from_launcher()
     try:
         accelerator = _join_ranks(plan, world, timedelta(seconds=timeout_seconds))
@@ -57,7 +56,7 @@ def build_accelerator(plan: Plan, world: World, timeout_seconds: float) -> Accel
             f"{accelerator.distributed_type.value}. Start with `accelerate launch` or `torchrun`, without a config of "
             "another engine (`accelerate launch --config_file ...`, `accelerate config`)."
         )
-    if plan.engine is not None and not distributed.is_initialized():
+    if not plan.parallel.is_replicated and not distributed.is_initialized():
         # One process, started by no launcher: a group of one, so that a sharded recipe means the same there.
         backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
@@ -78,37 +77,8 @@ def _join_ranks(plan: Plan, world: World, timeout: timedelta) -> Accelerator:
     )
 
 
-def build_engine(
-    accelerator: Accelerator,
-    loss: TokenLoss,
-    plan: Plan,
-    *,
-    full: bool,
-    make_optimizer: Callable[[torch.device], torch.optim.Optimizer],
-    promises: Promises | None = None,
-) -> Engine:
-    """Spread `loss` as the plan says, in place, and read what is promised of it. `make_optimizer` is called when its
-    parameters are what they will be, with the device on which they will be updated.
-
-    Each engine asserts that it is the one that was asked for.
-    """
-    offloads = plan.engine is not None and plan.engine.offload
-    updated_on = torch.device("cpu") if offloads else accelerator.device
-    if isinstance(plan.engine, FsdpPlan):
-        from finetuner.parallel.fsdp import FsdpEngine, shard_module
-
-        shard_module(loss, plan.engine, accelerator.device, full=full, promises=promises)
-        return FsdpEngine(accelerator, loss, make_optimizer(updated_on), plan.engine)
-    if isinstance(plan.engine, ZeroPlan):
-        from finetuner.parallel.zero import ZeroEngine
-
-        return ZeroEngine(accelerator, loss, make_optimizer(updated_on), plan.engine, promises)
-    assert promises is None
-    return CopiesEngine(accelerator, loss.to(accelerator.device), lambda: make_optimizer(updated_on))
-
-
 def by_main_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` gives on the main rank, on every rank; called by all together.
+    """Return, on every rank, what `work` gives on the main rank. Called by all ranks together.
 
     A FinetunerError of it is raised on all, so that none waits for a rank that has left; the main one prints it.
     """
@@ -129,19 +99,19 @@ def by_main_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def leave_ranks(accelerator: Accelerator) -> None:
-    """At the end of a run, well or ill: a group of one that build_accelerator made would meet the next run."""
+    """End the process group of a run: a group of one that build_accelerator made would meet the next run."""
     accelerator.end_training()
     _leave_group()
 
 
 def _leave_group() -> None:
-    """A process that ends with its group's threads running may abort instead of giving its exit code."""
+    """Destroy the process group: a process that ends with its threads running may abort, and lose its exit code."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def use_threads_and_matmuls(world: World, tf32: bool) -> None:
-    """Settings of the process, made once before the model is built."""
+    """Set the process's CPU threads and its fp32 matrix products, once before the model is built."""
     if world.device == "cpu":
         torch.set_num_threads(world.num_threads)
     if tf32:

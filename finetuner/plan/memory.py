@@ -6,7 +6,7 @@ the state of its optimizer (of AdamW: two moments in fp32, or in 8 bits). For on
 
 from dataclasses import dataclass
 
-from finetuner.plan.parallel import EnginePlan, FsdpPlan, ZeroPlan
+from finetuner.plan.parallel import ParallelPlan
 
 # Of a weight, on its device, at the least: an optimizer that is not named here counts as having none.
 _STATE_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_bnb_8bit": 2, "adamw_8bit": 2}
@@ -29,24 +29,20 @@ class Kept:
     host: int
 
 
-def trained_parts(count: int, *, engine: EnginePlan, bf16: bool, optimizer: str) -> Parts:
+def trained_parts(count: int, *, parallel: ParallelPlan, bf16: bool, optimizer: str) -> Parts:
     """Of `count` weights that are all trained."""
-    in_copies = isinstance(engine, ZeroPlan) and bf16
+    in_copies = parallel.casts_full_model and bf16
     state = _STATE_BYTES.get(optimizer, 0)
     return Parts((2 if in_copies else 4) * count, 4 * count, (state + 4 * in_copies) * count)
 
 
-def kept_by_a_rank(parts: Parts, engine: EnginePlan) -> Kept:
+def kept_by_a_rank(parts: Parts, parallel: ParallelPlan) -> Kept:
     """As each engine spreads weights, gradients and optimizer; what is offloaded is in the node's memory."""
-    weights, gradients, optimizer = parts.weights, parts.gradients, parts.optimizer
-    if engine is None:
-        return Kept(weights + gradients + optimizer, 0)
-    stage = 3 if isinstance(engine, FsdpPlan) else engine.stage
-    weights //= engine.num_shards if stage == 3 else 1
-    gradients //= engine.num_shards if stage >= 2 else 1
-    optimizer //= engine.num_shards
-    if isinstance(engine, FsdpPlan) and engine.offload:
+    weights = parts.weights // (parallel.shard if parallel.shards_weights else 1)
+    gradients = parts.gradients // (parallel.shard if parallel.shards_gradients else 1)
+    optimizer = parts.optimizer // (parallel.shard if parallel.shards_optimizer else 1)
+    if parallel.offloads_weights:
         return Kept(0, weights + gradients + optimizer)
-    if engine.offload:  # at the least the optimizer; which of the others, DeepSpeed's configuration says
+    if parallel.offloads_optimizer:  # at the least the optimizer; which of the others, DeepSpeed's configuration says
         return Kept(0, optimizer)
     return Kept(weights + gradients + optimizer, 0)

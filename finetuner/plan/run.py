@@ -1,40 +1,53 @@
-"""What the recipe means on this world: the arithmetic of a run, derived once and printed at its start.
+"""A recipe on this world: the arithmetic of a run, derived once and printed at its start.
 
 Nothing here touches a model or a dataset; facts that are known late (rows) are arguments of `Plan.schedule`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from finetuner.errors import PlanError
-from finetuner.plan.parallel import EnginePlan, FsdpPlan, ZeroPlan, plan_engine
+from finetuner.plan.fsdp import plan_fsdp
+from finetuner.plan.launch_config import require_same_launch_config
+from finetuner.plan.parallel import ParallelPlan
 from finetuner.plan.precision import Precision, choose_precision
 from finetuner.plan.ramp import NO_RAMP, Ramp
 from finetuner.plan.schedule import Schedule
+from finetuner.plan.zero import plan_zero
 from finetuner.recipe import Recipe
+from finetuner.recipe.sections import BatchSection, ShardingSection
 from finetuner.world import World
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Batch and precision. `micro_batch` rows per rank and forward pass, `grad_accum` passes per rank and step."""
+    """Batch, precision and layout over ranks.
 
-    data_parallel: int
-    rank: int
+    `micro_batch`: rows per data-parallel rank and forward pass; `grad_accum`: forward passes per rank and step;
+    `data_parallel_rank`: which share of a batch this rank takes (not its number in the world).
+    """
+
     micro_batch: int
     grad_accum: int
     eval_batch: int
     precision: Precision
     seed: int
-    engine: EnginePlan = None
-    engine_notes: tuple[str, ...] = ()
+    data_parallel_rank: int = 0
+    parallel: ParallelPlan = field(default_factory=ParallelPlan)
+    notes: tuple[str, ...] = ()
     ramp: Ramp = NO_RAMP
 
     @property
+    def data_parallel(self) -> int:
+        return self.parallel.data_parallel
+
+    @property
     def global_batch(self) -> int:
+        """Rows of one step, over all ranks and micro-batches."""
         return self.data_parallel * self.micro_batch * self.grad_accum
 
     @property
     def batch_equation(self) -> str:
+        """The arithmetic of the global batch, as "16 rows = 2 ranks x 4 micro-batch x 2 accumulation"."""
         rising = f"{self.ramp.begins[1]} rows, rising over {self.ramp.steps} steps to " if self.ramp.steps else ""
         return (
             f"{rising}{self.global_batch} rows = {self.data_parallel} {'rank' if self.data_parallel == 1 else 'ranks'}"
@@ -43,36 +56,29 @@ class Plan:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, world: World) -> "Plan":
-        """Raises PlanError if this world cannot do what the recipe asks for."""
+        """Return the plan. Raises PlanError if this world cannot do what the recipe asks for."""
         batch = recipe.batch
         precision = choose_precision(recipe.precision, world)
-        engine, notes = plan_engine(
-            recipe.sharding,
-            world,
-            precision=precision,
-            micro_batch=batch.micro_batch_size,
-            grad_accum=batch.gradient_accumulation_steps,
-            max_grad_norm=recipe.optimizer.max_grad_norm,
+        parallel, notes = plan_parallel(
+            recipe.sharding, batch, world, precision=precision, max_grad_norm=recipe.optimizer.max_grad_norm
         )
-        in_shards = isinstance(engine, FsdpPlan) or (isinstance(engine, ZeroPlan) and engine.stage == 3)
-        if in_shards and recipe.quantization.load_in_8bit:
+        if parallel.shards_weights and recipe.quantization.load_in_8bit:
             raise PlanError(
                 "load_in_8bit is for one GPU, DDP and ZeRO-1 or 2: the scales of an 8-bit layer are lost where its "
                 "weights are cut into parts.\nWrite `adapter: qlora`, which is smaller and can be sharded, or remove "
                 "fsdp or deepspeed."
             )
-        global_batch = world.size * batch.micro_batch_size * batch.gradient_accumulation_steps
+        rows_per_step = parallel.data_parallel * batch.micro_batch_size * batch.gradient_accumulation_steps
         return cls(
-            data_parallel=world.size,
-            rank=world.rank,
             micro_batch=batch.micro_batch_size,
             grad_accum=batch.gradient_accumulation_steps,
             eval_batch=batch.eval_batch_size or batch.micro_batch_size,
             precision=precision,
             seed=recipe.output.seed,
-            engine=engine,
-            engine_notes=notes,
-            ramp=Ramp.from_section(batch, global_batch),
+            data_parallel_rank=parallel.data_parallel_rank(world.rank),
+            parallel=parallel,
+            notes=notes,
+            ramp=Ramp.from_section(batch, rows_per_step),
         )
 
     def rows_before(self, step: int) -> int:
@@ -100,3 +106,31 @@ class Plan:
             steps=steps,
             ramp=self.ramp,
         )
+
+
+def plan_parallel(
+    section: ShardingSection, batch: BatchSection, world: World, *, precision: Precision, max_grad_norm: float
+) -> tuple[ParallelPlan, tuple[str, ...]]:
+    """Return the layout over the ranks of the world, and notes on what was mapped.
+
+    Raises PlanError for what this world or the launcher cannot do.
+    """
+    parallel = ParallelPlan(replicate=world.size)
+    notes: tuple[str, ...] = ()
+    asked: str | None = None
+    if section.uses_fsdp:
+        asked = "fsdp"
+        parallel, notes = plan_fsdp(section, world, precision)
+    elif section.deepspeed is not None:
+        asked = "deepspeed"
+        parallel = plan_zero(
+            section.deepspeed,
+            world,
+            precision=precision,
+            micro_batch=batch.micro_batch_size,
+            grad_accum=batch.gradient_accumulation_steps,
+            max_grad_norm=max_grad_norm,
+        )
+    require_same_launch_config(world.launch, asked, parallel, precision, section.deepspeed)
+    parallel.require_supported(precision=precision, device=world.device)
+    return parallel, notes

@@ -1,71 +1,68 @@
-"""What a run is going to be, as the short table at its start."""
+"""The short table at the start of a run: what it is going to be."""
 
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
 
-from finetuner.checkpoint.contents import Weights
-from finetuner.console import Screen
 from finetuner.data.batches import padding_share
 from finetuner.data.prepare import Prepared
 from finetuner.models.load import count_parameters
 from finetuner.models.quantized import quantized_layers, record_of
-from finetuner.plan.parallel import EnginePlan, ZeroPlan, filled_in
+from finetuner.parallel.engine import Engine, RankMemory
+from finetuner.plan.parallel import ParallelPlan
+from finetuner.plan.run import Plan
 from finetuner.plan.schedule import Schedule
-from finetuner.recipe import Recipe
-from finetuner.training.loop import Run
+from finetuner.plan.zero import filled_in
+from finetuner.recipe.sections import DataSection
+from finetuner.run.inputs import Inputs
+from finetuner.run.layout import ReadyToTrain
+from finetuner.run.session import Session
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def print_plan(
-    recipe: Recipe,
-    weights: Weights,
-    counted: tuple[int, int],
-    prepared: Prepared,
-    recipe_name: str,
-    screen: Screen,
-) -> None:
-    """Called by all ranks together; the main one prints."""
-    plan, schedule, base = weights.run.plan, weights.run.schedule, weights.bare.bare
-    trainable, total = counted
-    device = weights.run.accelerator.device
+def print_plan(session: Session, inputs: Inputs, ready: ReadyToTrain) -> None:
+    """Print what the run is going to be. Called by all ranks together; the main one prints."""
+    recipe, plan, schedule = session.recipe, session.plan, ready.run.schedule
+    base, prepared = ready.trained.loss.unwrapped, inputs.prepared
+    device = ready.run.accelerator.device
     threads = torch.get_num_threads()
     where = f"{device.type}, {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else device.type
+    share = ready.num_trained / ready.num_parameters
     rows = [
-        ("recipe", recipe_name),
+        ("recipe", session.name),
         ("model", f"{recipe.model.base_model} ({type(base).__name__}), {base.config._attn_implementation} attention"),
-        ("parameters", f"{trainable:,} trained of {total:,} ({trainable / total:.2%})"),
+        ("parameters", f"{ready.num_trained:,} trained of {ready.num_parameters:,} ({share:.2%})"),
         ("precision", f"{plan.precision} on {where}; trained weights in fp32"),
-        ("engine", weights.run.engine.name),
-        *_filled_rows(plan.engine, base),
-        ("each rank holds", _held_line(weights.run)),
-        *_base_rows(base),
-        ("rows", rows_line(prepared, recipe)),
-        ("batches", _padding_line(weights.run, prepared)),
+        ("engine", ready.run.engine.name),
+        *_deepspeed_rows(plan.parallel, base),
+        ("each rank holds", _memory_line(ready.run.engine)),
+        *_quantized_rows(base),
+        ("rows", rows_line(prepared, recipe.data)),
+        ("batches", _padding_line(ready, plan, prepared)),
         ("global batch", plan.batch_equation),
         ("steps", _steps_line(schedule)),
         ("learning rate", _rate_line(schedule)),
         ("output", recipe.output.output_dir),
     ]
-    screen.table(rows)
+    session.screen.table(rows)
     for note in prepared.notes:
-        screen.line(f"note: {note}")
-    screen.line()
+        session.screen.line(f"note: {note}")
+    session.screen.line()
 
 
-def _filled_rows(engine: EnginePlan, base: "PreTrainedModel") -> list[tuple[str, str]]:
-    """What became of DeepSpeed's "auto"."""
-    if not (isinstance(engine, ZeroPlan) and engine.filled_in):
+def _deepspeed_rows(parallel: ParallelPlan, base: "PreTrainedModel") -> list[tuple[str, str]]:
+    """Return the row that says what each "auto" of DeepSpeed became, if there was one."""
+    if parallel.zero is None or not parallel.zero.filled_in:
         return []
-    return [("deepspeed", filled_in(engine, base.config.get_text_config().hidden_size))]
+    return [("deepspeed", filled_in(parallel.zero, base.config.get_text_config().hidden_size))]
 
 
-def _held_line(run: Run) -> str:
-    """What the ranks hold between steps; the range over them where they differ."""
-    held = gather_object([run.engine.held()])
+def _memory_line(engine: Engine) -> str:
+    """Return what the ranks hold between steps; the range over them where they differ."""
+    held: list[RankMemory] = gather_object([engine.memory()])
 
     def span(values: list[int], unit: str) -> str:
         low, high = min(values), max(values)
@@ -73,41 +70,42 @@ def _held_line(run: Run) -> str:
 
     return ", ".join(
         (
-            span([h.parameters for h in held], "parameters"),
-            span([h.optimizer for h in held], "updated by it"),
-            span([h.num_bytes for h in held], "bytes"),
+            span([one.num_parameters for one in held], "parameters"),
+            span([one.num_updated for one in held], "updated by it"),
+            span([one.num_bytes for one in held], "bytes"),
         )
     )
 
 
-def _base_rows(base: "PreTrainedModel") -> list[tuple[str, str]]:
-    """How a quantised base is held, and how many bytes it takes."""
+def _quantized_rows(base: "PreTrainedModel") -> list[tuple[str, str]]:
+    """Return the row with the format of a quantized base and the bytes that it takes, if it is quantized."""
     record = record_of(base)
     if record is None:
         return []
-    held = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
+    num_bytes = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
     layers = quantized_layers(base).values()
     share = sum(layer.in_features * layer.out_features for layer in layers) / count_parameters(base)[1]
     of = f"{len(record.modules)} linear layers, {share:.1%} of the weights"
-    return [("base", f"{record.format}: {of}; {held / 1e6:,.1f} MB in all")]
+    return [("base", f"{record.format}: {of}; {num_bytes / 1e6:,.1f} MB in all")]
 
 
-def rows_line(prepared: Prepared, recipe: Recipe) -> str:
+def rows_line(prepared: Prepared, section: DataSection) -> str:
+    """Return how many rows and tokens there are to train on, and how many are held out."""
     store = prepared.train
     held_out = f", {len(prepared.held_out):,} held out" if len(prepared.held_out) else ""
-    if recipe.data.streaming:
-        return f"streamed from {', '.join(entry.path for entry in recipe.data.datasets)}{held_out}"
+    if section.streaming:
+        return f"streamed from {', '.join(entry.path for entry in section.datasets)}{held_out}"
     line = f"{len(store):,} to train on ({store.num_tokens:,} tokens, {store.num_trained:,} trained)"
     if prepared.train_packs is not None:
         line += f" in {len(prepared.train_packs):,} packs, {prepared.train_packs.fill:.1%} full"
     return line + held_out
 
 
-def _padding_line(run: Run, prepared: Prepared) -> str:
-    what = "packed rows, documents apart" if run.layout.packed else "padded rows"
+def _padding_line(ready: ReadyToTrain, plan: Plan, prepared: Prepared) -> str:
+    what = "packed rows, documents apart" if ready.layout.packed else "padded rows"
     if not len(prepared.train_rows):
         return what
-    share = padding_share(prepared.train_rows, run.plan, run.schedule, run.layout)
+    share = padding_share(prepared.train_rows, plan, ready.run.schedule, ready.layout)
     return f"{what}; {share:.1%} of the tokens computed are padding"
 
 

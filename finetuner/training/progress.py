@@ -5,20 +5,24 @@ from collections.abc import Callable
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from finetuner.console import Screen, TimeLeftColumn, duration
+from finetuner.training.observers import Observer
+from finetuner.training.rows import EvaluationRow, StepRow
+from finetuner.training.state import TrainState
+from finetuner.training.stats import StepStats
 
 
-class TrainingProgress:
-    """Loss, learning rate, tokens per second and time left, for every step or every logged step."""
+class TrainingProgress(Observer):
+    """Shows loss, learning rate, tokens per second and time left: of every step on a terminal, else of logged steps."""
 
     def __init__(
         self, screen: Screen, total_steps: int, done: int, *, eval_rows: int, rows_seen: Callable[[int], int]
     ) -> None:
-        """`done` steps are behind; an evaluation takes `eval_rows` rows of this rank, and `rows_seen` of all ranks are
-        learned in so many steps."""
+        """`done`: steps taken before; `eval_rows`: rows of an evaluation on this rank; `rows_seen`: number of steps ->
+        rows that all ranks have trained on."""
         self.screen, self.total_steps, self.eval_rows = screen, total_steps, eval_rows
         self.rows_seen, self.rows_before = rows_seen, rows_seen(done)
         self.seconds, self.steps, self.evaluated_rows = 0.0, 0, 0
-        self.use = ""  # of the devices, as last logged
+        self.utilization = ""  # of the devices, as last logged
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -37,43 +41,42 @@ class TrainingProgress:
     def __exit__(self, *exc: object) -> None:
         self.bar.stop()
 
-    def left(self, step: int) -> float:
-        """Seconds, at the pace of the rows so far: steps may grow."""
+    def seconds_left(self, step: int) -> float:
+        """Return the seconds left, at the pace of the rows so far: steps may grow."""
         rows = self.rows_seen(step)
         return self.seconds / max(1, rows - self.rows_before) * (self.rows_seen(self.total_steps) - rows)
 
-    def stepped(self, step: int, loss: float, lr: float, input_tokens: int, seconds: float) -> None:
+    def step_done(self, state: TrainState, stats: StepStats, seconds: float) -> None:
         self.steps += 1
         # The first step also compiles kernels and fills caches: it would spoil the estimate.
         self.seconds = seconds * 2 if self.steps == 2 else self.seconds + seconds
-        facts = f"loss {loss:.4f}  lr {lr:.2e}  {input_tokens / seconds:,.0f} tok/s{self.use}"
-        self.bar.update(self.task, completed=step, facts=facts, left=self.left(step))
-
-    def logged(self, row: dict) -> None:
-        self.use = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
-        if not self.screen.terminal:
+        speed = f"{stats.num_input_tokens / seconds:,.0f} tok/s{self.utilization}"
+        facts = f"loss {stats.loss:.4f}  lr {stats.learning_rate:.2e}  {speed}"
+        self.bar.update(self.task, completed=state.step, facts=facts, left=self.seconds_left(state.step))
+        if not stats.updated:
             self.screen.line(
-                f"step {row['step']}/{self.total_steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
-                f"lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.3f}  "
-                f"{row['tokens_per_second']:,.0f} tok/s{self.use}  {duration(self.left(row['step']))} left"
+                f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update is skipped"
             )
 
-    def evaluating(self, rows: int) -> None:
-        """`rows` more held-out rows are done."""
-        self.evaluated_rows += rows
+    def logged(self, row: StepRow) -> None:
+        self.utilization = "" if row.mfu is None else f"  MFU {row.mfu:.1%}"
+        if not self.screen.terminal:
+            self.screen.line(
+                f"step {row.step}/{self.total_steps}  epoch {row.epoch:.2f}  loss {row.loss:.4f}  "
+                f"lr {row.learning_rate:.2e}  grad norm {row.grad_norm:.3f}  "
+                f"{row.tokens_per_second:,.0f} tok/s{self.utilization}  {duration(self.seconds_left(row.step))} left"
+            )
+
+    def evaluating(self, num_rows: int) -> None:
+        self.evaluated_rows += num_rows
         self.bar.update(self.task, facts=f"evaluating: {self.evaluated_rows:,} of {self.eval_rows:,} rows")
 
-    def evaluated(self, row: dict) -> None:
+    def evaluated(self, row: EvaluationRow) -> None:
         self.evaluated_rows = 0
-        line = (
-            f"step {row['step']}/{self.total_steps}  held-out loss {row['eval_loss']:.4f}  "
-            f"perplexity {row['eval_perplexity']:.3f}"
-        )
-        if "eval_bits_per_byte" in row:
-            line += f"  bits per byte {row['eval_bits_per_byte']:.4f}"
-        of_sources = [
-            f"{name.removeprefix('eval_loss/')} {loss:.4f}"
-            for name, loss in row.items()
-            if name.startswith("eval_loss/")
-        ]
-        self.screen.line(line + (f"  ({', '.join(of_sources)})" if of_sources else ""))
+        line = f"step {row.step}/{self.total_steps}  held-out loss {row.loss:.4f}"
+        if row.perplexity is not None:
+            line += f"  perplexity {row.perplexity:.3f}"
+        if row.bits_per_byte is not None:
+            line += f"  bits per byte {row.bits_per_byte:.4f}"
+        sources = ", ".join(f"{name} {loss:.4f}" for name, loss in row.by_source.items())
+        self.screen.line(line + (f"  ({sources})" if sources else ""))

@@ -1,4 +1,4 @@
-"""A signal becomes a wish that the loop grants at the end of a step."""
+"""Signals as requests to stop, which the loop grants at the end of a step."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class StopWish:
+class StopRequest:
     """Whether this process was asked to stop, and by what."""
 
     def __init__(self) -> None:
@@ -18,22 +18,22 @@ class StopWish:
 
 
 @contextmanager
-def stop_wishes(announce: Callable[[str], None]) -> Iterator[StopWish]:
-    """SIGTERM (a batch system's warning) and the first Ctrl-C are wishes; the second Ctrl-C stops at once."""
-    wish = StopWish()
+def stop_requests(announce: Callable[[str], None]) -> Iterator[StopRequest]:
+    """SIGTERM (a batch system's warning) and the first Ctrl-C are requests; the second Ctrl-C stops at once."""
+    request = StopRequest()
 
     def asked(number: int, frame: FrameType | None) -> None:
-        if wish and number == signal.SIGINT:
+        if request and number == signal.SIGINT:
             raise KeyboardInterrupt
-        wish.signal = signal.Signals(number)
-        announce(f"{wish.signal.name}: saving after this step, then stopping (Ctrl-C stops at once)")
+        request.signal = signal.Signals(number)
+        announce(f"{request.signal.name}: saving after this step, then stopping (Ctrl-C stops at once)")
 
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
-        yield wish
+        yield request
         return
     before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield wish
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

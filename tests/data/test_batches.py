@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from finetuner.data.batches import FILLER_ROW, Batch, collate, evaluation_batches, step_batches
 from finetuner.data.order import held_out_rows, mix, row_order
 from finetuner.data.tokens import IGNORE, TokenStore
+from finetuner.plan.parallel import ParallelPlan
 from finetuner.plan.run import Plan
 from finetuner.plan.schedule import Schedule
 from finetuner.recipe.sections import EvaluationSection, OutputSection, ScheduleSection
@@ -37,7 +38,7 @@ def make_plan(
     ranks: int = 1, micro: int = 1, accum: int = 1, rank: int = 0, seed: int = 3, eval_batch: int = 2
 ) -> Plan:
     return Plan(
-        data_parallel=ranks, rank=rank, micro_batch=micro, grad_accum=accum,
+        parallel=ParallelPlan(replicate=ranks), data_parallel_rank=rank, micro_batch=micro, grad_accum=accum,
         eval_batch=eval_batch, precision="fp32", seed=seed,
     )  # fmt: skip
 
@@ -55,7 +56,7 @@ def rows_of(batch: Batch) -> list[int]:
 
 
 def all_ranks(plan: Plan) -> Iterator[Plan]:
-    return (replace(plan, rank=rank) for rank in range(plan.data_parallel))
+    return (replace(plan, data_parallel_rank=rank) for rank in range(plan.data_parallel))
 
 
 # --- order ---

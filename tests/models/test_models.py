@@ -20,8 +20,10 @@ from finetuner.models.load import (
     trainable_parameters,
 )
 from finetuner.models.lora_targets import target_modules
-from finetuner.objectives import next_token as loss_module
-from finetuner.objectives.next_token import TokenLoss, head_is_composable
+from finetuner.objectives import logits as loss_module
+from finetuner.objectives.logits import head_is_composable
+from finetuner.objectives.loss_module import LossModule
+from finetuner.objectives.next_token import NextToken
 from finetuner.recipe.sections import AdapterSection, SpecialTokens, TokenizerSection
 from finetuner.world import World
 
@@ -40,10 +42,6 @@ def documents(count: int = 3) -> TokenStore:
         labels[: len(ids) // 2] = IGNORE
         pairs.append((ids, labels))
     return TokenStore.of(pairs)
-
-
-def inputs(batch):
-    return batch.input_ids, batch.attention_mask, batch.positions, batch.targets
 
 
 def reference_loss(model, store: TokenStore) -> torch.Tensor:
@@ -77,9 +75,10 @@ def tiny(kind: str):
 @pytest.mark.parametrize("kind", ["llama", "tied llama", "gemma2", "cohere", "gpt2"])
 def test_token_loss_is_the_cross_entropy_of_the_models_own_logits(kind):
     model, store = tiny(kind), documents()
-    head = TokenLoss(model, composed=head_is_composable(model)).eval()
+    head = LossModule(model, NextToken(), composed=head_is_composable(model)).eval()
     assert head.composed == (kind != "cohere"), "a head that scales its logits keeps its own forward"
-    torch.testing.assert_close(head(*inputs(collate(store, [0, 1, 2]))), reference_loss(model, store))
+    (loss,) = head(collate(store, [0, 1, 2]).tensors())
+    torch.testing.assert_close(loss, reference_loss(model, store))
 
 
 def test_chunked_loss_has_the_value_and_gradients_of_the_whole(monkeypatch):
@@ -88,7 +87,7 @@ def test_chunked_loss_has_the_value_and_gradients_of_the_whole(monkeypatch):
     for chunk_bytes in (2**28, 4 * 512 * 3):  # all at once; three positions at a time
         monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_bytes)
         model = tiny("llama")
-        loss = TokenLoss(model, composed=True)(*inputs(collate(store, [0, 1, 2])))
+        loss = LossModule(model, NextToken(), composed=True)(collate(store, [0, 1, 2]).tensors())
         loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
     torch.testing.assert_close(results[0], results[1])
@@ -96,7 +95,7 @@ def test_chunked_loss_has_the_value_and_gradients_of_the_whole(monkeypatch):
 
 def test_a_batch_without_a_trained_token_gives_zero_and_zero_gradients():
     model = tiny("llama")
-    loss = TokenLoss(model, composed=True)(*inputs(collate(documents(), [-1])))
+    loss = LossModule(model, NextToken(), composed=True)(collate(documents(), [-1]).tensors())
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -104,9 +103,9 @@ def test_a_batch_without_a_trained_token_gives_zero_and_zero_gradients():
 
 def test_padding_does_not_reach_the_loss():
     model, store = tiny("llama"), documents()
-    head = TokenLoss(model, composed=True)
-    alone = sum(head(*inputs(collate(store, [i]))) for i in range(3))
-    torch.testing.assert_close(head(*inputs(collate(store, [0, 1, 2]))), alone)
+    head = LossModule(model, NextToken(), composed=True)
+    alone = sum(head(collate(store, [i]).tensors()) for i in range(3))
+    torch.testing.assert_close(head(collate(store, [0, 1, 2]).tensors()), alone)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -116,7 +115,7 @@ def test_every_adapter_gets_a_gradient_and_no_base_weight_does(tiny_model, check
         recompute_activations(model)
     adapted = add_lora(model, AdapterSection(adapter="lora"), base_model="x", seed=1)
     adapted.train()
-    TokenLoss(adapted, composed=True)(*inputs(collate(documents(), [0, 1, 2]))).backward()
+    LossModule(adapted, NextToken(), composed=True)(collate(documents(), [0, 1, 2]).tensors()).backward()
     grads = {name: p.grad for name, p in adapted.named_parameters()}
     matrices = [name for name in grads if "lora_B" in name]
     assert len(matrices) == 14, "seven linear layers in each of two blocks, not the head"

@@ -17,7 +17,8 @@ from finetuner.data.packing import Packs, best_fit_decreasing
 from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.errors import ModelError
 from finetuner.models.document_isolation import require_isolation
-from finetuner.objectives.next_token import TokenLoss
+from finetuner.objectives.loss_module import LossModule
+from finetuner.objectives.next_token import NextToken
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +105,7 @@ def test_a_changed_document_leaves_the_logits_of_its_neighbours_as_they_are(mode
 @pytest.mark.parametrize("layout", [PACKED, Layout(packed=True, pad_to=24)], ids=["as long as it is", "padded"])
 def test_packs_have_the_loss_and_the_gradient_of_their_documents(model, store, layout):
     packs = Packs.of(store, 16)
-    loss = TokenLoss(model, composed=True)
+    loss = LossModule(model, NextToken(), composed=True)
 
     def outcome(rows, numbers, how):
         batch = collate(rows, numbers, how)

@@ -9,7 +9,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from conftest import ROOT, largest_difference, make_model, run_command, weights_of
-from quantized_worker import documents, inputs, qlora_loss, steps_of
+from quantized_worker import documents, qlora_loss, steps_of
 from test_models import FP32
 
 from finetuner.data.batches import collate
@@ -17,7 +17,9 @@ from finetuner.errors import CheckpointError, ModelError, RecipeError
 from finetuner.models.adapter import add_lora
 from finetuner.models.load import count_parameters, load_model, recompute_activations
 from finetuner.models.quantized import Format, FourBitLinear, choose_format, quantized_layers, read_record
-from finetuner.objectives.next_token import TokenLoss, head_is_composable
+from finetuner.objectives.logits import head_is_composable
+from finetuner.objectives.loss_module import LossModule
+from finetuner.objectives.next_token import NextToken
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import AdapterSection, FourBitSection, QuantizationSection
 
@@ -124,7 +126,7 @@ def test_peft_adapts_it_as_any_linear_layer_and_the_gradients_are_those_of_the_d
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
-        loss = TokenLoss(adapted, composed=composed)(*inputs(collate(documents(), [0, 1, 2])))
+        loss = LossModule(adapted, NextToken(), composed=composed)(collate(documents(), [0, 1, 2]).tensors())
         loss.backward()
         return {n: p.grad for n, p in adapted.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
 

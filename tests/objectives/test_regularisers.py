@@ -9,17 +9,25 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from finetuner.models.neftune import document_lengths, noisy
-from finetuner.objectives import next_token as loss_module
-from finetuner.objectives.next_token import Regularisers, TokenLoss, summed_loss
+from finetuner.objectives import logits as loss_module
+from finetuner.objectives.loss_module import LossModule
+from finetuner.objectives.next_token import NextToken, Regularization, summed_loss
 
 pytestmark = pytest.mark.slow
 
 IDS = torch.arange(24).reshape(2, 12)
 POSITIONS, TARGETS = torch.arange(20), torch.arange(100, 120)
+BATCH = {
+    "input_ids": IDS,
+    "attention_mask": torch.ones_like(IDS),
+    "positions": POSITIONS,
+    "targets": TARGETS,
+    "position_ids": None,
+}
 
 
-def loss_of(model: nn.Module, added: Regularisers, composed: bool = True) -> torch.Tensor:
-    return TokenLoss(model, composed=composed, regularisers=added)(IDS, torch.ones_like(IDS), POSITIONS, TARGETS)
+def loss_of(model: nn.Module, added: Regularization, composed: bool = True) -> torch.Tensor:
+    return LossModule(model, NextToken(added), composed=composed)(BATCH)
 
 
 @pytest.mark.parametrize("way", ["composed", "in chunks", "by the model's own head"])
@@ -27,7 +35,7 @@ def test_smoothing_and_z_loss_are_their_formulas_in_value_and_gradient(way, tiny
     if way == "in chunks":
         monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 512 * 7)
     model = AutoModelForCausalLM.from_pretrained(tiny_model).train()
-    loss = loss_of(model, Regularisers(label_smoothing=0.1, z_loss=1e-2), composed=way != "by the model's own head")
+    loss = loss_of(model, Regularization(label_smoothing=0.1, z_loss=1e-2), composed=way != "by the model's own head")
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -42,11 +50,11 @@ def test_smoothing_and_z_loss_are_their_formulas_in_value_and_gradient(way, tiny
 
 def test_evaluation_is_without_what_training_adds(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    added = TokenLoss(model, composed=True, regularisers=Regularisers(0.1, 1.0, 50.0)).eval()
-    assert torch.equal(added(IDS, torch.ones_like(IDS), POSITIONS, TARGETS), loss_of(model, Regularisers()))
+    added = LossModule(model, NextToken(Regularization(0.1, 1.0, 50.0)), composed=True).eval()
+    assert torch.equal(added(BATCH), loss_of(model, Regularization()))
     logits = torch.randn(3, 7)
-    assert summed_loss(logits, torch.tensor([0, 1, 2]), Regularisers(z_loss=1.0)) > summed_loss(
-        logits, torch.tensor([0, 1, 2]), Regularisers()
+    assert summed_loss(logits, torch.tensor([0, 1, 2]), Regularization(z_loss=1.0)) > summed_loss(
+        logits, torch.tensor([0, 1, 2]), Regularization()
     )
 
 

@@ -16,9 +16,10 @@ from torch import distributed
 from finetuner.models.freed_memory import giving_back
 from finetuner.models.load import promised_model
 from finetuner.models.quantized import Format
-from finetuner.objectives.next_token import TokenLoss, head_is_composable
+from finetuner.objectives.loss_module import LossModule
+from finetuner.objectives.next_token import NextToken
 from finetuner.parallel.fsdp import shard_module
-from finetuner.plan.parallel import FsdpPlan
+from finetuner.plan.parallel import FsdpOptions, ParallelPlan
 
 CPU = torch.device("cpu")
 NF4 = Format("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)
@@ -56,11 +57,13 @@ def load_and_try(folder: str) -> dict[str, int]:
     with Peak() as loading, giving_back():
         found = promised_model(folder, dtype=NF4.dtype, attention=("sdpa",), form=NF4, device=CPU)
         assert found is not None
-        loss = TokenLoss(found[0], composed=True)
-        shard_module(loss, FsdpPlan(num_shards=2, pin_memory=False), CPU, full=False, promises=found[1])
+        loss = LossModule(found[0], NextToken(), composed=True)
+        shard_module(
+            loss, ParallelPlan("fsdp2", shard=2, fsdp=FsdpOptions(pin_memory=False)), CPU, full=False, promises=found[1]
+        )
     was_read = count_of("rchar", "io") - before
     with torch.no_grad(), Peak() as trying, giving_back():
-        assert loss(head_is_composable) == 1.0
+        assert loss(question=lambda module: module.settle(packs=False)) == 1.0
     held = sum(p.to_local().numel() * p.itemsize for p in loss.parameters())
     return {"held": held, "read": was_read, "loading": loading.most, "trying": trying.most}
 

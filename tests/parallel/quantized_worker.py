@@ -7,7 +7,7 @@ import json
 import sys
 
 import torch
-from test_models import documents, inputs
+from test_models import documents
 from torch import distributed
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -15,11 +15,12 @@ from finetuner.data.batches import collate
 from finetuner.models.adapter import add_lora
 from finetuner.models.load import load_model, recompute_activations
 from finetuner.models.quantized import Format
-from finetuner.objectives.next_token import TokenLoss
+from finetuner.objectives.loss_module import LossModule
+from finetuner.objectives.next_token import NextToken
 from finetuner.recipe.sections import AdapterSection
 
 
-def qlora_loss(folder: str, storage: str, precision: str) -> TokenLoss:
+def qlora_loss(folder: str, storage: str, precision: str) -> LossModule:
     """The whole model with its adapter, all in one number format beside the packed bytes."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     form = Format("nf4", dtype, double=True, compute_dtype=dtype, storage=getattr(torch, storage))
@@ -29,15 +30,15 @@ def qlora_loss(folder: str, storage: str, precision: str) -> TokenLoss:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    return TokenLoss(adapted, composed=True)
+    return LossModule(adapted, NextToken(), composed=True)
 
 
-def steps_of(module: TokenLoss) -> list[float]:
+def steps_of(module: LossModule) -> list[float]:
     """The losses of three steps on the same rows."""
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.02)
     losses = []
     for _ in range(3):
-        loss = module(*inputs(collate(documents(), [0, 1, 2])))
+        loss = module(collate(documents(), [0, 1, 2]).tensors())
         (loss / 10).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -49,7 +50,7 @@ def sharded_steps(folder: str, storage: str, precision: str) -> list[float]:
     module = qlora_loss(folder, storage, precision)
     held = sum(p.numel() * p.itemsize for name, p in module.named_parameters() if "base_layer" in name)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if precision == "bf16" else None)
-    for block in module.bare.model.layers:
+    for block in module.unwrapped.model.layers:
         fully_shard(block, mp_policy=policy)
     fully_shard(module, mp_policy=policy)
     shards = [p.to_local() for name, p in module.named_parameters() if "base_layer" in name]

@@ -313,15 +313,22 @@ def test_what_is_gathered_when_changes_no_number(keys, recipe, train, tmp_path):
     assert_same_numbers(wrapped, plain)
 
 
+def fsdp_plan(**options):
+    from finetuner.plan.parallel import FsdpOptions, ParallelPlan
+
+    return ParallelPlan("fsdp2", fsdp=FsdpOptions(**options))
+
+
 def sharded_here(plan, tied_or_not: Path):
     """A tiny model, sharded in this process on a group of one."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetuner.objectives.next_token import TokenLoss
+    from finetuner.objectives.loss_module import LossModule
+    from finetuner.objectives.next_token import NextToken
     from finetuner.parallel.fsdp import shard_module
 
-    loss = TokenLoss(AutoModelForCausalLM.from_pretrained(tied_or_not), composed=True)
+    loss = LossModule(AutoModelForCausalLM.from_pretrained(tied_or_not), NextToken(), composed=True)
     shard_module(loss, plan, torch.device("cpu"), full=True)
     return loss
 
@@ -346,19 +353,16 @@ def group_of_one():
 def test_the_layers_of_the_plan_are_gathered_one_by_one(changes, classes, tiny_model, group_of_one):
     from torch.distributed.fsdp import FSDPModule
 
-    from finetuner.plan.parallel import FsdpPlan
-
-    loss = sharded_here(FsdpPlan(num_shards=1, pin_memory=False, **changes), tiny_model)
+    loss = sharded_here(fsdp_plan(pin_memory=False, **changes), tiny_model)
     wrapped = [type(m).__name__.removeprefix("FSDP") for m in loss.modules() if isinstance(m, FSDPModule)]
-    assert sorted(wrapped) == sorted([*classes, "TokenLoss"])
+    assert sorted(wrapped) == sorted([*classes, "LossModule"])
 
 
 def test_a_class_that_the_model_has_not_is_named_with_those_it_has(tiny_model, group_of_one):
     from finetuner.errors import ModelError
-    from finetuner.plan.parallel import FsdpPlan
 
     with pytest.raises(ModelError, match=r"no module of the class 'MistralLayer'(.|\n)*LlamaDecoderLayer"):
-        sharded_here(FsdpPlan(num_shards=1, layer_classes=("MistralLayer",)), tiny_model)
+        sharded_here(fsdp_plan(layer_classes=("MistralLayer",)), tiny_model)
 
 
 def test_the_norm_of_a_sharded_gradient_is_torchs_and_clips_the_same(tiny_model, group_of_one):
@@ -368,19 +372,26 @@ def test_the_norm_of_a_sharded_gradient_is_torchs_and_clips_the_same(tiny_model,
     from transformers import AutoModelForCausalLM
 
     from finetuner.parallel.fsdp import FsdpEngine
-    from finetuner.plan.parallel import FsdpPlan
 
-    loss = sharded_here(plan := FsdpPlan(num_shards=1, pin_memory=False), tiny_model)
+    loss = sharded_here(plan := fsdp_plan(pin_memory=False), tiny_model)
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.0)
     engine = FsdpEngine(Accelerator(cpu=True), loss, optimizer, plan)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model)
     ids = torch.arange(24).reshape(2, 12)
     positions = torch.arange(20)
-    (engine.module(ids, torch.ones_like(ids), positions, positions) * 3.0).backward()
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "positions": positions,
+        "targets": positions,
+        "position_ids": None,
+    }
+    (engine.module(batch).sum() * 3.0).backward()
     logits = plain(ids).logits.flatten(0, 1)[positions]
     (torch.nn.functional.cross_entropy(logits, positions, reduction="sum") * 3.0).backward()
-    assert engine._clip(0.5) == pytest.approx(float(clip_grad_norm_(plain.parameters(), 0.5)), rel=1e-5)
-    mine = {n: p.grad.to_local() for n, p in loss.model.named_parameters()}
+    mine = {n: p.grad.to_local() for n, p in loss.model.named_parameters()}  # clipped in place by the update
+    norm, updated = engine.update(0.5, loss_is_finite=True)
+    assert updated and norm == pytest.approx(float(clip_grad_norm_(plain.parameters(), 0.5)), rel=1e-5)
     assert largest_difference(mine, {n: p.grad for n, p in plain.named_parameters()}) < 1e-6
 
 

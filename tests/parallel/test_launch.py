@@ -16,7 +16,7 @@ from conftest import ROOT, SHARED_DATA
 
 from finetuner.errors import PlanError
 from finetuner.plan.memory import Kept, Parts, kept_by_a_rank, trained_parts
-from finetuner.plan.parallel import FsdpPlan, ZeroPlan
+from finetuner.plan.parallel import FsdpOptions, ParallelPlan, ZeroOptions
 from finetuner.training.metrics import read_metrics
 from finetuner.training.watchdog import stacks_when_stuck
 from finetuner.world import available_ram
@@ -65,17 +65,17 @@ def test_a_model_too_big_is_refused_with_both_sizes_before_its_weights_or_the_ro
     assert not (tmp_path / "prepared").exists()
 
 
-def zero(stage: int, offload: bool = False) -> ZeroPlan:
+def zero(stage: int, offload: bool = False) -> ParallelPlan:
     block = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
-    return ZeroPlan(stage=stage, num_shards=8, config={"zero_optimization": block})
+    return ParallelPlan("zero", shard=8, zero=ZeroOptions(stage=stage, config={"zero_optimization": block}))
 
 
 @pytest.mark.parametrize(
     ("engine", "kept"),
     [
-        (None, Kept(160, 0)),
-        (FsdpPlan(num_shards=8), Kept(20, 0)),
-        (FsdpPlan(num_shards=8, offload=True), Kept(0, 20)),
+        (ParallelPlan(replicate=8), Kept(160, 0)),
+        (ParallelPlan("fsdp2", shard=8, fsdp=FsdpOptions()), Kept(20, 0)),
+        (ParallelPlan("fsdp2", shard=8, fsdp=FsdpOptions(offload=True)), Kept(0, 20)),
         (zero(1), Kept(20 + 40 + 15, 0)),
         (zero(2), Kept(20 + 5 + 15, 0)),
         (zero(3), Kept(20, 0)),
@@ -83,8 +83,8 @@ def zero(stage: int, offload: bool = False) -> ZeroPlan:
     ],
 )
 def test_what_a_rank_of_eight_keeps_of_ten_weights_that_are_trained(engine, kept):
-    parts = trained_parts(10, engine=engine, bf16=True, optimizer="adamw_torch")
-    expected = Parts(20, 40, 120) if isinstance(engine, ZeroPlan) else Parts(40, 40, 80)
+    parts = trained_parts(10, parallel=engine, bf16=True, optimizer="adamw_torch")
+    expected = Parts(20, 40, 120) if engine.zero is not None else Parts(40, 40, 80)
     assert parts == expected
     assert kept_by_a_rank(parts, engine) == (Kept(22, 0) if engine == zero(3) else kept)
 

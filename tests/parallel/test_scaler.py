@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
-from finetuner.parallel.engine import CopiesEngine
+from finetuner.parallel.replicated import ReplicatedEngine
 
 SCALE = 1024.0
 
@@ -44,7 +44,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
-def step_of(engine: CopiesEngine, rows: list[torch.Tensor], max_norm: float) -> tuple[float, bool]:
+def step_of(engine: ReplicatedEngine, rows: list[torch.Tensor], max_norm: float) -> tuple[float, bool]:
     for i, batch in enumerate(rows, 1):
         with engine.micro_batch(last=i == len(rows)):
             engine.backward(engine.module(batch).square().sum() / 8)
@@ -55,7 +55,7 @@ def step_of(engine: CopiesEngine, rows: list[torch.Tensor], max_norm: float) -> 
 def test_steps_under_the_scaler_are_those_of_torchs_own_recipe_for_it(accelerator: Accelerator, max_norm: float):
     model = small_model()
     theirs = copy.deepcopy(model)
-    engine = CopiesEngine(accelerator, model, lambda: make_optimizer(model))
+    engine = ReplicatedEngine(accelerator, model, lambda: make_optimizer(model))
     optimizer, scaler = make_optimizer(theirs), torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=3)
     for step in range(4):
         norm, updated = step_of(engine, batches(step), max_norm)
@@ -64,18 +64,19 @@ def test_steps_under_the_scaler_are_those_of_torchs_own_recipe_for_it(accelerato
                 out = theirs(batch)
             scaler.scale(out.float().square().sum() / 8).backward()
         scaler.unscale_(optimizer)
-        expected = float(nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or math.inf))
+        expected = torch.stack([p.grad.double().norm() for p in theirs.parameters()]).norm()
+        nn.utils.clip_grads_with_norm_(theirs.parameters(), max_norm or math.inf, expected)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        assert updated and norm == expected
+        assert updated and norm == pytest.approx(float(expected), rel=1e-12)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), theirs.parameters(), strict=True))
     assert accelerator.scaler.get_scale() == scaler.get_scale() == 2 * SCALE
 
 
 def test_a_gradient_that_overflows_leaves_the_weights_and_halves_the_scale(accelerator: Accelerator):
     model = small_model()
-    engine = CopiesEngine(accelerator, model, lambda: make_optimizer(model))
+    engine = ReplicatedEngine(accelerator, model, lambda: make_optimizer(model))
     before = [p.detach().clone() for p in model.parameters()]
     norm, updated = step_of(engine, [rows * 1e6 for rows in batches(0)], 1.0)
     assert not updated and not math.isfinite(norm)

@@ -61,7 +61,7 @@ def test_global_batch_is_ranks_times_micro_batch_times_accumulation(
     recipe = load_recipe(write_recipe(micro_batch_size=micro, gradient_accumulation_steps=accum, seed=5))
     plan = Plan.from_recipe(recipe, World(size=ranks, rank=ranks - 1))
     assert (plan.global_batch, plan.batch_equation) == (rows, equation)
-    assert (plan.rank, plan.seed, plan.eval_batch) == (ranks - 1, 5, micro)
+    assert (plan.data_parallel_rank, plan.seed, plan.eval_batch) == (ranks - 1, 5, micro)
     assert plan.schedule(recipe, num_rows=64).global_batch == rows
 
 

@@ -7,10 +7,11 @@ import pytest
 from conftest import ROOT
 
 from finetuner.errors import PlanError, RecipeError
-from finetuner.plan.parallel import FsdpPlan, ZeroPlan, filled_in, plan_engine, zero_config_for
-from finetuner.plan.run import Plan
+from finetuner.plan.parallel import FsdpOptions, ParallelPlan, ZeroOptions
+from finetuner.plan.run import Plan, plan_parallel
+from finetuner.plan.zero import filled_in, zero_config_for
 from finetuner.recipe import load, load_recipe
-from finetuner.recipe.sections import FsdpConfig, ShardingSection
+from finetuner.recipe.sections import BatchSection, FsdpConfig, ShardingSection
 from finetuner.world import Launch, World, read_launch
 
 TWO = World(size=2, local_size=2)
@@ -18,14 +19,12 @@ FSDP = {"fsdp": ["full_shard", "auto_wrap"]}
 
 
 def engine_of(section, world=TWO, *, precision="fp32", micro_batch=4, grad_accum=3, max_grad_norm=1.0):
-    return plan_engine(
-        section,
-        world,
-        precision=precision,
-        micro_batch=micro_batch,
-        grad_accum=grad_accum,
-        max_grad_norm=max_grad_norm,
-    )
+    batch = BatchSection(micro_batch_size=micro_batch, gradient_accumulation_steps=grad_accum)
+    return plan_parallel(section, batch, world, precision=precision, max_grad_norm=max_grad_norm)
+
+
+def fsdp(shard: int, replicate: int = 1, **options) -> ParallelPlan:
+    return ParallelPlan("fsdp2", shard=shard, replicate=replicate, fsdp=FsdpOptions(**options))
 
 
 def section(**keys):
@@ -121,26 +120,26 @@ def test_the_words_of_fsdp1_become_fsdp2():
     def plan(*words, **config):
         return engine_of(section(fsdp=words, fsdp_config=config or None), World(size=8, local_size=4))[0]
 
-    assert plan("full_shard", "auto_wrap") == FsdpPlan(num_shards=8, pin_memory=False)
-    assert plan("shard_grad_op").reshard_after_forward is False
-    assert plan("shard_grad_op", reshard_after_forward=True).reshard_after_forward is True
+    assert plan("full_shard", "auto_wrap") == fsdp(8, pin_memory=False)
+    assert plan("shard_grad_op").fsdp.reshard_after_forward is False
+    assert plan("shard_grad_op", reshard_after_forward=True).fsdp.reshard_after_forward is True
     hybrid = plan("hybrid_shard", "auto_wrap")
-    assert (hybrid.num_replicas, hybrid.num_shards, hybrid.reshard_after_forward) == (2, 4, True)
-    assert plan("hybrid_shard_zero2").reshard_after_forward is False
-    assert plan("full_shard", "offload").offload and plan("full_shard", offload_params=True).offload
+    assert (hybrid.replicate, hybrid.shard, hybrid.fsdp.reshard_after_forward) == (2, 4, True)
+    assert plan("hybrid_shard_zero2").fsdp.reshard_after_forward is False
+    assert plan("full_shard", "offload").offloads_weights and plan("full_shard", offload_params=True).offloads_weights
     assert plan("full_shard", state_dict_type="SHARDED_STATE_DICT").sharded_checkpoints
     assert plan("full_shard", cpu_ram_efficient_loading=True).main_rank_reads
-    assert plan("full_shard", forward_prefetch=True).forward_prefetch
-    assert not plan("full_shard", auto_wrap_policy="NO_WRAP").wraps_layers
-    assert plan("no_shard") is None
+    assert plan("full_shard", forward_prefetch=True).fsdp.forward_prefetch
+    assert not plan("full_shard", auto_wrap_policy="NO_WRAP").fsdp.wraps_layers
+    assert plan("no_shard") == ParallelPlan(replicate=8)
 
 
 def test_what_weights_travel_in_follows_the_precision():
-    fsdp = section(fsdp=("full_shard",))
-    assert engine_of(fsdp, precision="bf16")[0].gathers_bf16
-    assert not engine_of(fsdp)[0].gathers_bf16
+    sharded = section(fsdp=("full_shard",))
+    assert engine_of(sharded, precision="bf16")[0].fsdp.gathers_bf16
+    assert not engine_of(sharded)[0].fsdp.gathers_bf16
     asked = section(fsdp=("full_shard",), fsdp_config={"mixed_precision_policy": "fp32"})
-    assert not engine_of(asked, precision="bf16")[0].gathers_bf16
+    assert not engine_of(asked, precision="bf16")[0].fsdp.gathers_bf16
     with pytest.raises(PlanError, match="mixed_precision_policy is bf16, but the run computes in fp32"):
         engine_of(section(fsdp=("full_shard",), fsdp_config={"mixed_precision_policy": "bf16"}))
 
@@ -156,7 +155,7 @@ def test_sizes_of_hybrid_sharding_give_the_number_of_ranks():
 
     def sizes(**keys):
         plan, notes = engine_of(section(fsdp=("hybrid_shard",), **keys), world)
-        return plan.num_replicas, plan.num_shards, len(notes)
+        return plan.replicate, plan.shard, len(notes)
 
     assert sizes() == (1, 8, 1)  # one node: a note says that there are no copies
     assert sizes(dp_replicate_size=2) == (2, 4, 0)
@@ -164,7 +163,7 @@ def test_sizes_of_hybrid_sharding_give_the_number_of_ranks():
     with pytest.raises(PlanError, match="3 copies x 2 ranks are 6 ranks, but 8 were started"):
         sizes(dp_replicate_size=3)
     full, _ = engine_of(section(fsdp=("full_shard",), dp_shard_size=4, dp_replicate_size=2), world)
-    assert (full.num_replicas, full.num_shards) == (2, 4)
+    assert (full.replicate, full.shard) == (2, 4)
     with pytest.raises(PlanError, match="1 copies x 4 ranks are 4 ranks, but 8 were started"):
         engine_of(section(fsdp=("full_shard",), dp_shard_size=4), world)
 
@@ -188,25 +187,25 @@ def test_zero1_is_the_known_file():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_deepspeed_config_is_filled_in_from_the_plan(path):
     plan, _ = engine_of(section(deepspeed=str(path)), precision="bf16")
-    assert isinstance(plan, ZeroPlan) and plan.stage == int(path.stem[4])
-    assert plan.offload == path.stem.endswith("offload")
-    config = zero_config_for(plan, hidden_size=64)
+    assert plan.zero is not None and plan.zero.stage == int(path.stem[4])
+    assert plan.offloads_optimizer == path.stem.endswith("offload")
+    config = zero_config_for(plan.zero, hidden_size=64)
     assert '"auto"' not in json.dumps(config)
     assert config["train_batch_size"] == 24 == 2 * 4 * 3
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 3)
     assert config["gradient_clipping"] == 1.0
     assert config["bf16"]["enabled"] is True and config["fp16"]["enabled"] is False
-    said = filled_in(plan, hidden_size=64)
+    said = filled_in(plan.zero, hidden_size=64)
     assert "train_batch_size 24" in said and "gradient_clipping 1.0" in said and "auto" not in said
     assert ("bf16.enabled true" in said) == ("bf16" not in path.stem)
-    if plan.stage == 3:
+    if plan.zero.stage == 3:
         assert config["zero_optimization"]["reduce_bucket_size"] == 64 * 64
         assert "zero_optimization.reduce_bucket_size 4096" in said
     if "bf16" in path.stem:
         with pytest.raises(PlanError, match=r"bf16\.enabled is true, but the run computes in fp32"):
             engine_of(section(deepspeed=str(path)))
     else:
-        assert engine_of(section(deepspeed=str(path)))[0].config["bf16"] == {"enabled": False}
+        assert engine_of(section(deepspeed=str(path)))[0].zero.config["bf16"] == {"enabled": False}
 
 
 @pytest.mark.parametrize(
@@ -231,9 +230,7 @@ def test_a_sharded_run_in_fp16_is_refused():
 
 
 def test_a_missing_deepspeed_names_the_command_that_installs_it(monkeypatch):
-    from finetuner.plan import parallel as sharding
-
-    monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("finetuner.plan.zero.importlib.util.find_spec", lambda name: None)
     with pytest.raises(PlanError, match=r"pip install 'finetuner\[deepspeed\]'"):
         engine_of(section(deepspeed={"zero_optimization": {"stage": 1}}))
 
@@ -270,7 +267,7 @@ def test_every_launch_config_agrees_with_its_recipe_and_no_other(path):
         hybrid = "hybrid" in path.stem and "hybrid" not in name
         low_ram = "low_ram" in name and "low_ram" not in path.stem
         if offloads and not hybrid and not low_ram:
-            assert isinstance(engine_of(section(**keys), world)[0], FsdpPlan)
+            assert engine_of(section(**keys), world)[0].engine == "fsdp2"
         else:
             with pytest.raises(PlanError, match="contradicts the recipe"):
                 engine_of(section(**keys), world)
@@ -285,7 +282,7 @@ def test_a_launch_config_for_deepspeed_is_compared_as_well(tmp_path):
         launch = read_launch({"ACCELERATE_USE_DEEPSPEED": "true"} | env)
         return engine_of(recipe, World(size=2, launch=launch))[0]
 
-    assert run(section(deepspeed=one), ACCELERATE_DEEPSPEED_CONFIG_FILE=one).stage == 1
+    assert run(section(deepspeed=one), ACCELERATE_DEEPSPEED_CONFIG_FILE=one).zero.stage == 1
     with pytest.raises(PlanError, match=r"zero1.json there, .*zero2.json by the recipe"):
         run(section(deepspeed=two), ACCELERATE_DEEPSPEED_CONFIG_FILE=one)
     with pytest.raises(PlanError, match="zero_stage: 3 there, 2 by the recipe"):
@@ -298,5 +295,36 @@ def test_a_launch_config_for_deepspeed_is_compared_as_well(tmp_path):
 
 def test_the_plan_carries_the_engine(write_recipe):
     loaded = load(write_recipe(**FSDP, micro_batch_size=2))
-    assert Plan.from_recipe(loaded.recipe, TWO).engine == FsdpPlan(num_shards=2, pin_memory=False)
-    assert Plan.from_recipe(load_recipe(write_recipe()), TWO).engine is None
+    assert Plan.from_recipe(loaded.recipe, TWO).parallel == fsdp(2, pin_memory=False)
+    assert Plan.from_recipe(load_recipe(write_recipe()), TWO).parallel == ParallelPlan(replicate=2)
+
+
+@pytest.mark.parametrize(
+    ("plan", "name", "sharded"),
+    [
+        (ParallelPlan(), "one rank", (False, False, False)),
+        (ParallelPlan(replicate=4), "DDP over 4 ranks", (False, False, False)),
+        (fsdp(4), "FSDP2 over 4 ranks", (True, True, True)),
+        (fsdp(4, 2, offload=True), "FSDP2 over 2 copies x 4 ranks, offloaded to the CPU", (True, True, True)),
+        *(
+            (
+                ParallelPlan("zero", shard=2, zero=ZeroOptions(stage, {"zero_optimization": {}})),
+                f"ZeRO-{stage} over 2 ranks",
+                (stage == 3, stage >= 2, True),
+            )
+            for stage in (1, 2, 3)
+        ),
+    ],
+)
+def test_a_layout_says_what_each_rank_keeps(plan, name, sharded):
+    assert plan.name == name
+    assert (plan.shards_weights, plan.shards_gradients, plan.shards_optimizer) == sharded
+    assert plan.world_size == plan.data_parallel == plan.replicate * plan.shard
+
+
+def test_ranks_of_one_row_are_one_data_parallel_rank():
+    """Context and tensor ranks lie innermost: they share rows, and so their rank among the data."""
+    plan = ParallelPlan("fsdp2", replicate=2, shard=2, context=2, tensor=2, fsdp=FsdpOptions())
+    assert plan.world_size == 16 and plan.data_parallel == 4
+    ranks = [plan.data_parallel_rank(rank) for rank in range(plan.world_size)]
+    assert ranks == [rank // 4 for rank in range(16)]

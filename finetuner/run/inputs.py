@@ -1,0 +1,53 @@
+"""What a run is made from: the tokenizer, the rows as documents, and the base model's folder."""
+
+from dataclasses import dataclass
+
+import torch
+
+from finetuner.data.inputs import prepare_rows
+from finetuner.data.prepare import Prepared
+from finetuner.data.tokenizer import Vocabulary
+from finetuner.estimate.fit import require_fit
+from finetuner.models.attention import choose_attention
+from finetuner.models.from_scratch import begun_model, scratch_config
+from finetuner.models.pickled_weights import readable_base
+from finetuner.models.quantized import choose_format, require_bitsandbytes
+from finetuner.recipe.gpt_shape import FROM_SCRATCH
+from finetuner.run.session import Session
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """`base`: a folder or hub id; `attention`: implementations to try, the best first."""
+
+    vocabulary: Vocabulary
+    prepared: Prepared
+    base: str
+    attention: tuple[str, ...]
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document that is trained on; 0 of a stream."""
+        return self.prepared.train.longest
+
+
+def prepare_inputs(session: Session) -> Inputs:
+    """Prepare the rows, and write the initial weights of a model from scratch.
+
+    What is missing on this machine, and a model that cannot fit, is said before anything is fetched or prepared.
+    """
+    recipe, plan, world = session.recipe, session.plan, session.world
+    attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
+    if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
+        require_bitsandbytes()
+    sections = (recipe.model, recipe.adapter, recipe.quantization, recipe.optimizer)
+    from_scratch = recipe.model.base_model == FROM_SCRATCH  # its size is known with its vocabulary
+    if not from_scratch:
+        require_fit(*sections, plan, world, attention)
+    vocabulary, prepared = prepare_rows(recipe, world, plan.seed, session.screen)
+    base = readable_base(recipe, world)
+    if from_scratch:
+        config = scratch_config(recipe.model.model, vocabulary.tokenizer)
+        require_fit(*sections, plan, world, attention, config)
+        base = begun_model(config, recipe.data.dataset_prepared_path, plan.seed, world)
+    return Inputs(vocabulary, prepared, base, attention)
