@@ -17,7 +17,7 @@ from finetuner.world import stream_is_terminal
 
 
 def duration(seconds: float) -> str:
-    """0:42, 12:05 or 1:02:33."""
+    """Return seconds as 0:42, 12:05 or 1:02:33."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -37,7 +37,7 @@ class Screen:
             self.console.print(without_secrets(text), markup=False)
 
     def table(self, rows: list[tuple[str, str]]) -> None:
-        """A short two-column table."""
+        """Print a short two-column table."""
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")  # a path is whole or useless
@@ -48,7 +48,7 @@ class Screen:
 
     @contextmanager
     def work(self, what: str, unit: str) -> Iterator["Work"]:
-        """Progress of one long piece of work whose size becomes known later."""
+        """Yield the progress of one long piece of work, whose size may become known later."""
         with Work(self, what, unit) as work:
             yield work
 
@@ -62,7 +62,7 @@ class TimeLeftColumn(ProgressColumn):
 
 
 class Work:
-    """A bar that vanishes when done (terminal), or a line every ten seconds."""
+    """Progress of one piece of work: a bar that vanishes when done (terminal), or a line every ten seconds."""
 
     def __init__(self, screen: Screen, what: str, unit: str) -> None:
         self.screen, self.what, self.unit = screen, what, unit
@@ -87,6 +87,7 @@ class Work:
         self.bar.stop()
 
     def at(self, done: int, total: int) -> None:
+        """Show that so many of the units are done."""
         now = time.monotonic()
         left = (now - self.started) / done * (total - done) if done else None
         self.bar.update(self.task, completed=done, total=total, left=left, unit=self.unit)
@@ -95,12 +96,13 @@ class Work:
             self.screen.line(f"{self.what}: {done:,} of {total:,} {self.unit}, {duration(left)} left")
 
     def at_bytes(self, done: int, total: int) -> None:
+        """Show that so many bytes are done, in MB or GB."""
         scale, self.unit = (10**9, "GB") if total >= 10**10 else (10**6, "MB")
         self.at(done // scale, total // scale)
 
 
 def quiet_libraries(screen: Screen) -> None:
-    """Our own lines say what a user needs; the libraries' stay for errors."""
+    """Let libraries say errors alone: our own lines say what a user needs."""
     import datasets
     import transformers
 

@@ -1,4 +1,4 @@
-"""What can go wrong, and whose turn it is to act.
+"""Errors that a user can mend, and the exit code of each.
 
     FinetunerError
     ├── RecipeError       the YAML says something it cannot mean          exit 2

@@ -12,7 +12,7 @@ from finetuner.errors import PlanError
 DeviceType = Literal["cpu", "cuda", "mps"]
 
 
-# What `accelerate launch` passes on of its FSDP configuration, by the names of that configuration.
+# Variable that `accelerate launch` sets -> the key of its FSDP configuration.
 FSDP_SETTINGS = {
     "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "fsdp_cpu_ram_efficient_loading",
@@ -30,7 +30,7 @@ DEEPSPEED_SETTINGS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """What the configuration of `accelerate launch` says about the run. The recipe decides; this is compared with it.
+    """The configuration of `accelerate launch`. The recipe decides; this is compared with it.
 
     `settings`: key of that configuration -> text.
     """
@@ -65,6 +65,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
     @classmethod
@@ -109,7 +110,7 @@ class World:
 
 
 def read_launch(env: Mapping[str, str]) -> Launch:
-    """What `accelerate launch` was configured to do, from the variables by which it tells its Accelerator."""
+    """Return the configuration of `accelerate launch`, from the variables by which it tells its Accelerator."""
     engine: Literal["fsdp", "deepspeed"] | None = None
     table: Mapping[str, str] = {}
     if env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -123,20 +124,24 @@ def read_launch(env: Mapping[str, str]) -> Launch:
 
 
 def take_engine_from_launcher() -> None:
-    """Accelerate would build the launch configuration's engine by itself; here the recipe's is built, and the two were
-    found to agree."""
+    """Remove the launcher's variables that name an engine: Accelerate would build that one itself.
+
+    The recipe's engine is built, and the two were found to agree.
+    """
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         os.environ.pop(name, None)
 
 
 def name_local_rank() -> None:
-    """DeepSpeed insists on a variable that only launchers set. Without a launcher this is rank 0; to be called when the
-    Accelerator is there, which would take the variable for a launch."""
+    """Set LOCAL_RANK to 0 where no launcher has set it: DeepSpeed insists on it.
+
+    Call it after the Accelerator is built, which would take the variable for a launch.
+    """
     os.environ.setdefault("LOCAL_RANK", "0")
 
 
 def refuse_a_launch_that_lost_its_ranks(env: Mapping[str, str]) -> None:
-    """Without a GPU, `accelerate launch --num_processes 2` starts one process and says nothing.
+    """Raise PlanError if `accelerate launch --num_processes 2` started one process, as it does without a GPU.
 
     It sets MASTER_PORT only when more than one was asked for, and RANK only when they were started.
     """
@@ -151,7 +156,7 @@ def refuse_a_launch_that_lost_its_ranks(env: Mapping[str, str]) -> None:
 
 
 def require_a_gpu_for_each(local_size: int, num_gpus: int) -> None:
-    """Raises PlanError if ranks of this node would share a GPU."""
+    """Raise PlanError if ranks of this node would share a GPU."""
     if local_size > num_gpus:
         raise PlanError(
             f"{local_size} ranks were started on this node, but it has {num_gpus} GPU(s).\n"
@@ -160,7 +165,7 @@ def require_a_gpu_for_each(local_size: int, num_gpus: int) -> None:
 
 
 def threads_for_a_rank(env: Mapping[str, str], local_size: int, num_cores: int) -> int:
-    """CPU threads of one rank: the user's OMP_NUM_THREADS, else an equal share of the cores.
+    """Return the CPU threads of one rank: the user's OMP_NUM_THREADS, else an equal share of the cores.
 
     Both launchers set OMP_NUM_THREADS=1 on their own, which would leave all cores but one idle, so that value counts
     as "not chosen" under a launcher.
@@ -173,28 +178,28 @@ def threads_for_a_rank(env: Mapping[str, str], local_size: int, num_cores: int) 
 
 
 def available_ram(root: Path = Path("/")) -> int | None:
-    """Bytes that processes of this machine, or of this container, may still take; None where Linux does not say."""
+    """Return the bytes that processes of this machine, or container, may still take; None where Linux does not say."""
     try:
         text = (root / "proc/meminfo").read_text()
-        there = int(text.split("MemAvailable:")[1].split()[0]) * 1024
+        available = int(text.split("MemAvailable:")[1].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
         return None
     try:
         limit = int((root / "sys/fs/cgroup/memory.max").read_text())
         used = int((root / "sys/fs/cgroup/memory.current").read_text())
         files = int((root / "sys/fs/cgroup/memory.stat").read_text().split("\nfile ")[1].split()[0])
-        return min(there, limit - used + files)  # pages of files are given back when memory is short
+        return min(available, limit - used + files)  # pages of files are given back when memory is short
     except (OSError, IndexError, ValueError):  # no container, or one without a limit ("max")
-        return there
+        return available
 
 
 def launched_rank() -> int:
-    """This process's rank as its launcher says, before anything heavy is imported."""
+    """Return this process's rank as its launcher says, before anything heavy is imported."""
     return int(os.environ.get("RANK", "0"))
 
 
 def stream_is_terminal(stream: TextIO | None = None) -> bool:
-    """Whether a person watches `stream` (stdout by default)."""
+    """Return whether a person watches `stream` (stdout by default)."""
     return (stream or sys.stdout).isatty()
 
 

@@ -1,4 +1,4 @@
-"""What a run minimizes: one file for each objective, and one row in the table."""
+"""Objectives, which say what a run minimizes: one file for each, and one row in the table."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The contract of an objective: what a run minimizes.
+"""The contract of an objective, which says what a run minimizes.
 
 From each micro-batch an objective gives K sums S_k and, from the batch alone, K counts. The loop minimizes
 
@@ -41,7 +41,7 @@ class Figure:
 
 
 class Objective(Protocol):
-    """What a run minimizes. Implementations are frozen values."""
+    """The contract of an objective. Implementations are frozen values."""
 
     @property
     def terms(self) -> tuple[Term, ...]:

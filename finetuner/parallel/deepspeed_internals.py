@@ -39,7 +39,7 @@ class DeepSpeedInternals:
             )
 
     def local_gradients(self) -> list[torch.Tensor]:
-        """Return this rank's shards of the averaged gradient (flat, any sizes), between the last backward and step."""
+        """Return this rank's shards of the averaged gradient, of any shapes, between the last backward and the step."""
         if self.stage == 3:
             from deepspeed.utils import safe_get_local_grad
 
@@ -55,7 +55,7 @@ class DeepSpeedInternals:
         self.zero._overflow_clean_up(1.0)
 
     def flat_tensors(self) -> list[torch.Tensor]:
-        """Return what this rank updates: flat fp32 tensors. Stage 3 shows the optimizer one of them at a time."""
+        """Return the (elements,) fp32 tensors of this rank. Stage 3 shows the optimizer one of them at a time."""
         if self.stage == 3:
             return list(self.zero.fp32_partitioned_groups_flat)
         return [p for group in self.optimizer.param_groups for p in group["params"]]

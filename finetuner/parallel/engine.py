@@ -1,4 +1,4 @@
-"""What the loop asks of an engine: where a model's shards are, and how gradients and updates come about there."""
+"""The contract of an engine: where a model's shards are, and how gradients and updates come about there."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What one rank holds between steps.
+    """Elements and bytes that one rank holds between steps.
 
     `num_parameters`: elements of the model's parameters; `num_updated`: elements that this rank's optimizer updates;
     `num_bytes`: bytes of the parameters, and of the fp32 copies that an engine updates in their place.
@@ -68,10 +68,11 @@ class Engine(Protocol):
         """
 
     def gather_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> Tensors:
-        """Return "parameter name::state name" -> full tensor, on rank 0; {} on the others."""
+        """Return "parameter name::state name" -> full tensor, shaped as the parameter or a scalar, on rank 0; {} on
+        the others."""
 
     def load_optimizer(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Restore what gather_optimizer gave, in whatever engine on however many ranks."""
+        """Restore full tensors (shapes as gather_optimizer gave them), in any engine on any number of ranks."""
 
 
 def local_shard(tensor: Any) -> torch.Tensor:

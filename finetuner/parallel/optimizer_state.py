@@ -1,4 +1,4 @@
-"""An optimizer's learning rate and its state, as named tensors; torch's optimizers and others of their kind."""
+"""The learning rate and the state of an optimizer, as named tensors: of torch's optimizers and others of their kind."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +8,14 @@ from torch import nn
 
 from finetuner.errors import CheckpointError
 
-# Before a name, of a state that ZeRO keeps in blocks of 8 bits: it is of a rank's part, and of no parameter.
+# Prefix of a state that ZeRO keeps in blocks of 8 bits: it belongs to a rank's shard, and to no parameter.
 OF_RANKS = "zero rank "
 
 
 class SideBySide(torch.optim.Optimizer):
     """Several optimizers that step as one, each over its own parameters.
 
-    What the base class would hold is read from the parts, so that there is one truth.
+    Groups and states are read from the parts, so that there is one truth.
     """
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
@@ -47,7 +47,7 @@ class SideBySide(torch.optim.Optimizer):
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The rate of the schedule; a group may have a multiple of it as its own."""
+    """Set the learning rate of every group: the schedule's, times the group's own multiple if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -55,7 +55,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, on_cpu: bool = True
 ) -> dict[str, torch.Tensor]:
-    """ "parameter name::state name" -> tensor. Learning rates and decays are the recipe's and not among them."""
+    """Return "parameter name::state name" -> tensor, in the shape of the parameter or of its shard, or a scalar.
+
+    Learning rates and decays are the recipe's and not among them.
+    """
     tensors: dict[str, torch.Tensor] = {}
     states = optimizer.state
     for name, parameter in parameters.items():
@@ -70,8 +73,11 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Restore what optimizer_tensors gave. Raises KeyError for a parameter the optimizer does not have, and
-    CheckpointError for a state that cannot be told apart by parameters."""
+    """Restore the tensors that optimizer_tensors gave, in its shapes.
+
+    Raises KeyError for a parameter that the optimizer does not have, and CheckpointError for a state that cannot be
+    told apart by parameters.
+    """
     if any(name.startswith(OF_RANKS) for name in tensors):
         raise blocks_are_of(next(iter(tensors)), "another engine")
     for part in optimizer.parts if isinstance(optimizer, SideBySide) else (optimizer,):
@@ -86,16 +92,17 @@ def load_optimizer_tensors(
 
 
 def as_tensor(value: Any) -> torch.Tensor:
+    """Return a state as a tensor: one of any shape as it is, a number as a scalar."""
     return torch.as_tensor(value).detach()  # bitsandbytes and transformers count their steps in a plain int
 
 
 def as_value(tensor: torch.Tensor) -> torch.Tensor | int:
-    """What as_tensor was given."""
+    """Return the state that as_tensor was given: a number for an integer scalar, else the tensor (any shape)."""
     return int(tensor) if tensor.dtype == torch.int64 and tensor.ndim == 0 else tensor
 
 
 def blocks_are_of(name: str, here: str) -> CheckpointError:
-    """The error for a state in blocks, written under `name`, that is not of this way to spread it."""
+    """Return the error for a state in blocks, written under `name`, that another way of sharding cannot take over."""
     where = name.rpartition("::")[0] if name.startswith(OF_RANKS) else "an engine that spreads no optimizer"
     return CheckpointError(
         f"the optimizer's state in this checkpoint is in blocks of 8 bits, as {where} held it, and cannot be divided "

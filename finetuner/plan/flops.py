@@ -1,4 +1,4 @@
-"""How much a model computes, and how much a device can: model FLOPs, and the share of a peak that a run reaches.
+"""Model FLOPs, and the peaks of devices, of which a run reaches a share.
 
 A weight w of a matrix takes part in one multiplication and one addition a token forward, and in two of each backward
 (for its own gradient, and for that of its input): 6 FLOPs a token (arXiv:2001.08361, section 2.1), 4 if it is frozen.
@@ -46,11 +46,15 @@ _PEAKS: dict[tuple[str, ...], float] = {
 
 
 def known_devices() -> list[str]:
+    """Return the names of devices whose data sheet is known."""
     return [" ".join(words) for words in _PEAKS]
 
 
 def peak_of(device_name: str) -> float | None:
-    """Of a device by its maker's name, such as "NVIDIA H100 80GB HBM3"; None where no data sheet is known."""
+    """Return the FLOPs a second of a device by its maker's name, such as "NVIDIA H100 80GB HBM3".
+
+    None where no data sheet is known.
+    """
     apart = re.sub(r"(?i)\b(RTX)(?=\d)", r"\1 ", device_name)  # as people write it
     there = {word.lower() for word in re.split(r"[\s_-]+", apart)}
     fitting = [words for words in _PEAKS if {word.lower() for word in words} <= there]
@@ -67,19 +71,20 @@ class Work:
     per_pair: float
 
     def flops(self, tokens: float, trained: float, pairs: float) -> float:
+        """Return the FLOPs of so many tokens, predicted tokens, and pairs (T^2, summed over documents)."""
         return self.per_token * tokens + self.per_trained * trained + self.per_pair * pairs
 
     def with_head_everywhere(self) -> "Work":
-        """The head computed for all tokens, also for those after which nothing is learned."""
+        """Return the work with the head computed for all tokens, also for those after which nothing is trained on."""
         return Work(self.per_token + self.per_trained, 0.0, self.per_pair)
 
     def flops_of_rows(self, tokens: float, length: int) -> float:
-        """Of rows of `length` tokens, each one document of which all is predicted."""
+        """Return the FLOPs of `tokens` in rows of `length`, each one document of which all is predicted."""
         return self.flops(tokens, tokens, tokens * length)
 
 
 def work_of_shape(shape: "Shape", vocabulary: int) -> Work:
-    """Of a model from scratch, all of which is trained."""
+    """Return the work of a model from scratch, all of which is trained. `vocabulary`: rows of its embedding."""
     parts = parts_of_shape(shape, vocabulary)
     biases = shape.layers * _biases(shape) if shape.bias else 0
     matrices = parts["attention"] + parts["MLPs"] - biases
@@ -87,7 +92,7 @@ def work_of_shape(shape: "Shape", vocabulary: int) -> Work:
 
 
 def parts_of_shape(shape: "Shape", vocabulary: int) -> dict[str, int]:
-    """Part -> parameters; a tied head is the embedding's matrix, and counts there."""
+    """Return part -> number of parameters; a tied head is the embedding's matrix, and counts there."""
     width, norms = shape.width, 2 * shape.layers + 1
     narrow = width // shape.heads * shape.key_value_heads
     attention = 2 * width * width + 2 * width * narrow
@@ -106,9 +111,10 @@ def parts_of_shape(shape: "Shape", vocabulary: int) -> dict[str, int]:
 
 
 def _mlp_biases(shape: "Shape") -> int:
+    """Return the number of biases in one layer's MLP."""
     return (2 if shape.activation == "swiglu" else 1) * shape.mlp_width + shape.width
 
 
 def _biases(shape: "Shape") -> int:
-    """Of one layer."""
+    """Return the number of biases in one layer, attention and MLP."""
     return 2 * shape.width + 2 * (shape.width // shape.heads * shape.key_value_heads) + _mlp_biases(shape)

@@ -1,4 +1,4 @@
-"""What `accelerate launch --config_file` says of a run, held against the recipe."""
+"""The configuration of `accelerate launch --config_file`, compared with the recipe."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""How a model lies over the ranks of a run, as one frozen value: degrees, what each rank keeps, what is offloaded.
+"""The layout of a model over the ranks of a run, as one frozen value: degrees, what each rank keeps, what is offloaded.
 
 Derived from the recipe and the world, without torch. The engines in `parallel/` carry it out.
 """
@@ -14,7 +14,7 @@ EngineName = Literal["replicated", "fsdp2", "zero"]
 
 @dataclass(frozen=True)
 class FsdpOptions:
-    """What FSDP2 (torch's `fully_shard`) is told beside the degrees.
+    """Options of FSDP2 (torch's `fully_shard`) beside the degrees.
 
     `layer_classes`: classes whose modules are gathered one at a time; empty: those that the model names.
     `gathers_bf16`: trained weights travel, and compute, in bf16.

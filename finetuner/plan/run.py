@@ -82,18 +82,20 @@ class Plan:
         )
 
     def rows_before(self, step: int) -> int:
-        """Rows of a stream that are learned in `step` steps."""
+        """Return the number of rows of a stream that `step` steps take."""
         return self.ramp.rows_before(step, self.global_batch)
 
     def schedule(self, recipe: Recipe, num_rows: int, num_tokens: int = 0) -> "Schedule":
-        """Steps and learning rates for `num_rows` training rows (at least 1) of `num_tokens` in all. The rows of a
-        stream are full, and so many as the steps take, so that the run is one epoch."""
+        """Return steps and learning rates for `num_rows` training rows (at least 1) of `num_tokens` in all.
+
+        The rows of a stream are full, and so many as the steps take, so that the run is one epoch.
+        """
         section, streams = recipe.schedule, recipe.data.streaming
         steps = section.max_steps
         if section.max_tokens is not None:
             rows, tokens = (1, recipe.data.sequence_len) if streams else (num_rows, num_tokens)
-            whole = section.max_tokens * rows + self.ramp.left_out * tokens
-            steps = -(-whole // (tokens * self.global_batch))
+            total = section.max_tokens * rows + self.ramp.left_out * tokens
+            steps = -(-total // (tokens * self.global_batch))
         if streams:
             self.ramp.require_steps(steps or 1)
             num_rows = self.rows_before(steps or 1)

@@ -1,4 +1,4 @@
-"""What a run is made from: the tokenizer, the rows as documents, and the base model's folder."""
+"""The inputs of a run: its tokenizer, its rows as documents, and the folder of its base model."""
 
 from dataclasses import dataclass
 

@@ -8,12 +8,11 @@ from finetuner.data.cache import packs_held_out
 from finetuner.data.token_bytes import token_bytes
 from finetuner.data.tokenizer import special_ids
 from finetuner.models.document_isolation import wants_flat_packs
-from finetuner.models.freed_memory import giving_back
 from finetuner.models.load import trainable_parameters
 from finetuner.parallel.build import build_engine
 from finetuner.plan.flops import peak_of
 from finetuner.run.inputs import Inputs
-from finetuner.run.model import BuiltModel, build_model
+from finetuner.run.model import BuiltModel
 from finetuner.run.session import Session
 from finetuner.run.start import Start
 from finetuner.training.evaluation import HeldOut
@@ -33,17 +32,11 @@ class ReadyToTrain:
     num_parameters: int
 
 
-def build_engine_and_run(session: Session, inputs: Inputs, start: Start) -> ReadyToTrain:
-    """Build the model and its engine, and find out what the model can do. Called by all ranks together.
+def lay_over_ranks(session: Session, inputs: Inputs, start: Start, model: BuiltModel) -> ReadyToTrain:
+    """Build the engine around the model, and find out what the model can do. Called by all ranks together.
 
     Raises ModelError for a model that cannot be trained as the recipe says.
     """
-    with giving_back():
-        model = build_model(session, inputs, start)
-        return _lay_over_ranks(session, inputs, start, model)
-
-
-def _lay_over_ranks(session: Session, inputs: Inputs, start: Start, model: BuiltModel) -> ReadyToTrain:
     recipe, plan, prepared = session.recipe, session.plan, inputs.prepared
     loss, accelerator, tokenizer = model.loss, start.accelerator, inputs.vocabulary.tokenizer
     rates = own_rates(trainable_parameters(loss), recipe.rates, start.schedule.peak_lr, model.table_names)

@@ -1,4 +1,4 @@
-"""What a training run left, as a value and as lines on the screen."""
+"""The result of a training run, as a value."""
 
 from dataclasses import dataclass
 from pathlib import Path

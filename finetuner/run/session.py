@@ -1,4 +1,4 @@
-"""What a training run has from its first line to its last: recipe, ranks, plan, screen and its output folder."""
+"""The session of a training run: recipe, ranks, plan, screen, and the output folder that it holds to its end."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What all ranks agree on before they begin: the rows, the schedule, and the checkpoint to go on from."""
+"""The start of a run, on which all ranks agree: the rows, the schedule, and the checkpoint to go on from."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from finetuner.training.state import TrainState
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins. `facts`: what checkpoints record of it, to be compared on resume; `checkpoint`: the one it
+    """The beginning of a run. `facts`: recorded in checkpoints, to be compared on resume; `checkpoint`: the one it
     goes on from."""
 
     accelerator: Accelerator

@@ -1,4 +1,4 @@
-"""What is noticed about a run as it goes: steps without an update, a loss too high, no more progress.
+"""Guards against a run that goes wrong: steps without an update, a loss too high, no more progress.
 
 Pure functions of the state and the newest figures; the counts are part of the state, so that a resumed run stops where
 the unbroken one would.
@@ -21,7 +21,7 @@ LOSS_PATIENCE = 3
 
 @dataclass(frozen=True)
 class Guards:
-    """Limits; None means that it is not looked at."""
+    """Limits of a run; None: no limit."""
 
     max_skipped_steps: int = MAX_SKIPPED_STEPS
     highest_loss: float | None = None

@@ -27,7 +27,7 @@ from finetuner.training.stats import StepStats
 
 @dataclass(frozen=True)
 class Run:
-    """What steps and evaluations need.
+    """The parts of a run that steps and evaluations need.
 
     `work`: FLOPs that the model computes, where a formula says it; `device_peak_flops`: FLOPs a second of one rank's
     device, where they are known.
@@ -60,8 +60,6 @@ def train(run: Run, batches: Callable[[int], list[Batch]], state: TrainState, ho
     Raises TrainingError if the run goes wrong, and PreemptedError, after saving, if any rank was asked to stop.
     """
     schedule, guards = run.schedule, run.guards
-    # Under fp16 a skipped step is the scaler's daily work; elsewhere it may mean that the weights are broken.
-    saves_when_bad = run.plan.precision == "fp16"
     if state.step == 0 and schedule.eval_on_start:
         _evaluate(run, state, hooks)
     window = _Window()
@@ -69,31 +67,47 @@ def train(run: Run, batches: Callable[[int], list[Batch]], state: TrainState, ho
     saved_at = state.step
     while state.step < schedule.total_steps and not state.stopped_early:
         if _any_rank_stops(run, hooks):
-            if state.step > saved_at and (saves_when_bad or not state.bad_steps):
+            if state.step > saved_at and _weights_are_sound(run, state):
                 hooks.save(state, True)
             raise PreemptedError(f"stopped by a signal after step {state.step} of {schedule.total_steps}.")
-        started = time.perf_counter()
-        stats = train_step(run, batches(state.step), state.step)
-        seconds = time.perf_counter() - started
-        state = replace(state, step=state.step + 1, trained_tokens=state.trained_tokens + stats.num_tokens)
-        state = guards.after_step(state, updated=stats.updated, loss=stats.loss)
-        window.add(stats, seconds, run.work)
-        for observer in hooks.observers:
-            observer.step_done(state, stats, seconds)
+        state, stats = _step(run, batches, state, window, hooks)
         if schedule.logs_at(state.step):
-            row = _step_row(run, state, stats, window)
-            for observer in hooks.observers:
-                observer.logged(row)
+            _announce_row(run, state, stats, window, hooks)
             window = _Window()
         guards.require_sound(state, loss=stats.loss, grad_norm=stats.grad_norm, peak_lr=schedule.peak_lr)
         if len(run.held_out.rows) and schedule.evaluates_at(state.step):
             state = guards.after_evaluation(state, _evaluate(run, state, hooks).loss)
-        is_best = guards.saves_best and state.best_step == state.step  # its loss is finite: so are the weights
-        is_due = schedule.saves_at(state.step, last=state.stopped_early) and (saves_when_bad or not state.bad_steps)
-        if is_best or is_due:
+        if _is_saved(run, state):
             hooks.save(state, False)
             saved_at = state.step
     return state
+
+
+def _step(
+    run: Run, batches: Callable[[int], list[Batch]], state: TrainState, window: "_Window", hooks: Hooks
+) -> tuple[TrainState, StepStats]:
+    """Take one step, and announce it."""
+    started = time.perf_counter()
+    stats = train_step(run, batches(state.step), state.step)
+    seconds = time.perf_counter() - started
+    state = replace(state, step=state.step + 1, trained_tokens=state.trained_tokens + stats.num_tokens)
+    state = run.guards.after_step(state, updated=stats.updated, loss=stats.loss)
+    window.add(stats, seconds, run.work)
+    for observer in hooks.observers:
+        observer.step_done(state, stats, seconds)
+    return state, stats
+
+
+def _weights_are_sound(run: Run, state: TrainState) -> bool:
+    """Return whether the weights may be saved: under fp16 a skipped step is the scaler's daily work; elsewhere it may
+    mean that they are broken."""
+    return run.plan.precision == "fp16" or not state.bad_steps
+
+
+def _is_saved(run: Run, state: TrainState) -> bool:
+    if run.guards.saves_best and state.best_step == state.step:
+        return True  # its loss is finite: so are the weights
+    return run.schedule.saves_at(state.step, last=state.stopped_early) and _weights_are_sound(run, state)
 
 
 def train_step(run: Run, batches: list[Batch], step: int) -> StepStats:
@@ -166,11 +180,11 @@ class _Window:
             self.flops += work.flops(stats.num_input_tokens, stats.num_tokens, stats.num_pairs)
 
 
-def _step_row(run: Run, state: TrainState, stats: StepStats, window: _Window) -> StepRow:
+def _announce_row(run: Run, state: TrainState, stats: StepStats, window: _Window, hooks: Hooks) -> None:
     mfu = None
     if run.work is not None and run.device_peak_flops is not None:
         mfu = window.flops / window.seconds / (run.device_peak_flops * run.plan.parallel.world_size)
-    return StepRow(
+    row = StepRow(
         step=state.step,
         epoch=run.schedule.epoch_at(state.step),
         loss=stats.loss,
@@ -183,3 +197,5 @@ def _step_row(run: Run, state: TrainState, stats: StepStats, window: _Window) ->
         mfu=mfu,
         figures=stats.figures,
     )
+    for observer in hooks.observers:
+        observer.logged(row)

@@ -1,4 +1,4 @@
-"""What the loop announces. It decides nothing for its observers: whether it is time is the business of each."""
+"""Observers of the loop. It decides nothing for them: whether it is time is the business of each."""
 
 from finetuner.training.rows import EvaluationRow, StepRow
 from finetuner.training.state import TrainState

@@ -1,11 +1,11 @@
-"""All that a run has to remember beside weights and optimizer."""
+"""The state of a run beside weights and optimizer."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Replaced, never edited; written into every checkpoint."""
+    """Counts that a resumed run goes on from. Replaced, never edited; written into every checkpoint."""
 
     step: int = 0  # steps done
     trained_tokens: int = 0

@@ -21,7 +21,7 @@ from finetuner.recipe import load
 from finetuner.recipe.sections import GuardSection
 from finetuner.training.guards import Guards
 from finetuner.training.state import TrainState
-from finetuner.training.stopping import stop_wishes
+from finetuner.training.stopping import stop_requests
 
 pytestmark = pytest.mark.slow
 
@@ -200,7 +200,7 @@ def test_checkpoints_of_the_model_alone_are_small_and_not_gone_on_from(write_rec
 
 def test_the_first_signal_is_a_wish_and_the_second_interrupt_stops():
     said = []
-    with stop_wishes(said.append) as wish:
+    with stop_requests(said.append) as wish:
         assert not wish
         os.kill(os.getpid(), signal.SIGINT)
         assert wish and wish.signal == signal.SIGINT and "SIGINT: saving" in said[0]

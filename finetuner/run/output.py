@@ -1,0 +1,60 @@
+"""The output folder of a run: cleared before the first step, and filled with the result after the last."""
+
+from pathlib import Path
+
+from finetuner import __version__
+from finetuner.checkpoint.contents import checkpoint_bytes, result_mark, write_best, write_result
+from finetuner.checkpoint.folder import set_aside_after
+from finetuner.checkpoint.output_dir import remove_run_files, require_space
+from finetuner.models.dtypes import DTYPES
+from finetuner.models.load import reading_notes
+from finetuner.parallel.launch import by_main_rank
+from finetuner.recipe import dump_recipe
+from finetuner.run.inputs import Inputs
+from finetuner.run.layout import ReadyToTrain
+from finetuner.run.session import Session
+from finetuner.training.state import TrainState
+
+
+def has_result(session: Session) -> bool:
+    """Return whether the output folder has a complete result."""
+    return result_mark(session.output_dir, session.is_adapter).exists()
+
+
+def make_room(session: Session, ready: ReadyToTrain, state: TrainState) -> None:
+    """Remove or replace what is in output_dir, now that nothing can be wrong with the input any more."""
+    recipe, output_dir = session.recipe, session.output_dir
+    if recipe.output.overwrite_output_dir:
+        remove_run_files(output_dir, keep=Path(session.name))
+    for folder in set_aside_after(output_dir, state.step):
+        session.screen.line(f"note: {folder} is of steps that this run takes anew; delete it if you do not need it")
+    keeps_best = recipe.guards.load_best_model_at_end or recipe.output.save_strategy == "best"
+    count = (recipe.output.save_total_limit or 1) + 1 + keeps_best
+    require_space(output_dir, checkpoint_bytes(ready.num_trained), count)
+    result_mark(output_dir, session.is_adapter).unlink(missing_ok=True)
+    copy = output_dir / "recipe.yml"
+    if copy.resolve() != Path(session.name).resolve():
+        heading = f"{Path(session.name).name} as finetuner {__version__} understood it"
+        copy.write_text(dump_recipe(recipe, heading), encoding="utf-8")
+
+
+def leave_result(session: Session, inputs: Inputs, ready: ReadyToTrain, state: TrainState) -> None:
+    """Write the adapter or the model into output_dir, and say what to do with it. Called by all ranks together."""
+    recipe, output_dir, screen = session.recipe, session.output_dir, session.screen
+    dtype = DTYPES[session.plan.precision]
+    if recipe.guards.load_best_model_at_end and state.best_step not in (None, state.step):
+        best = state.best_step or 0
+        by_main_rank(ready.run.accelerator, lambda: write_best(ready.trained, output_dir, dtype, best))
+    else:
+        write_result(ready.trained, output_dir, dtype)
+    ready.run.accelerator.wait_for_everyone()
+    if session.is_adapter:
+        screen.line(f"done: the adapter is in {output_dir}")
+        if inputs.vocabulary.new_ids:
+            rows = len(inputs.vocabulary.tokenizer)
+            screen.line(f"note: to load it with peft, call resize_token_embeddings({rows}) on the base first")
+        screen.line(f"merge it into the base: python -m finetuner.merge {session.name}")
+    else:
+        screen.line(f"done: the model is in {output_dir}")
+        for note in reading_notes(ready.trained.loss.unwrapped):
+            screen.line(f"note: {note}")
