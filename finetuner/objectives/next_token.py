@@ -75,4 +75,4 @@ def summed_loss(logits: torch.Tensor, targets: torch.Tensor, added: Regularizati
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=added.label_smoothing)
     if added.z_loss:
         loss = loss + added.z_loss * logits.logsumexp(dim=-1).square().sum()
-    return loss.unsqueeze(0)
+    return torch.stack([loss])  # not a view: FSDP2 hooks what its root module returns

@@ -427,3 +427,19 @@ def test_only_the_main_rank_reads_the_model_and_tied_weights_stay_tied(recipe, t
     assert_real("FSDP2 offloaded", done.stdout)
     assert_same_numbers(read_metrics(tmp_path / "two" / "metrics.jsonl"), reference)
     assert largest_difference(weights_of(tmp_path / "one"), weights_of(tmp_path / "two")) < 1e-6
+
+
+def test_the_gradient_norm_of_a_real_vocabulary_is_one_number_in_every_engine(
+    recipe, tokenizer_folder, train, tmp_path
+):
+    """49,152 rows of width 128: where fp32 norms of one gradient differ in the fourth digit, and with them clipping."""
+    base = make_model(tmp_path / "base", tokenizer_folder, vocab_size=49_152, hidden_size=128)
+    keys = {"base_model": str(base), "max_steps": 2, "max_grad_norm": 0.5, "val_set_size": 0}
+    alone = train(recipe, *override(**keys, micro_batch_size=4, output_dir=str(tmp_path / "one")))
+    assert alone[0]["grad_norm"] > 0.5, "it is clipped"
+    for name in ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3"):
+        out = tmp_path / name
+        run_ranks(recipe, out, *override(**ENGINES[name], **keys, micro_batch_size=2))
+        rows = read_metrics(out / "metrics.jsonl")
+        assert [row["grad_norm"] for row in rows] == pytest.approx([row["grad_norm"] for row in alone], rel=1e-6), name
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in alone], rel=1e-6), name
