@@ -36,15 +36,29 @@ def shard_module(
     `full`: whether all of the model is trained. With `main_rank_reads` or lazy weights, only the values of rank 0
     count: it reads each full tensor, and hands every rank its shard.
     """
-    mesh, options = _mesh(plan, device), plan.fsdp
+    options = plan.fsdp
     assert options is not None
-    promised = {} if promises is None else promises.hand_over(loss)
+    lazy = {} if promises is None else promises.hand_over(loss)
     main_reads = options.main_rank_reads or promises is not None
     values: Tensors = {}
     if main_reads:
         _share_buffers(loss, device)
         if distributed.get_rank() == 0:
-            values = {name: p.detach() for name, p in loss.named_parameters() if name not in promised}
+            values = {name: p.detach() for name, p in loss.named_parameters() if name not in lazy}
+    _fully_shard(loss, options, _mesh(plan, device), full=full)
+    if not main_reads:
+        return
+
+    def value(name: str) -> torch.Tensor:
+        return values[name] if promises is None or name in values else promises.value(lazy[name])
+
+    _share_parameters(loss, value, device)
+    if promises is not None:
+        promises.close()
+
+
+def _fully_shard(loss: LossModule, options: FsdpOptions, mesh: DeviceMesh, *, full: bool) -> None:
+    """Shard the layers, then what is left of the module, so that both are gathered when they are used."""
     offload = CPUOffloadPolicy(pin_memory=options.pin_memory) if options.offload else OffloadPolicy()
     # A frozen base keeps its own dtype, and an adapter its fp32: what is trained alone is cast.
     dtypes = torch.bfloat16 if options.gathers_bf16 and full else None
@@ -62,14 +76,6 @@ def shard_module(
         for layer, following in pairwise(layers):
             assert isinstance(layer, FSDPModule) and isinstance(following, FSDPModule)
             layer.set_modules_to_forward_prefetch([following])
-    if main_reads:
-
-        def value(name: str) -> torch.Tensor:
-            return values[name] if promises is None or name in values else promises.value(promised[name])
-
-        _share_parameters(loss, value, device)
-        if promises is not None:
-            promises.close()
 
 
 def _mesh(plan: ParallelPlan, device: torch.device) -> DeviceMesh:
