@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetuner.checkpoint.folder import MANIFEST, checkpoint_folder, damage, written_aside
-from finetuner.checkpoint.output_dir import move_into
+from finetuner.checkpoint.folder import checkpoint_folder
+from finetuner.checkpoint.output_dir import ADAPTER
 from finetuner.checkpoint.shards import MODEL_PART, OPTIMIZER_PART, Parts, has_parts, write_part
 from finetuner.errors import CheckpointError
 from finetuner.models.adapter import write_adapter
@@ -27,6 +27,8 @@ from finetuner.models.load import use_token_ids, write_model_folder
 from finetuner.models.quantized import record_of, write_record
 from finetuner.objectives.next_token import TokenLoss
 from finetuner.parallel.optimizer_state import optimizer_tensors
+from finetuner.storage.atomic import move_into, staged_folder
+from finetuner.storage.manifest import find_damage
 from finetuner.training.loop import Run
 
 if TYPE_CHECKING:
@@ -155,7 +157,7 @@ def write_best(weights: Weights, output_dir: Path, dtype: torch.dtype, step: int
 
     Raises CheckpointError if it is damaged or gone."""
     folder = checkpoint_folder(output_dir, step)
-    wrong = damage(folder)
+    wrong = find_damage(folder)
     if wrong:
         raise CheckpointError(
             f"the best weights, of step {step}, cannot be read from {folder}: {wrong}.\n"
@@ -166,9 +168,9 @@ def write_best(weights: Weights, output_dir: Path, dtype: torch.dtype, step: int
         if has_parts(folder):
             write_model(weights, _as_result(weights, Parts(folder, MODEL_PART), dtype), aside, portable=True)
         elif weights.is_lora:
-            for path in folder.iterdir():
-                if path.name not in _CHECKPOINTS_OWN:
-                    shutil.copyfile(path, aside / path.name)
+            for path in ADAPTER.found_in(folder):  # and nothing else: a stream's position has token ids of its rows
+                shutil.copyfile(path, aside / path.name)
+            weights.tokenizer.save_pretrained(aside)
         else:
             kind: Any = type(weights.bare.bare)
             values = model_tensors_of(kind.from_pretrained(folder, dtype=dtype))
@@ -177,12 +179,9 @@ def write_best(weights: Weights, output_dir: Path, dtype: torch.dtype, step: int
     _publish(weights, output_dir, write)
 
 
-_CHECKPOINTS_OWN = (MANIFEST, "state.json", "optimizer.safetensors", "scaler.json")
-
-
 def _publish(weights: Weights, output_dir: Path, write: Callable[[Path], None]) -> None:
     """Write aside, then move into output_dir with the mark last."""
-    with written_aside(output_dir / "final.tmp") as aside:
+    with staged_folder(output_dir / "final.tmp") as aside:
         write(aside)
     move_into(output_dir / "final.tmp", output_dir, last=result_mark(output_dir, weights.is_lora).name)
     (output_dir / "final.tmp").rmdir()

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from finetuner.checkpoint.compatibility import check_resume
-from finetuner.checkpoint.folder import list_checkpoints, newest_whole, read_saved, require_whole
+from finetuner.checkpoint.folder import list_checkpoints, newest_intact, read_saved_state, require_intact
 from finetuner.console import Screen
 from finetuner.errors import CheckpointError, DataError
 from finetuner.parallel.launch import by_main_rank
@@ -40,14 +40,14 @@ def choose_checkpoint(recipe: Recipe, accelerator: Accelerator, screen: Screen) 
 
 def _whole_checkpoint(wish: str | bool, output_dir: Path, screen: Screen) -> Path | None:
     if isinstance(wish, str):
-        require_whole(Path(wish))
+        require_intact(Path(wish))
         if (output_dir / "metrics.jsonl").exists() and Path(wish).resolve().parent.parent != output_dir.resolve():
             raise CheckpointError(
                 f"'{output_dir}' holds another run than the checkpoint '{wish}'.\n"
                 "Name an empty folder (output_dir=...), or write resume_from_checkpoint=true for the run in it."
             )
         return Path(wish)
-    chosen = newest_whole(output_dir, lambda text: screen.line(f"note: {text}"))
+    chosen = newest_intact(output_dir, lambda text: screen.line(f"note: {text}"))
     if chosen is None and list_checkpoints(output_dir):
         raise CheckpointError(
             f"every checkpoint in {output_dir / 'checkpoints'} is damaged.\n"
@@ -60,7 +60,7 @@ def _whole_checkpoint(wish: str | bool, output_dir: Path, screen: Screen) -> Pat
 
 def state_of(checkpoint: Path, facts: dict[str, Any], screen: Screen) -> TrainState:
     """Raises CheckpointError unless a run of these facts can go on from there."""
-    saved = read_saved(checkpoint)
+    saved = read_saved_state(checkpoint)
     for note in check_resume(saved.facts, facts):
         screen.line(f"note: {note}")
     if saved.facts.get("model_only"):

@@ -24,12 +24,11 @@ from finetuner.checkpoint.contents import (
     write_result,
 )
 from finetuner.checkpoint.folder import (
-    aside_of,
+    abandon_checkpoints_after,
     checkpoint_folder,
     list_checkpoints,
     prune,
     save_checkpoint,
-    set_aside_after,
 )
 from finetuner.checkpoint.output_dir import claimed, remove_run_files, require_space
 from finetuner.console import Screen, quiet_libraries
@@ -83,6 +82,7 @@ from finetuner.redaction import without_secrets
 from finetuner.run.build import build_model
 from finetuner.run.resume import choose_checkpoint, require_same_rows, state_of
 from finetuner.run.summary import print_plan
+from finetuner.storage.atomic import staging_of
 from finetuner.training.guards import Guards
 from finetuner.training.loop import Events, Run, StepStats
 from finetuner.training.loop import train as train_loop
@@ -279,7 +279,7 @@ def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainSt
     output_dir, keep = Path(recipe.output.output_dir), recipe.output.save_total_limit
     if recipe.output.overwrite_output_dir:
         remove_run_files(output_dir, keep=Path(recipe_name))
-    for folder in set_aside_after(output_dir, state.step):
+    for folder in abandon_checkpoints_after(output_dir, state.step):
         screen.line(f"note: {folder} is of steps that this run takes anew; delete it if you do not need it")
     count = (keep or 1) + 1 + (recipe.guards.load_best_model_at_end or recipe.output.save_strategy == "best")
     require_space(output_dir, checkpoint_bytes(num_trained), count)
@@ -329,7 +329,7 @@ def fit(
         if isinstance(engine, FsdpPlan) and engine.sharded_checkpoints:
             write = partial(write_parts, weights, model_only=model_only)
             if not main:
-                write(aside_of(folder))
+                write(staging_of(folder))
         else:
             gathered = gather(weights, optimizer=not model_only)
             write = partial(write_checkpoint, weights, gathered)
