@@ -156,7 +156,7 @@ OUTPUT_FILES = (
         "export",
         is_ours=Path.is_file,
     ),
-    OutputFile((LOCK,), "held by the run that writes here", "train", is_deleted=False),
+    OutputFile((LOCK,), "locked by the run that writes here", "train", is_deleted=False),
     OutputFile(
         (
             "checkpoints/.step-00000100.tmp", "final.tmp", ".final.tmp.tmp", ".final.tmp.old.tmp", ".merged.tmp",
@@ -193,7 +193,6 @@ def claimed(folder: Path, *, replaces: bool) -> Iterator[None]:
             f"cannot write to output_dir '{folder}'",
             "Name a folder that you may write to: output_dir=...",
         ):
-            folder.mkdir(parents=True, exist_ok=True)
             is_locked = stack.enter_context(exclusive_lock(folder / LOCK, wait=False))
         if not is_locked:
             raise CheckpointError(

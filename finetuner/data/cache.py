@@ -243,7 +243,7 @@ def _file_digest(path: Path, memo: Path) -> str:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if is_settled and _stamp(path) == stamp:
             staging = note.with_name(f"{note.name}.{os.getpid()}.tmp")
-            with staged_file(note, staging=staging, flushes=False):  # there is one for each data file
+            with staged_file(note, staging=staging, flushes=False):  # one for each data file, which may be thousands
                 staging.write_text(digest, encoding="ascii")
         return digest
 

@@ -35,7 +35,6 @@ class PackedCache:
             f"cannot write the quantized model to '{folder}'",
             "Name a folder that you may write to (dataset_prepared_path), or write `quantized_cache: false`.",
         ):
-            folder.mkdir(parents=True, exist_ok=True)
             if not self.lock.enter_context(exclusive_lock(self.path.with_suffix(".lock"), wait=False)):
                 return
             staging.unlink(missing_ok=True)  # left by a kill

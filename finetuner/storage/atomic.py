@@ -1,7 +1,7 @@
 """Files and folders that are complete or absent, whenever the process is killed or the power fails.
 
 Each is written to a staging file or folder next to its place, flushed to the disk, and renamed. Who finds a staging
-folder knows that a kill left it. Only one process may stage a name at a time; where there could be more, the caller
+folder knows that a kill left it. Only one process may stage a name at a time; where more could try, the caller
 holds a lock (storage/locks.py). Every function raises OSError as the system does.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TASK = "work.json"  # in a staging folder that can be resumed: what is being written there
+TASK = "work.json"  # in a staging folder that can be resumed: what is being written into it
 
 
 def staging_of(path: Path) -> Path:
@@ -82,8 +82,8 @@ def replace_file(staging: Path, path: Path) -> None:
 
 
 def move_into(source: Path, folder: Path, last: str) -> None:
-    """Move all that is in `source` into `folder`, each in place of its namesake. The file named `last` is removed first
-    and moved last: while it is there, all are there."""
+    """Move all that is in `source` into `folder`, each in place of its namesake. The file named `last` is removed
+    first and moved last: if it exists, all do."""
     (folder / last).unlink(missing_ok=True)
     for path in source.iterdir():
         if path.is_dir():

@@ -14,7 +14,7 @@ POLL_SECONDS = 0.3
 
 
 def build_once(folder: Path, fill: Callable[[Path], None], *, is_builder: bool, mark: str | None = None) -> Path:
-    """Return `folder` when it is complete: there, with the file `mark` in it if one is named.
+    """Return `folder` once it exists, and has the file `mark` in it if one is named.
 
     If it is missing, a builder writes it: `fill` gets a staging folder that is renamed to `folder`. Of several builders
     at once, the first builds and the others wait for its lock file, `folder` with ".lock" behind its name. Ranks that
@@ -26,7 +26,6 @@ def build_once(folder: Path, fill: Callable[[Path], None], *, is_builder: bool, 
         if not is_builder:
             time.sleep(POLL_SECONDS)
             continue
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder.with_name(f"{folder.name}.lock")):
             if not complete.exists():
                 _build(folder, fill)

@@ -20,7 +20,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write `rows` in place of what the file holds: all of them or, after a kill, what was there before."""
+    """Write `rows` in place of what the file holds: all of them or, after a kill, none of them."""
     with staged_file(path) as staging:
         staging.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

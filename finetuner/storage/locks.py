@@ -13,8 +13,9 @@ def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     so after a wait.
 
     The file stays when the lock is released: a process that waits for it would otherwise hold the lock of a file that
-    nobody else can find. Raises OSError if the file cannot be opened.
+    nobody else can find. Its folder is made if it is missing. Raises OSError if the file cannot be opened.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

@@ -127,7 +127,7 @@ with exclusive_lock(Path(sys.argv[1])):
 
 
 def test_a_lock_is_one_process_at_a_time_and_the_kernel_releases_that_of_a_dead_one(tmp_path):
-    path = tmp_path / ".lock"
+    path = tmp_path / "new" / ".lock"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"here\n"
         with exclusive_lock(path, wait=False) as is_ours:
