@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetuner.checkpoint.folder import MANIFEST, checkpoint_folder, damage, written_aside
-from finetuner.checkpoint.output_dir import move_into
+from finetuner.checkpoint.folder import checkpoint_folder
+from finetuner.checkpoint.output_dir import ADAPTER
 from finetuner.checkpoint.shards import MODEL_PART, OPTIMIZER_PART, ShardedTensors, is_sharded, write_shard
 from finetuner.errors import CheckpointError
 from finetuner.models.adapter import write_adapter
@@ -29,6 +29,8 @@ from finetuner.models.quantized import record_of, write_record
 from finetuner.objectives.loss_module import LossModule
 from finetuner.parallel.engine import Engine
 from finetuner.parallel.optimizer_state import optimizer_tensors
+from finetuner.storage.atomic import move_into, staged_folder
+from finetuner.storage.manifest import find_damage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,7 +157,7 @@ def write_result(trained: TrainedModel, output_dir: Path, dtype: torch.dtype) ->
     _publish(
         trained,
         output_dir,
-        lambda aside: write_model(trained, _as_result(trained, values, dtype), aside, portable=True),
+        lambda staging: write_model(trained, _as_result(trained, values, dtype), staging, portable=True),
     )
 
 
@@ -172,35 +174,32 @@ def write_best(trained: TrainedModel, output_dir: Path, dtype: torch.dtype, step
 
     Raises CheckpointError if it is damaged or gone."""
     folder = checkpoint_folder(output_dir, step)
-    wrong = damage(folder)
+    wrong = find_damage(folder)
     if wrong:
         raise CheckpointError(
             f"the best weights, of step {step}, cannot be read from {folder}: {wrong}.\n"
             "To take the last ones instead: resume_from_checkpoint=true load_best_model_at_end=false"
         )
 
-    def write(aside: Path) -> None:
+    def write(staging: Path) -> None:
         if is_sharded(folder):
-            write_model(trained, _as_result(trained, ShardedTensors(folder, MODEL_PART), dtype), aside, portable=True)
+            write_model(trained, _as_result(trained, ShardedTensors(folder, MODEL_PART), dtype), staging, portable=True)
         elif trained.is_adapter:
-            for path in folder.iterdir():
-                if path.name not in _CHECKPOINTS_OWN:
-                    shutil.copyfile(path, aside / path.name)
+            for path in ADAPTER.found_in(folder):  # and nothing else: a stream's position has token ids of its rows
+                shutil.copyfile(path, staging / path.name)
+            trained.tokenizer.save_pretrained(staging)
         else:
             kind: Any = type(trained.loss.unwrapped)
             values = untied_tensors(kind.from_pretrained(folder, dtype=dtype))
-            write_model(trained, values, aside, portable=True)
+            write_model(trained, values, staging, portable=True)
 
     _publish(trained, output_dir, write)
 
 
-_CHECKPOINTS_OWN = (MANIFEST, "state.json", "optimizer.safetensors", "scaler.json")
-
-
 def _publish(trained: TrainedModel, output_dir: Path, write: Callable[[Path], None]) -> None:
     """Write to a staging folder, then move into output_dir, the file that marks a complete result last."""
-    with written_aside(output_dir / "final.tmp") as aside:
-        write(aside)
+    with staged_folder(output_dir / "final.tmp") as staging:
+        write(staging)
     move_into(output_dir / "final.tmp", output_dir, last=result_mark(output_dir, trained.is_adapter).name)
     (output_dir / "final.tmp").rmdir()
 

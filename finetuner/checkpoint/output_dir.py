@@ -1,108 +1,250 @@
-"""The output folder: one run at a time, and nothing of an earlier run overwritten unasked."""
+"""The output folder: the list of all that a run and the commands on its result leave in it, the lock that one run at a
+time has, and room on its disk.
 
-import fcntl
-import os
+`OUTPUT_FILES` is the one list. What `overwrite_output_dir` deletes, what `push` uploads, where checkpoints are found
+and README's table all read it; a file that is not in it is not ours and is never touched.
+"""
+
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetuner.errors import CheckpointError
+from finetuner.storage.disk_errors import explain_disk_errors
+from finetuner.storage.locks import exclusive_lock
 
 LOCK = ".lock"
-METRICS = "metrics.jsonl"  # the sign that a run of ours wrote here
-# What a run writes beside checkpoints and merged. Nothing else in the folder is ever touched.
-RUN_FILES = (
-    METRICS,
-    "recipe.yml",
-    "dropped.jsonl",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "config.json",
-    "quantization.json",
+METRICS = "metrics.jsonl"  # its presence says that a run wrote in the folder
+CARD_MARK = "<!-- written by finetuner -->"
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One kind of file or folder in output_dir.
+
+    In `names`, NAME stands for any text and five or more digits for any number. `is_ours` is asked before a path of
+    that name is deleted.
+    """
+
+    names: tuple[str, ...]
+    meaning: str
+    writer: str  # the command
+    is_uploaded: bool = False  # by `push` and `hub_model_id`
+    is_deleted: bool = True  # by `overwrite_output_dir`
+    is_ours: Callable[[Path], bool] = Path.exists
+
+    def found_in(self, folder: Path) -> list[Path]:
+        """Paths in `folder` that have one of the names."""
+        found = []
+        for name in self.names:
+            parent, _, last = name.rpartition("/")
+            pattern = re.compile(re.sub(r"\d{5,}", r"\\d{5,}", re.escape(last)).replace("NAME", ".+"))
+            if (folder / parent).is_dir():
+                found += [path for path in (folder / parent).iterdir() if pattern.fullmatch(path.name)]
+        return found
+
+
+def _has_card_mark(path: Path) -> bool:
+    return path.is_file() and CARD_MARK in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _has_only_events(path: Path) -> bool:
+    return path.is_dir() and all(file.name.startswith("events.out.tfevents") for file in path.iterdir())
+
+
+def _has_state(path: Path) -> bool:
+    return (path / "state.json").exists()
+
+
+def _has_merge_mark(path: Path) -> bool:
+    return (path / "merge.json").exists()
+
+
+ADAPTER = OutputFile(
+    ("adapter_model.safetensors", "adapter_config.json", "quantization.json"),
+    "the trained LoRA adapter, and with QLoRA how its base was quantized; `peft.PeftModel.from_pretrained` loads it "
+    "(where the recipe adds tokens, after `resize_token_embeddings` on the base)",
+    "train",
+    is_uploaded=True,
+    is_ours=Path.is_file,
 )
-SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
+MODEL = OutputFile(
+    (
+        "model.safetensors", "config.json", "generation_config.json", "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ),
+    "or, without `adapter: lora`, the trained model",
+    "train",
+    is_uploaded=True,
+    is_ours=Path.is_file,
+)  # fmt: skip
+TOKENIZER = OutputFile(
+    (
+        "tokenizer.json", "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json",
+        "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+        "sentencepiece.bpe.model",
+    ),
+    "the tokenizer as it was trained with",
+    "train",
+    is_uploaded=True,
+    is_ours=Path.is_file,
+)  # fmt: skip
+CARD = OutputFile(
+    ("README.md",),
+    "the model card: base model, data, figures, recipe and versions. One of your own is left as it is",
+    "train",
+    is_uploaded=True,
+    is_ours=_has_card_mark,
+)
+CHECKPOINT = OutputFile(
+    ("checkpoints/step-00000100",),
+    "weights, optimizer and position, each with a checksum; complete or absent, whenever the run is killed",
+    "train",
+    is_ours=_has_state,
+)
+OUTPUT_FILES = (
+    ADAPTER,
+    MODEL,
+    TOKENIZER,
+    CARD,
+    OutputFile(
+        (METRICS,),
+        "one line per logged step: loss, learning rate, gradient norm, tokens, speed, memory; and evaluations",
+        "train",
+        is_ours=Path.is_file,
+    ),
+    OutputFile(
+        ("recipe.yml",),
+        "the recipe with every default written out; it is itself a valid recipe",
+        "train",
+        is_ours=Path.is_file,
+    ),
+    OutputFile(
+        ("dropped.jsonl",),
+        "with `streaming: true`, the rows that were not trained on as they are, and why",
+        "train",
+        is_ours=Path.is_file,
+    ),
+    CHECKPOINT,
+    OutputFile(
+        ("checkpoints/abandoned-step-00000100",),
+        "checkpoints of later steps than the one a run was resumed from",
+        "train",
+        is_ours=_has_state,
+    ),
+    OutputFile(
+        ("tensorboard",), "the figures of `metrics.jsonl` for TensorBoard", "train", is_ours=_has_only_events
+    ),
+    OutputFile(
+        ("wandb",), "Weights & Biases' own files; runs that were offline are synced from there", "train",
+        is_deleted=False,
+    ),
+    OutputFile(("merged",), "base and adapter in one model; upload it by itself", "merge", is_ours=_has_merge_mark),
+    OutputFile(
+        ("evaluation.json", "evaluation.md"),
+        "scores of the base, the adapter and the merged model",
+        "evaluate",
+        is_uploaded=True,
+        is_ours=Path.is_file,
+    ),
+    OutputFile(
+        ("NAME-f16.gguf", "NAME-q8_0.gguf", "Modelfile"),
+        "the model for llama.cpp, and how Ollama is to run it",
+        "export",
+        is_ours=Path.is_file,
+    ),
+    OutputFile((LOCK,), "locked by the run that writes here", "train", is_deleted=False),
+    OutputFile(
+        (
+            "checkpoints/.step-00000100.tmp", "final.tmp", ".final.tmp.tmp", ".final.tmp.old.tmp", ".merged.tmp",
+            ".merged.old.tmp", "metrics.jsonl.tmp", "dropped.jsonl.tmp", ".NAME.partial.gguf",
+        ),
+        "left half written by a kill; the next run or merge replaces it",
+        "train, merge, export",
+    ),
+)  # fmt: skip
+
+
+def as_markdown() -> str:
+    """Return OUTPUT_FILES as the table in README.md."""
+    lines = ["| file | what it is | written by | `push` sends it | `overwrite_output_dir` deletes it |"]
+    lines.append("|---|---|---|---|---|")
+    for kind in OUTPUT_FILES:
+        shown = [f"`{name}`" for name in kind.names[: 3 if len(kind.names) <= 3 else 2]]
+        names = ", ".join(shown + ["..."] * (len(shown) < len(kind.names)))
+        uploaded, deleted = ("yes" if answer else "no" for answer in (kind.is_uploaded, kind.is_deleted))
+        lines.append(f"| {names} | {kind.meaning} | {kind.writer} | {uploaded} | {deleted} |")
+    return "\n".join(lines)
 
 
 @contextmanager
 def claimed(folder: Path, *, replaces: bool) -> Iterator[None]:
-    """Hold the folder for the length of a run. Nothing in it is changed by that.
+    """Lock the folder for the length of a run; nothing else in it is changed.
 
-    Raises CheckpointError if it cannot be written to, if another run holds it, if it has an earlier run's files and the
-    recipe does not say that they may be replaced, or if it holds a model that no run wrote.
+    Raises CheckpointError if it cannot be written to, if another run has it, if it has an earlier run's files and the
+    recipe does not say that they may be replaced, or if it has a model that no run wrote.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write to output_dir '{folder}': {error.strerror}.\n"
-            "Name a folder that you may write to: output_dir=..."
-        ) from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process dies
-        except OSError as error:
+    with ExitStack() as stack:
+        with explain_disk_errors(
+            CheckpointError,
+            f"cannot write to output_dir '{folder}'",
+            "Name a folder that you may write to: output_dir=...",
+        ):
+            is_locked = stack.enter_context(exclusive_lock(folder / LOCK, wait=False))
+        if not is_locked:
             raise CheckpointError(
                 f"another run is writing to '{folder}' at this moment.\nName another folder: output_dir=..."
-            ) from error
-        ours = (folder / METRICS).exists()
-        found = [name for name in MODEL_FILES if (folder / name).exists()]
-        if found and not ours:
-            raise CheckpointError(
-                f"'{folder}' holds a model that no run wrote there ({found[0]}).\nName another folder: output_dir=..."
             )
-        if ours and not replaces:
-            raise CheckpointError(
-                f"'{folder}' holds an earlier run. Write one of:\n"
-                "  resume_from_checkpoint=true   to go on with it\n"
-                "  output_dir=ANOTHER            to keep it and start anew\n"
-                "  overwrite_output_dir=true     to delete it and start anew"
-            )
+        _require_replaceable(folder, replaces=replaces)
         yield
-    finally:
-        os.close(handle)
+
+
+def _require_replaceable(folder: Path, *, replaces: bool) -> None:
+    has_run = (folder / METRICS).exists()
+    model = ADAPTER.found_in(folder) + MODEL.found_in(folder)
+    if model and not has_run:
+        raise CheckpointError(
+            f"'{folder}' holds a model that no run wrote there ({model[0].name}).\nName another folder: output_dir=..."
+        )
+    if has_run and not replaces:
+        raise CheckpointError(
+            f"'{folder}' holds an earlier run. Write one of:\n"
+            "  resume_from_checkpoint=true   to go on with it\n"
+            "  output_dir=ANOTHER            to keep it and start anew\n"
+            "  overwrite_output_dir=true     to delete it and start anew"
+        )
 
 
 def remove_run_files(folder: Path, keep: Path) -> None:
-    """Delete what an earlier run of ours wrote, and nothing else; `keep` is the recipe that is being run."""
+    """Delete what an earlier run left and OUTPUT_FILES says may go, but not `keep`, the recipe that is being run."""
     if not (folder / METRICS).exists():
         return
-    files = [folder / name for name in RUN_FILES] + [path for path in folder.iterdir() if SHARD.fullmatch(path.name)]
-    for path in files:
-        if path.is_file() and path.resolve() != keep.resolve():
+    kinds = [kind for kind in OUTPUT_FILES if kind.is_deleted]
+    doomed = [path for kind in kinds for path in kind.found_in(folder) if kind.is_ours(path)]
+    # metrics.jsonl last: without it, what a kill has left here would be taken for somebody else's.
+    for path in sorted(doomed, key=lambda path: path.name == METRICS):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.resolve() != keep.resolve():
             path.unlink()
-    whole = [path for path in (folder / "checkpoints").glob("*step-*") if (path / "state.json").exists()]
-    merged = [folder / "merged"] if (folder / "merged" / "merge.json").exists() else []
-    events = folder / "tensorboard"
-    ours = events.is_dir() and all(path.name.startswith("events.out.tfevents") for path in events.iterdir())
-    for path in whole + merged + ([events] if ours else []):
-        shutil.rmtree(path)
 
 
 def require_space(folder: Path, checkpoint_bytes: int, count: int) -> None:
-    """Raises CheckpointError if `count` checkpoints would not fit beside what else is on the disk, counting those that
-    are there already as room."""
-    there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
-    needed = checkpoint_bytes * count - there
-    if needed > free:
+    """Raises CheckpointError unless the disk has room for `count` checkpoints. Those that are in the folder count as
+    room, since they will be pruned."""
+    present_bytes = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    free_bytes = shutil.disk_usage(folder).free
+    needed_bytes = checkpoint_bytes * count - present_bytes
+    if needed_bytes > free_bytes:
         raise CheckpointError(
-            f"{count} checkpoints of {_size(checkpoint_bytes)} need {_size(needed)} more, and '{folder}' has "
-            f"{_size(free)} free.\n"
+            f"{count} checkpoints of {_size(checkpoint_bytes)} need {_size(needed_bytes)} more, and '{folder}' has "
+            f"{_size(free_bytes)} free.\n"
             "Keep fewer (save_total_limit=1), make room, or name a folder on another disk: output_dir=..."
         )
 
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def move_into(source: Path, folder: Path, last: str) -> None:
-    """Move every file of `source` into `folder`, each replacing its namesake whole; `last` goes last, as the sign that
-    all are there."""
-    (folder / last).unlink(missing_ok=True)
-    for path in sorted(source.iterdir(), key=lambda p: p.name == last):
-        path.replace(folder / path.name)

@@ -2,17 +2,14 @@
 
     <folder>/<address>-<fingerprint>/<name>    the file as the server had it when its ETag, date and size were these
 
-A copy is written aside and renamed. Where the server cannot be reached, the newest copy is taken.
+A copy is complete or absent. Where the server cannot be reached, the newest copy is taken.
 """
 
-import fcntl
 import hashlib
 import importlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import IO, Any
@@ -22,10 +19,12 @@ from urllib.request import Request, urlopen
 
 from finetuner.errors import DataError
 from finetuner.recipe.rules import DATA_SUFFIXES
+from finetuner.storage.build_once import build_once
+from finetuner.storage.disk_errors import explain_disk_errors
 
-CHUNK = 1 << 20
-_SECONDS = 30.0  # without a byte
-_OF_A_COPY = ("etag", "last-modified", "content-length")
+CHUNK_BYTES = 1 << 20
+_TIMEOUT_SECONDS = 30.0  # without a byte
+_VERSION_HEADERS = ("etag", "last-modified", "content-length")
 
 
 def is_address(path: str) -> bool:
@@ -33,8 +32,8 @@ def is_address(path: str) -> bool:
 
 
 def fetch(address: str, folder: Path) -> list[Path]:
-    """The files behind an address, brought into `folder` unless they are there: one, or those of a bucket's folder or
-    of a pattern. Raises DataError."""
+    """Download the files behind an address into `folder`, unless they are in it: one, or those of a bucket's folder or
+    of a pattern. Return their paths. Raises DataError."""
     if address.startswith(("http://", "https://")):
         return [_fetch_http(address, folder)]
     fs, place = open_filesystem(address)
@@ -51,20 +50,21 @@ def fetch(address: str, folder: Path) -> list[Path]:
     def download(name: str) -> Callable[[IO[bytes]], None]:
         def run(target: IO[bytes]) -> None:
             with fs.open(name, "rb") as source:
-                shutil.copyfileobj(source, target, CHUNK)
+                shutil.copyfileobj(source, target, CHUNK_BYTES)
 
         return run
 
-    return [_kept(f"{address} {name}", Path(name).name, facts[name], folder, download(name)) for name in found]
+    return [_cached(f"{address} {name}", Path(name).name, facts[name], folder, download(name)) for name in found]
 
 
 def data_files_in(fs: Any, place: str) -> list[str]:
-    """The data files of a bucket's folder, and of those in it."""
+    """Sorted paths of the data files in a bucket's folder, at any depth."""
     return sorted(name for name in fs.find(place) if name.endswith(DATA_SUFFIXES))
 
 
 def open_filesystem(address: str) -> tuple[Any, str]:
-    """fsspec's filesystem of an address, and the place in it. Raises DataError if its driver is not installed."""
+    """Return fsspec's filesystem for an address, and the path in it. Raises DataError if its driver is not
+    installed."""
     import fsspec
 
     try:
@@ -89,9 +89,9 @@ def _fetch_http(address: str, folder: Path) -> Path:
     # Identity: the size is then that of the file, and a .gz is not unpacked on its way.
     request = Request(address, headers={"Accept-Encoding": "identity", "User-Agent": "finetuner"})
     try:
-        with urlopen(request, timeout=_SECONDS) as answer:
-            facts = {key: answer.headers[key] for key in _OF_A_COPY if key in answer.headers}
-            return _kept(address, name, facts, folder, lambda target: _copy_whole(answer, target, address))
+        with urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
+            facts = {key: answer.headers[key] for key in _VERSION_HEADERS if key in answer.headers}
+            return _cached(address, name, facts, folder, lambda target: _copy_all(answer, target, address))
     except HTTPError as error:
         error.close()
         raise DataError(
@@ -104,43 +104,24 @@ def _fetch_http(address: str, folder: Path) -> Path:
         raise DataError(_unreachable(address, error)) from error
 
 
-def _copy_whole(answer: HTTPResponse, target: IO[bytes], address: str) -> None:
-    """A connection that breaks ends like a file that ends, but for its length."""
-    shutil.copyfileobj(answer, target, CHUNK)
+def _copy_all(answer: HTTPResponse, target: IO[bytes], address: str) -> None:
+    """Copy the answer's body. Raises DataError if it is shorter than its header says: a connection that breaks looks
+    like a file that ends."""
+    shutil.copyfileobj(answer, target, CHUNK_BYTES)
     if answer.length:
         raise DataError(f"cannot read '{address}': the connection broke {answer.length} bytes before the end.")
 
 
-def _kept(address: str, name: str, facts: Any, folder: Path, download: Callable[[IO[bytes]], None]) -> Path:
-    """The copy of the file that has these facts, downloaded if it is not there. One process downloads, others wait."""
-    final = folder / f"{_digest(address)}-{_digest(json.dumps(facts, sort_keys=True, default=str))}"
-    if not final.is_dir():
-        with held(final.with_name(f"{final.name}.lock")):
-            if not final.is_dir():
-                aside = final.with_name(f"{final.name}.{os.getpid()}.tmp")
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir()
-                try:
-                    with (aside / name).open("wb") as target:
-                        download(target)
-                    aside.rename(final)
-                except OSError as error:
-                    raise DataError(f"cannot write '{name}' to '{folder}': {error.strerror}. Make room.") from error
-                finally:
-                    shutil.rmtree(aside, ignore_errors=True)
-    return final / name
+def _cached(address: str, name: str, facts: Any, folder: Path, download: Callable[[IO[bytes]], None]) -> Path:
+    """Return the cached copy of the file that has these facts; if there is none, one process downloads it."""
 
+    def fill(staging: Path) -> None:
+        with (staging / name).open("wb") as target:
+            download(target)
 
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold a lock file, waiting for it; the kernel lets go of it when a process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    copy = folder / f"{_digest(address)}-{_digest(json.dumps(facts, sort_keys=True, default=str))}"
+    with explain_disk_errors(DataError, f"cannot write '{name}' to '{folder}'", "Make room."):
+        return build_once(copy, fill, is_builder=True) / name
 
 
 def _digest(text: str) -> str:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from finetuner.data.batches import as_one
 from finetuner.data.documents import DocumentMaker, Outcome
-from finetuner.data.dropped_rows import READ, Listing, dropped_share, notes_of
+from finetuner.data.dropped_rows import READ, DroppedRowsFile, drop_notes, dropped_share
 from finetuner.data.order import mix, row_order
 from finetuner.data.packing import best_fit_decreasing
 from finetuner.data.reconnecting import PATIENT, Patience
@@ -105,7 +105,7 @@ class _Drawn:
                     self.found_nothing_since = self.place[0]
                     return documents
                 if self.place[0] > self.found_nothing_since + 1:
-                    lost = "; ".join(notes_of(counts))
+                    lost = "; ".join(drop_notes(counts))
                     raise DataError(f"no row of '{self.maker.entry.path}' is left to train on: {lost}.")
             taken = self.rows.take(_READ_ROWS)
             made = self.maker.make([placed for placed, _ in taken])
@@ -148,7 +148,7 @@ class RowStream:
             for entry, place in zip(section.datasets, start.places, strict=True)
         ]
         self.next = start
-        self.listing = Listing(listed, start.block)
+        self.listing = DroppedRowsFile(listed, start.block)
         self.blocks: deque[tuple[StreamState, list[Row]]] = deque()
         self.maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blocks") if ahead else None
         self.coming: Future[tuple[list[Row], StreamState]] | None = None
@@ -196,7 +196,7 @@ class RowStream:
     @property
     def notes(self) -> list[str]:
         """Rows that were read since the stream began and are not learned as they stand."""
-        return notes_of(self.next.counts)
+        return drop_notes(self.next.counts)
 
     @property
     def num_read(self) -> int:
@@ -260,7 +260,7 @@ class RowStream:
             listed = f"\nThey are listed in {self.listing.path}" if self.listing.path is not None else ""
             raise DataError(
                 f"{share:.1%} of the {counts[READ]:,} rows read so far are dropped, and max_dropped_fraction "
-                f"allows {self.section.max_dropped_fraction:.0%}: {'; '.join(notes_of(counts))}.{listed}"
+                f"allows {self.section.max_dropped_fraction:.0%}: {'; '.join(drop_notes(counts))}.{listed}"
             )
 
 

@@ -15,11 +15,12 @@ from finetuner.data import new_tokenizers as vocabularies
 from finetuner.data.cache import source_facts
 from finetuner.data.new_tokenizers import train_bpe, write_byte_tokenizer, write_char_tokenizer
 from finetuner.data.sources import load_source
-from finetuner.errors import DataError
+from finetuner.errors import DataError, ModelError
 from finetuner.recipe import Recipe
 from finetuner.recipe.gpt_shape import MADE_TOKENIZERS
 from finetuner.recipe.sections import DatasetEntry, NewTokenizer
-from finetuner.storage.build_once import made_once
+from finetuner.storage.build_once import build_once
+from finetuner.storage.disk_errors import explain_disk_errors
 from finetuner.world import World
 
 if TYPE_CHECKING:
@@ -53,7 +54,11 @@ def tokenizer_name(recipe: Recipe, world: World, report: Report = lambda done, t
         else:
             write_byte_tokenizer(folder)
 
-    return str(made_once(Path(recipe.data.dataset_prepared_path) / "tokenizers" / _key(facts), make, world))
+    folder = Path(recipe.data.dataset_prepared_path) / "tokenizers" / _key(facts)
+    with explain_disk_errors(
+        ModelError, f"cannot write to '{folder.parent}'", "Make room, or name another folder: dataset_prepared_path=..."
+    ):
+        return str(build_once(folder, make, is_builder=world.local_rank == 0))
 
 
 def tokenizer_entries(recipe: Recipe) -> tuple[DatasetEntry, ...]:

@@ -1,16 +1,15 @@
-"""The result of a run, to a repository on the hub. The token is huggingface_hub's own: `hf auth login` or HF_TOKEN."""
+"""Upload of a run's result to the hub. The token is huggingface_hub's own: `hf auth login` or HF_TOKEN."""
 
+import json
 from pathlib import Path
 
+from finetuner.checkpoint.output_dir import OUTPUT_FILES
 from finetuner.errors import PlanError, TrainingError
-from finetuner.export.merge import MARK
-
-# What a result consists of, by how its files' names end; checkpoints, figures and logs stay here.
-RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
+from finetuner.models.files import INDEX
 
 
 def require_hub(repo_id: str | None) -> None:
-    """Raises PlanError, before anything is loaded, if an upload to `repo_id` could not even begin."""
+    """Raises PlanError if an upload to `repo_id` is certain to fail. To be called before anything is loaded."""
     if repo_id is None:
         return
     from huggingface_hub import constants, get_token
@@ -28,22 +27,33 @@ def require_hub(repo_id: str | None) -> None:
         )
 
 
-def upload_result(folder: Path, repo_id: str, *, private: bool) -> str:
-    """Upload the result in `folder`, its own files alone, and return its address there.
+def result_files(folder: Path) -> list[str]:
+    """Return the sorted names of the result's files in `folder`: those that OUTPUT_FILES says are uploaded, and the
+    weights that an index names, since a merged model's are called as its base's are.
 
-    Raises TrainingError if that fails; nothing here is lost by it.
+    Anything else stays here: checkpoints, logs, files of yours, and merge.json, which has paths of this machine.
+    """
+    found = {path for kind in OUTPUT_FILES if kind.is_uploaded for path in kind.found_in(folder)}
+    if (folder / INDEX).exists():
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        found |= {folder / name for name in weight_map.values()}
+    return sorted(path.name for path in found if path.is_file())
+
+
+def upload_result(folder: Path, repo_id: str, *, private: bool) -> str:
+    """Upload the `result_files` of `folder` alone, and return the repository's address.
+
+    Raises TrainingError if that fails; nothing on this disk is lost by it.
     """
     from huggingface_hub import HfApi
 
-    found = (path for path in folder.iterdir() if path.is_file() and path.suffix in RESULT_SUFFIXES)
-    names = sorted(path.name for path in found if path.name != MARK)  # it has names of folders of this machine
     try:
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=names,
+            allow_patterns=result_files(folder),
             ignore_patterns=["*/*"],  # a pattern's star takes slashes too
             commit_message="Trained with finetuner",
         )

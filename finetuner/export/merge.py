@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from finetuner.checkpoint.folder import aside_of, written_aside
 from finetuner.errors import ModelError
 from finetuner.export.adapter_updates import Change, Changes, Tied, base_name, read_changes
 from finetuner.export.training_base import quantised_tensors, record_for
@@ -26,6 +25,7 @@ from finetuner.models.generation_config import write_generation_config
 from finetuner.models.load import on_meta
 from finetuner.models.lora_targets import is_tied
 from finetuner.models.quantized import Record, seen_in_training
+from finetuner.storage.atomic import staged_folder, staging_of
 from finetuner.storage.safetensors_stream import NAMES, TensorInfo, read_header, read_tensor, write_stream
 
 Report = Callable[[int, int], None]  # bytes done, bytes in all
@@ -101,7 +101,7 @@ def merge_adapter(
     output.parent.mkdir(parents=True, exist_ok=True)
     _require_space(output, num_bytes)
     done = kept = 0
-    with written_aside(output, work) as aside:
+    with staged_folder(output, task=work) as aside:
         for file_name, pieces in files.items():
             if (aside / file_name).exists():  # renamed when it was whole
                 kept += sum(piece.after.num_bytes for piece in pieces)
@@ -268,7 +268,7 @@ def _require_replaceable(output: Path, base: Path, adapter: Path) -> None:
 
 def _require_space(output: Path, num_bytes: int) -> None:
     """What an interrupted merge has written counts as room: it is gone on with, or deleted."""
-    aside = aside_of(output)
+    aside = staging_of(output)
     there = sum(path.stat().st_size for path in aside.iterdir()) if aside.is_dir() else 0
     free = shutil.disk_usage(output.parent).free + there
     if num_bytes > free:

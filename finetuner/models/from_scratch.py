@@ -19,7 +19,8 @@ from finetuner.errors import ModelError
 from finetuner.models import gpt
 from finetuner.recipe.gpt_shape import shape_of
 from finetuner.recipe.sections import GPTSection
-from finetuner.storage.build_once import made_once
+from finetuner.storage.build_once import build_once
+from finetuner.storage.disk_errors import explain_disk_errors
 from finetuner.world import World
 
 if TYPE_CHECKING:
@@ -71,7 +72,11 @@ def begun_model(config: gpt.GPTConfig, root: str, seed: int, world: World) -> st
             torch.manual_seed(seed)
             gpt.GPTForCausalLM(config).save_pretrained(folder)
 
-    return str(made_once(Path(root) / "scratch" / _key(facts), make, world))
+    folder = Path(root) / "scratch" / _key(facts)
+    with explain_disk_errors(
+        ModelError, f"cannot write to '{folder.parent}'", "Make room, or name another folder: dataset_prepared_path=..."
+    ):
+        return str(build_once(folder, make, is_builder=world.local_rank == 0))
 
 
 def _key(facts: dict[str, Any]) -> str:

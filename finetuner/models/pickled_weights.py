@@ -20,7 +20,8 @@ from finetuner.errors import ModelError
 from finetuner.models.files import INDEX, find_base
 from finetuner.recipe import Recipe
 from finetuner.recipe.gpt_shape import FROM_SCRATCH
-from finetuner.storage.build_once import made_once
+from finetuner.storage.build_once import build_once
+from finetuner.storage.disk_errors import explain_disk_errors
 from finetuner.world import World
 
 PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -40,7 +41,12 @@ def readable_base(recipe: Recipe, world: World) -> str:
     facts = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     place = Path(recipe.data.dataset_prepared_path) / "unpickled" / key
-    return str(made_once(place, lambda aside: _convert(folder, files, aside), world))
+    with explain_disk_errors(
+        ModelError, f"cannot write to '{place.parent}'", "Make room, or name another folder: dataset_prepared_path=..."
+    ):
+        return str(
+            build_once(place, lambda staging: _convert(folder, files, staging), is_builder=world.local_rank == 0)
+        )
 
 
 def pickled_files(folder: Path) -> list[Path]:

@@ -13,10 +13,11 @@ from finetuner.checkpoint.contents import (
     write_model,
     write_sharded_checkpoint,
 )
-from finetuner.checkpoint.folder import aside_of, checkpoint_folder, prune, save_checkpoint
+from finetuner.checkpoint.folder import checkpoint_folder, prune, save_checkpoint
 from finetuner.data.step_batches import Feed
 from finetuner.parallel.launch import by_main_rank
 from finetuner.recipe.sections import OutputSection
+from finetuner.storage.atomic import staging_of
 from finetuner.training.observers import Observer
 from finetuner.training.state import TrainState
 
@@ -57,7 +58,7 @@ class Checkpointer:
         if self.sharded:
             write = partial(write_sharded_checkpoint, self.trained, model_only=model_only)
             if not self.trained.accelerator.is_main_process:
-                write(aside_of(folder))
+                write(staging_of(folder))
             return write
         gathered = gather(self.trained, optimizer=not model_only)
         if model_only:

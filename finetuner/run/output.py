@@ -4,7 +4,7 @@ from pathlib import Path
 
 from finetuner import __version__
 from finetuner.checkpoint.contents import checkpoint_bytes, result_mark, write_best, write_result
-from finetuner.checkpoint.folder import set_aside_after
+from finetuner.checkpoint.folder import abandon_checkpoints_after
 from finetuner.checkpoint.output_dir import remove_run_files, require_space
 from finetuner.models.dtypes import DTYPES
 from finetuner.models.load import reading_notes
@@ -26,7 +26,7 @@ def make_room(session: Session, ready: ReadyToTrain, state: TrainState) -> None:
     recipe, output_dir = session.recipe, session.output_dir
     if recipe.output.overwrite_output_dir:
         remove_run_files(output_dir, keep=Path(session.name))
-    for folder in set_aside_after(output_dir, state.step):
+    for folder in abandon_checkpoints_after(output_dir, state.step):
         session.screen.line(f"note: {folder} is of steps that this run takes anew; delete it if you do not need it")
     keeps_best = recipe.guards.load_best_model_at_end or recipe.output.save_strategy == "best"
     count = (recipe.output.save_total_limit or 1) + 1 + keeps_best

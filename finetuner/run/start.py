@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from finetuner.checkpoint.compatibility import check_resume, resume_facts
-from finetuner.checkpoint.folder import list_checkpoints, newest_whole, read_saved, require_whole
+from finetuner.checkpoint.folder import list_checkpoints, newest_intact, read_saved_state, require_intact
 from finetuner.console import Screen
 from finetuner.data.cache import tokenizer_digest
 from finetuner.errors import CheckpointError, DataError
@@ -84,14 +84,14 @@ def choose_checkpoint(section: OutputSection, accelerator: Accelerator, screen: 
 
 def _verified_checkpoint(requested: str | bool, output_dir: Path, screen: Screen) -> Path | None:
     if isinstance(requested, str):
-        require_whole(Path(requested))
+        require_intact(Path(requested))
         if (output_dir / "metrics.jsonl").exists() and Path(requested).resolve().parent.parent != output_dir.resolve():
             raise CheckpointError(
                 f"'{output_dir}' holds another run than the checkpoint '{requested}'.\n"
                 "Name an empty folder (output_dir=...), or write resume_from_checkpoint=true for the run in it."
             )
         return Path(requested)
-    chosen = newest_whole(output_dir, lambda text: screen.line(f"note: {text}"))
+    chosen = newest_intact(output_dir, lambda text: screen.line(f"note: {text}"))
     if chosen is None and list_checkpoints(output_dir):
         raise CheckpointError(
             f"every checkpoint in {output_dir / 'checkpoints'} is damaged.\n"
@@ -104,7 +104,7 @@ def _verified_checkpoint(requested: str | bool, output_dir: Path, screen: Screen
 
 def read_state(checkpoint: Path, facts: dict[str, Any], screen: Screen) -> TrainState:
     """Return the state of a checkpoint. Raises CheckpointError unless a run of these facts can go on from it."""
-    saved = read_saved(checkpoint)
+    saved = read_saved_state(checkpoint)
     for note in check_resume(saved.facts, facts):
         screen.line(f"note: {note}")
     if saved.facts.get("model_only"):

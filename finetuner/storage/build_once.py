@@ -1,48 +1,41 @@
-"""Folders that are made once and used by every rank and every later start."""
+"""Folders that one process of each node builds, and every rank and every later start uses."""
 
-import fcntl
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from finetuner.errors import ModelError
-from finetuner.world import World
+from finetuner.storage.atomic import staged_folder
+from finetuner.storage.locks import exclusive_lock
 
 POLL_SECONDS = 0.3
 
 
-def made_once(folder: Path, make: Callable[[Path], None], world: World) -> Path:
-    """The folder, which `make` fills aside before it takes its name: it is whole or not there.
+def build_once(folder: Path, fill: Callable[[Path], None], *, is_builder: bool, mark: str | None = None) -> Path:
+    """Return `folder` once it exists, and has the file `mark` in it if one is named.
 
-    The first rank of each node makes it if it is missing, and the others look for it, in no collective that could time
-    out. Safe for any number of processes at once. Raises ModelError if it cannot be written.
+    If it is missing, a builder writes it: `fill` gets a staging folder that is renamed to `folder`. Of several builders
+    at once, the first builds and the others wait for its lock file, `folder` with ".lock" behind its name. Ranks that
+    are no builder look for the folder, in no collective that could time out. Raises OSError if it cannot be written,
+    and what `fill` raises; nothing is left then.
     """
-    if world.local_rank != 0:
-        while not folder.exists():
+    complete = folder if mark is None else folder / mark
+    while not complete.exists():
+        if not is_builder:
             time.sleep(POLL_SECONDS)
-        return folder
-    if folder.exists():
-        return folder
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
-            if not folder.exists():
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir()
-                make(aside)
-                aside.rename(folder)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise ModelError(
-            f"cannot write to '{folder.parent}': {error.strerror}.\n"
-            "Make room, or name another folder: dataset_prepared_path=..."
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            continue
+        with exclusive_lock(folder.with_name(f"{folder.name}.lock")):
+            if not complete.exists():
+                _build(folder, fill)
     return folder
+
+
+def _build(folder: Path, fill: Callable[[Path], None]) -> None:
+    # The host's name, because nodes may share a disk that does not share locks.
+    prefix = f"{folder.name}.{platform.node()}"
+    for staging in folder.parent.glob(f"{prefix}.*.tmp"):  # of a process that was killed: this one has the lock
+        shutil.rmtree(staging, ignore_errors=True)
+    with staged_folder(folder, staging=folder.with_name(f"{prefix}.{os.getpid()}.tmp")) as staging:
+        fill(staging)

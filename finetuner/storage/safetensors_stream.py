@@ -30,7 +30,7 @@ FLUSH_BYTES = 1 << 27
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Format's dtype name and shape of one tensor, and the byte of the file at which it begins."""
+    """The format's name for a tensor's dtype, its shape, and the byte of the file at which it begins."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,7 +45,9 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """name -> dtype and shape, in the order of the bytes. Raises ModelError for a file cut short or of another kind."""
+    """Return name -> info of every tensor, in the order of their bytes.
+
+    Raises ModelError for a file that was cut short or is of another kind."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -71,28 +73,31 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
-    """One tensor of a file whose header is known, in memory of its own: pages of a mapped file would count as this
-    process's for as long as it lives."""
+    """Read one tensor of shape `info.shape` to the CPU.
+
+    It has memory of its own, since pages of a mapped file would count as this process's for as long as it lives."""
     tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
     with path.open("rb", buffering=0) as file:
         file.seek(info.begin)
-        room = _bytes_of(tensor)
-        while room:
-            count = file.readinto(room)
+        rest = _bytes_of(tensor)
+        while rest:
+            count = file.readinto(rest)
             if not count:
                 raise ModelError(f"'{path}' ends before its header says. Fetch it again.")
-            room = room[count:]
+            rest = rest[count:]
     return tensor
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor of any shape; writing to them changes it."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 class TensorFile:
-    """A file whose tensors come in any order: each is written to its place. Complete when `missing` is empty."""
+    """A file to which tensors are written in any order, each at its offset. Complete when `missing` is empty."""
 
     def __init__(self, path: Path, infos: Mapping[str, TensorInfo]) -> None:
+        """Write the header for tensors of these names, dtypes and shapes."""
         text, begins = _header(infos)
         self.path, self.begins, self.missing = path, begins, set(infos)
         self.infos = dict(infos)
@@ -100,6 +105,7 @@ class TensorFile:
         self.file.write(text)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor, of the dtype and shape that the header has for it."""
         info = self.infos[name]
         assert tuple(tensor.shape) == info.shape and NAMES[tensor.dtype] == info.dtype, name
         self.file.seek(self.begins[name])
@@ -107,15 +113,16 @@ class TensorFile:
         self.missing.discard(name)
 
     def close(self) -> None:
-        """Flush to the disk."""
+        """Put the file on the disk, and close it."""
         os.fsync(self.file.fileno())
         self.file.close()
 
 
 def write_stream(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write `tensors`, which come one at a time in the order of `infos` and as it says; they are on the disk then.
+    """Write a file of `tensors`, each of the dtype and shape that `infos` has for it and in its order. One is in memory
+    at a time. They are on the disk when this returns.
 
-    The disk gets its work all along: left to the kernel, it would begin at the end, when nothing else is left to do.
+    They are flushed while others are computed: left to the kernel, the disk would begin when nothing else is to do.
     """
     text, _ = _header(infos)
     unflushed = 0
@@ -134,20 +141,20 @@ def write_stream(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[
         os.fsync(file.fileno())
 
 
-def _write_all(file: FileIO, room: memoryview) -> None:
-    """A write without a buffer may take only a part, and never more than 2 GB."""
-    while room:
-        room = room[file.write(room) :]
+def _write_all(file: FileIO, rest: memoryview) -> None:
+    """Write all bytes: a single unbuffered write may take some of them, and never more than 2 GB."""
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the tensors, and where in the file each tensor begins."""
+    """Return the bytes before the tensors, and name -> the byte of the file at which its tensor begins."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    places, at = {}, 0
+    offsets, at = {}, 0
     for name, info in infos.items():
         header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [at, at + info.num_bytes]}
-        places[name] = at
+        offsets[name] = at
         at += info.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + place for name, place in places.items()}
+    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + offset for name, offset in offsets.items()}

@@ -1,49 +1,42 @@
 """metrics.jsonl: one object per logged step or evaluation, floats in full."""
 
-import json
 import math
 import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from finetuner.storage.json_lines import append_rows, read_rows, replace_rows
+
 
 class MetricsFile:
-    """Appends rows; every row is on disk (as far as the operating system) when `write` returns."""
+    """The file of a run, to which a row at a time is added. A row outlives a kill as soon as `write` returns."""
 
     def __init__(self, path: Path, *, resume_after: int | None = None) -> None:
-        """Starts an empty file, or keeps the rows of steps up to `resume_after`, so that a resumed run goes on as if it
+        """Start an empty file, or keep the rows of steps up to `resume_after`, so that a resumed run goes on as if it
         had never stopped."""
         self.path = path
-        kept = [] if resume_after is None else [r for r in read_metrics(path) if r.get("step", 0) <= resume_after]
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        aside.replace(path)
+        rows = [] if resume_after is None else read_metrics(path)
+        replace_rows(path, [row for row in rows if row.get("step", 0) <= (resume_after or 0)])
 
     def write(self, row: Mapping[str, float | int | None]) -> None:
-        """Numbers that JSON has no word for (nan, inf) become null."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        """Add a row. Numbers that JSON has no word for (nan, inf) become null."""
+        append_rows(
+            self.path,
+            [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}],
+        )
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """All whole rows; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.jsonl, but for a last one that a kill cut short; none if there is no file."""
+    return read_rows(path)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this rank has held: allocated on its GPU, or resident on a CPU."""
+    """Most bytes that this rank has had at once: allocated on its GPU, or resident where it trains on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

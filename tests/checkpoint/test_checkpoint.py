@@ -8,18 +8,19 @@ import pytest
 
 from finetuner.checkpoint.compatibility import check_resume, resume_facts
 from finetuner.checkpoint.folder import (
+    abandon_checkpoints_after,
     checkpoint_folder,
-    damage,
     list_checkpoints,
-    newest_whole,
+    newest_intact,
     prune,
-    read_saved,
-    require_whole,
+    read_saved_state,
+    require_intact,
     save_checkpoint,
-    set_aside_after,
 )
-from finetuner.checkpoint.output_dir import claimed, move_into, remove_run_files, require_space
+from finetuner.checkpoint.output_dir import claimed, remove_run_files, require_space
 from finetuner.errors import CheckpointError
+from finetuner.storage.atomic import move_into
+from finetuner.storage.manifest import find_damage
 from finetuner.training.loop import TrainState
 
 pytestmark = pytest.mark.slow
@@ -38,7 +39,7 @@ def saved_run(folder, steps=(1, 2, 3)):
 
 def test_what_is_saved_is_read_back(tmp_path):
     saved_run(tmp_path)
-    assert read_saved(newest_whole(tmp_path)).state == TrainState(step=3)
+    assert read_saved_state(newest_intact(tmp_path)).state == TrainState(step=3)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
@@ -53,10 +54,10 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(name, harm, 
     else:
         path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     said = []
-    assert newest_whole(tmp_path, said.append) == checkpoint_folder(tmp_path, 2)
+    assert newest_intact(tmp_path, said.append) == checkpoint_folder(tmp_path, 2)
     assert len(said) == 1 and "step-00000003 is damaged" in said[0]
     with pytest.raises(CheckpointError, match="is damaged"):
-        require_whole(checkpoint_folder(tmp_path, 3))
+        require_intact(checkpoint_folder(tmp_path, 3))
 
 
 def test_a_save_that_fails_half_way_leaves_the_one_before_it(tmp_path):
@@ -69,13 +70,13 @@ def test_a_save_that_fails_half_way_leaves_the_one_before_it(tmp_path):
     with pytest.raises(CheckpointError, match=r"No space left on device \(.* GB are free there\)"):
         save_checkpoint(checkpoint_folder(tmp_path, 2), TrainState(step=2), {}, full_disk)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-    assert damage(checkpoint_folder(tmp_path, 1)) is None
+    assert find_damage(checkpoint_folder(tmp_path, 1)) is None
 
 
 def test_a_folder_left_by_a_kill_is_no_checkpoint(tmp_path):
     saved_run(tmp_path, steps=(1,))
     shutil.copytree(checkpoint_folder(tmp_path, 1), tmp_path / "checkpoints" / ".step-00000002.tmp")
-    assert newest_whole(tmp_path) == checkpoint_folder(tmp_path, 1)
+    assert newest_intact(tmp_path) == checkpoint_folder(tmp_path, 1)
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -171,8 +172,8 @@ def test_a_run_whose_gradient_stays_nan_stops_and_keeps_its_checkpoints(write_re
     recipe = write_recipe(max_steps=20, save_steps=1, learning_rate=1e30, lr_scheduler="constant", warmup_steps=1)
     with pytest.raises(TrainingError, match="smaller learning_rate"):
         train(recipe)
-    whole = newest_whole(tmp_path / "out")
-    assert whole is not None and read_saved(whole).state.bad_steps == 0
+    whole = newest_intact(tmp_path / "out")
+    assert whole is not None and read_saved_state(whole).state.bad_steps == 0
     rows = (tmp_path / "out" / "metrics.jsonl").read_text()
     assert "NaN" not in rows and '"loss": null' in rows
 
@@ -237,7 +238,7 @@ def test_going_back_to_an_older_checkpoint_sets_the_newer_ones_aside(write_recip
     assert names == [
         "abandoned-step-00000003", "abandoned-step-00000004", "step-00000001", "step-00000002", "step-00000003",
     ]  # fmt: skip
-    assert set_aside_after(tmp_path / "out", 3) == []
+    assert abandon_checkpoints_after(tmp_path / "out", 3) == []
 
 
 def test_data_that_changed_under_a_checkpoint_is_refused_even_with_as_many_rows(write_recipe, train, rows_file):
@@ -250,4 +251,4 @@ def test_data_that_changed_under_a_checkpoint_is_refused_even_with_as_many_rows(
 
 def test_a_folder_that_is_no_checkpoint_is_called_that(tmp_path):
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
-        require_whole(tmp_path)
+        require_intact(tmp_path)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.batches import Layout
 from finetuner.data.documents import BAD, TOO_LONG, Outcome
-from finetuner.data.dropped_rows import Listing
+from finetuner.data.dropped_rows import DroppedRowsFile
 from finetuner.data.reconnecting import PATIENT, Patience, SteadyFile, open_http
 from finetuner.data.step_batches import StreamFeed, build_feed
 from finetuner.data.stream import RowStream
@@ -293,15 +293,15 @@ def test_rows_that_are_not_learned_are_listed_once_and_counted_always(
 
 def test_a_listing_is_bounded_for_each_reason_and_after_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "dropped.jsonl"
-    listing = Listing(path, 0, most=3)
+    listing = DroppedRowsFile(path, 0, max_listed=3)
     for block in range(4):
         listing.add([Outcome("a", 2 * block + i, BAD, 0) for i in range(2)], block)
         listing.add([Outcome("a", block, TOO_LONG, 9)], block)
     assert [json.loads(line)["row"] for line in path.read_text().splitlines()] == [0, 1, 0, 2, 1, 2]
     with path.open("a") as file:
         file.write('{"source": "a", "ro')
-    again = Listing(path, 1, most=3)
-    assert again.listed == {BAD: 2, TOO_LONG: 1}
+    again = DroppedRowsFile(path, 1, max_listed=3)
+    assert again.num_listed == {BAD: 2, TOO_LONG: 1}
     again.add([Outcome("a", 2, BAD, 0), Outcome("a", 3, BAD, 0)], 1)
     assert [json.loads(line)["row"] for line in path.read_text().splitlines()] == [0, 1, 0, 2]
 

@@ -15,13 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetuner.checkpoint.folder import aside_of
 from finetuner.commands.merge import merge
 from finetuner.errors import ModelError, RecipeError
 from finetuner.export.merge import Form, merge_adapter
 from finetuner.export.merge_options import read_wishes
 from finetuner.export.model_card import write_card
 from finetuner.export.verify_logits import verify_merged
+from finetuner.storage.atomic import staging_of
 
 pytestmark = pytest.mark.slow
 
@@ -232,13 +232,13 @@ from finetuner.export.verify_logits import verify_merged
 merge_adapter(Path({str(folder)!r}), {str(base)!r}, Path({str(output)!r}), lambda *a: time.sleep(0.02), form={form})
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    aside = aside_of(output)
+    staging = staging_of(output)
     deadline = time.monotonic() + 60
-    while len(list(aside.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
+    while len(list(staging.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finished = {path.name: path.stat().st_mtime_ns for path in aside.glob("*.safetensors")}
+    finished = {path.name: path.stat().st_mtime_ns for path in staging.glob("*.safetensors")}
     assert len(finished) >= 3 and not output.exists()
     result = merge_adapter(folder, str(base), output, form=Form(shard_bytes=2_000_000))
     assert all((output / name).stat().st_mtime_ns == when for name, when in finished.items())
@@ -249,8 +249,8 @@ merge_adapter(Path({str(folder)!r}), {str(base)!r}, Path({str(output)!r}), lambd
     assert {path.suffix for path in output.iterdir()} <= {".safetensors", ".json", ".jinja"}
     # Another adapter is another piece of work: nothing that an earlier one left is used.
     (tmp_path / "killed").mkdir()
-    output.rename(aside)
-    (aside / "work.json").write_text("of something else")
+    output.rename(staging)
+    (staging / "work.json").write_text("of something else")
     assert merge_adapter(folder, str(base), output, form=Form(shard_bytes=2_000_000)).num_bytes_kept == 0
 
 

@@ -30,7 +30,9 @@ def test_the_norm_of_a_large_tensor_is_exact_and_does_not_depend_on_how_it_is_cu
 @pytest.mark.parametrize("shape", [(0,), (), (3, 5), (2, 1 << 17)])
 def test_any_shape_is_summed(shape):
     tensor = torch.ones(shape)
-    assert float(sum_of_squares([tensor, tensor.t() if tensor.ndim == 2 else tensor], CPU)) == pytest.approx(2 * tensor.numel())
+    assert float(sum_of_squares([tensor, tensor.t() if tensor.ndim == 2 else tensor], CPU)) == pytest.approx(
+        2 * tensor.numel()
+    )
 
 
 @pytest.mark.parametrize(

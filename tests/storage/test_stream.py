@@ -1,7 +1,6 @@
 """A model that is read tensor by tensor is the model that is read whole, in a fraction of its memory."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -114,14 +113,14 @@ def test_a_start_that_was_cut_short_leaves_nothing_that_is_used(tiny_model, tmp_
     cache = found[1].cache
     assert cache is not None and cache.file is not None
     cache.file.file.close()  # as when its process dies
-    os.close(cache.lock)
+    cache.lock.close()
     streamed(tiny_model, NF4, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_cache_that_cannot_be_written_is_refused(tiny_model, tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(ModelError, match="cannot write the quantised model"):
+    with pytest.raises(ModelError, match="cannot write the quantized model"):
         streamed(tiny_model, NF4, tmp_path / "cache")
 
 

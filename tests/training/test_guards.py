@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, alpaca_rows, run_command, weights_of, write_rows
 from safetensors.torch import load_file
 
-from finetuner.checkpoint.folder import list_checkpoints, newest_whole, read_saved
+from finetuner.checkpoint.folder import list_checkpoints, newest_intact, read_saved_state
 from finetuner.errors import CheckpointError, RecipeError, TrainingError
 from finetuner.plan.schedule import Schedule
 from finetuner.recipe import load
@@ -157,7 +157,7 @@ def test_a_resumed_run_finds_the_same_best_and_stops_at_the_same_step(write_reci
     keys = {"load_best_model_at_end": True, "early_stopping_patience": 3, "save_total_limit": 0, "adapter": "lora"}
     recipe = write_recipe(**OVERFITS | {"learning_rate": 0.1}, **keys)
     unbroken = train(recipe)
-    best = read_saved(newest_whole(tmp_path / "out")).state.best_step
+    best = read_saved_state(newest_intact(tmp_path / "out")).state.best_step
     broken = tmp_path / "broken"
     shutil.copytree(tmp_path / "out" / "checkpoints", broken / "checkpoints")
     for folder in list_checkpoints(broken)[steps_saved(broken).index(best) + 2 :]:
