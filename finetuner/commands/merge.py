@@ -21,8 +21,8 @@ from finetuner.export.verify_logits import room_to_verify, verify_merged
 from finetuner.export.verify_tensors import verify_layers
 from finetuner.models.adapter_folder import read_config, require_same_base
 from finetuner.models.files import find_base
+from finetuner.models.four_bit_linear import read_record
 from finetuner.models.pickled_weights import readable_base
-from finetuner.models.quantized import read_record
 from finetuner.recipe import Recipe, load
 from finetuner.world import World
 

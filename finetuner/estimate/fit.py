@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetuner.errors import PlanError
+from finetuner.models.four_bit_linear import choose_format
 from finetuner.models.load import bare_bones
-from finetuner.models.quantized import choose_format
 from finetuner.plan.memory import Parts, kept_by_a_rank, trained_parts
 from finetuner.plan.parallel import ZeroPlan
 from finetuner.plan.run import Plan

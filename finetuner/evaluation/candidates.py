@@ -12,8 +12,8 @@ import torch
 from finetuner.errors import ModelError
 from finetuner.export.merge import MARK
 from finetuner.models.adapter_folder import read_config
+from finetuner.models.four_bit_linear import Format, choose_format, read_record
 from finetuner.models.load import grow_embeddings, load_model
-from finetuner.models.quantized import Format, choose_format, read_record
 from finetuner.recipe import Recipe
 from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.recipe.rules import looks_local

@@ -22,10 +22,10 @@ from finetuner.errors import ModelError
 from finetuner.export.adapter_updates import Change, Changes, Tied, base_name, read_changes
 from finetuner.export.training_base import quantised_tensors, record_for
 from finetuner.models.files import INDEX, find_base, weight_files
+from finetuner.models.four_bit_linear import Record, seen_in_training
 from finetuner.models.generation_config import write_generation_config
 from finetuner.models.load import on_meta
 from finetuner.models.lora_targets import is_tied
-from finetuner.models.quantized import Record, seen_in_training
 from finetuner.storage.safetensors_stream import NAMES, TensorInfo, read_header, read_tensor, write_stream
 
 Report = Callable[[int, int], None]  # bytes done, bytes in all

@@ -16,14 +16,14 @@ from finetuner.errors import ModelError
 from finetuner.export.adapter_updates import base_name
 from finetuner.models.adapter_folder import read_config
 from finetuner.models.files import weight_files
-from finetuner.models.load import layers_to_quantize
-from finetuner.models.quantized import (
+from finetuner.models.four_bit_linear import (
     BLOCK,
     RECORD,
     Record,
     read_record,
     require_bitsandbytes,
 )
+from finetuner.models.load import layers_to_quantize
 from finetuner.storage.safetensors_stream import DTYPES, read_header
 
 KINDS = ("nf4", "fp4")

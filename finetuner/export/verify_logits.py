@@ -15,8 +15,8 @@ from finetuner.errors import ModelError
 from finetuner.export.merge import MARK
 from finetuner.export.training_base import quantised_tensors, record_for
 from finetuner.models.files import find_base, weight_files
+from finetuner.models.four_bit_linear import Record, seen_in_training
 from finetuner.models.load import load_model
-from finetuner.models.quantized import Record, seen_in_training
 from finetuner.storage.safetensors_stream import read_header
 from finetuner.world import available_ram
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from finetuner.models.files import find_base, weight_files
-from finetuner.models.quantized import Format, FourBitLinear
+from finetuner.models.four_bit_linear import Format, FourBitLinear
 from finetuner.models.quantized_cache import PackedCache
 from finetuner.storage.safetensors_stream import NAMES, TensorInfo, read_header, read_tensor
 
@@ -160,7 +160,9 @@ def _key(promises: Iterable[Promised], device: torch.device) -> str:
     for promised in promises:
         stat = promised.path.stat()
         files[str(promised.path.resolve())] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    code = [path.read_text(encoding="utf-8") for path in (Path(__file__), Path(__file__).with_name("quantized.py"))]
+    code = [
+        path.read_text(encoding="utf-8") for path in (Path(__file__), Path(__file__).with_name("four_bit_linear.py"))
+    ]
     tensors = [[p.name, p.info.begin, str(p.form), str(p.form and p.form.dtype), str(p.dtype)] for p in promises]
     facts = [files, tensors, device.type, bitsandbytes.__version__, code]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

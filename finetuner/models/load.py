@@ -13,8 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from finetuner.errors import ModelError
-from finetuner.models.lazy_weights import Promises, Report, promise, settle_buffers
-from finetuner.models.quantized import (
+from finetuner.models.four_bit_linear import (
     Format,
     FourBitLinear,
     adopt_layers,
@@ -22,6 +21,7 @@ from finetuner.models.quantized import (
     make_room_for_layers,
     require_full_weights,
 )
+from finetuner.models.lazy_weights import Promises, Report, promise, settle_buffers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

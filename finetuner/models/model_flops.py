@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from finetuner.models.quantized import FourBitLinear
+from finetuner.models.four_bit_linear import FourBitLinear
 from finetuner.plan.flops import Work
 
 if TYPE_CHECKING:

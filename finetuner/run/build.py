@@ -15,6 +15,7 @@ from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
 from finetuner.models.adapter_folder import require_same_base
 from finetuner.models.compilation import compile_layers, wants_compilation
 from finetuner.models.dtypes import DTYPES
+from finetuner.models.four_bit_linear import choose_format, record_of, require_same_record
 from finetuner.models.lazy_weights import Promises, Report
 from finetuner.models.load import (
     embedding_rows,
@@ -26,7 +27,6 @@ from finetuner.models.load import (
     train_in_fp32,
     train_only,
 )
-from finetuner.models.quantized import choose_format, record_of, require_same_record
 from finetuner.objectives.next_token import Regularisers, TokenLoss
 from finetuner.plan.parallel import FsdpPlan, ZeroPlan
 from finetuner.plan.run import Plan

@@ -9,8 +9,8 @@ from finetuner.checkpoint.contents import Weights
 from finetuner.console import Screen
 from finetuner.data.batches import padding_share
 from finetuner.data.prepare import Prepared
+from finetuner.models.four_bit_linear import quantized_layers, record_of
 from finetuner.models.load import count_parameters
-from finetuner.models.quantized import quantized_layers, record_of
 from finetuner.plan.parallel import EnginePlan, ZeroPlan, filled_in
 from finetuner.plan.schedule import Schedule
 from finetuner.recipe import Recipe

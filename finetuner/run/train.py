@@ -48,6 +48,10 @@ from finetuner.export.model_card import write_card
 from finetuner.models.attention import choose_attention
 from finetuner.models.document_isolation import wants_flat_packs
 from finetuner.models.dtypes import DTYPES
+from finetuner.models.four_bit_linear import (
+    choose_format,
+    require_bitsandbytes,
+)
 from finetuner.models.freed_memory import giving_back
 from finetuner.models.from_scratch import begun_model, scratch_config
 from finetuner.models.generation import sample_text
@@ -60,10 +64,6 @@ from finetuner.models.load import (
 )
 from finetuner.models.model_flops import work_of
 from finetuner.models.pickled_weights import readable_base
-from finetuner.models.quantized import (
-    choose_format,
-    require_bitsandbytes,
-)
 from finetuner.objectives.probe import probe
 from finetuner.parallel.launch import (
     build_accelerator,

@@ -16,8 +16,8 @@ from finetuner.commands.merge import merge
 from finetuner.errors import ModelError
 from finetuner.export import merge as merge_module
 from finetuner.export.merge import merge_adapter
+from finetuner.models.four_bit_linear import choose_format
 from finetuner.models.load import load_model
-from finetuner.models.quantized import choose_format
 from finetuner.recipe import load
 from finetuner.storage.safetensors_stream import read_header
 

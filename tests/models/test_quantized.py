@@ -15,8 +15,8 @@ from test_models import FP32
 from finetuner.data.batches import collate
 from finetuner.errors import CheckpointError, ModelError, RecipeError
 from finetuner.models.adapter import add_lora
+from finetuner.models.four_bit_linear import Format, FourBitLinear, choose_format, quantized_layers, read_record
 from finetuner.models.load import count_parameters, load_model, recompute_activations
-from finetuner.models.quantized import Format, FourBitLinear, choose_format, quantized_layers, read_record
 from finetuner.objectives.next_token import TokenLoss, head_is_composable
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import AdapterSection, FourBitSection, QuantizationSection

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from finetuner.models.four_bit_linear import Format
 from finetuner.models.freed_memory import giving_back
 from finetuner.models.load import promised_model
-from finetuner.models.quantized import Format
 from finetuner.objectives.next_token import TokenLoss, head_is_composable
 from finetuner.parallel.fsdp import shard_module
 from finetuner.plan.parallel import FsdpPlan

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from finetuner.data.batches import collate
 from finetuner.models.adapter import add_lora
+from finetuner.models.four_bit_linear import Format
 from finetuner.models.load import load_model, recompute_activations
-from finetuner.models.quantized import Format
 from finetuner.objectives.next_token import TokenLoss
 from finetuner.recipe.sections import AdapterSection
 

@@ -10,8 +10,8 @@ from conftest import ROOT, make_model, run_command
 from transformers import AutoModelForCausalLM
 
 from finetuner.errors import ModelError
+from finetuner.models.four_bit_linear import Format, record_of
 from finetuner.models.load import load_model, promised_model
-from finetuner.models.quantized import Format, record_of
 
 CPU = torch.device("cpu")
 NF4 = Format("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)
