@@ -22,9 +22,9 @@ from finetuner.checkpoint.output_dir import move_into
 from finetuner.checkpoint.shards import MODEL_PART, OPTIMIZER_PART, Parts, has_parts, write_part
 from finetuner.errors import CheckpointError
 from finetuner.models.adapter import write_adapter
-from finetuner.models.four_bit_linear import record_of, write_record
 from finetuner.models.generation_config import write_generation_config
-from finetuner.models.load import use_token_ids, write_model_folder
+from finetuner.models.model_folder import use_token_ids, write_model_folder
+from finetuner.models.quant_record import record_of, write_record
 from finetuner.objectives.next_token import TokenLoss
 from finetuner.parallel.optimizer_state import optimizer_tensors
 from finetuner.training.loop import Run

@@ -155,8 +155,8 @@ def _vocabulary(recipe: Recipe) -> int:
 def _read(recipe: Recipe, plan: Plan) -> Model:
     from finetuner.estimate.fit import model_without_weights, parts_to_keep
     from finetuner.models.attention import choose_attention
-    from finetuner.models.load import train_only
-    from finetuner.models.model_flops import parts_of, work_of
+    from finetuner.models.model_flops import parameters_by_part, training_flops
+    from finetuner.models.trainable import train_only
 
     name = recipe.model.base_model
     model = model_without_weights(recipe, plan, choose_attention("sdpa", World(), plan.precision))
@@ -175,8 +175,8 @@ def _read(recipe: Recipe, plan: Plan) -> Model:
         train_only(model, recipe.adapter.unfrozen_parameters)
         how = "all trained" if recipe.adapter.unfrozen_parameters is None else "trained as unfrozen_parameters says"
     title = f"{name} ({type(model).__name__}), {how}"
-    work = work_of(model, model, recipe.data.sequence_len)
-    return Model(title, parts_of(model), work, parts_to_keep(recipe, plan, model))
+    work = training_flops(model, model, recipe.data.sequence_len)
+    return Model(title, parameters_by_part(model), work, parts_to_keep(recipe, plan, model))
 
 
 def _times(flops: float | None, devices: Devices, utilisation: float) -> list[tuple[str, float, float]]:

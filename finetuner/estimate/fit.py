@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetuner.errors import PlanError
-from finetuner.models.four_bit_linear import choose_format
-from finetuner.models.load import bare_bones
+from finetuner.models.empty_model import meta_model_if_possible
+from finetuner.models.quant_format import choose_quant_format
 from finetuner.plan.memory import Parts, kept_by_a_rank, trained_parts
 from finetuner.plan.parallel import ZeroPlan
 from finetuner.plan.run import Plan
@@ -61,8 +61,10 @@ def model_without_weights(
 ) -> "PreTrainedModel | None":
     """On the meta device, in the number formats it is trained in; None where it cannot be built from its config."""
     dtype = torch.float32 if recipe.adapter.adapter is None or plan.precision == "fp32" else torch.bfloat16
-    form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
-    return bare_bones(config or recipe.model.base_model, dtype=dtype, attention=attention, form=form)
+    form = choose_quant_format(recipe.adapter.adapter, recipe.quantization, dtype)
+    return meta_model_if_possible(
+        config or recipe.model.base_model, dtype=dtype, attention=attention, quant_format=form
+    )
 
 
 def parts_to_keep(recipe: Recipe, plan: Plan, model: "PreTrainedModel") -> Parts:

@@ -24,7 +24,8 @@ import torch
 from torch.nn import functional
 
 from finetuner.errors import ModelError
-from finetuner.models.generation import as_text, ends_of, first_tokens, sampled
+from finetuner.models.generation import generate_tokens, prompt_tokens, stream_text
+from finetuner.models.stop_tokens import stop_token_ids
 
 DTYPES = ("bfloat16", "float16", "float32")
 PLAIN = "The sun rises in the east and sets in the west. Water is a liquid, and when it is very cold it turns to ice."
@@ -92,10 +93,12 @@ def try_out(model: Any, tokenizer: Any) -> list[str]:
     if not bool(torch.isfinite(logits).all()):
         raise ModelError("the model computes values that are not finite: its weights are damaged. Get the file again")
     loss, blind = float(functional.cross_entropy(logits, ids[0, 1:])), math.log(logits.shape[-1])
-    start = first_tokens(tokenizer, BEGINNING)
-    ends = ends_of(model, tokenizer)
-    tokens = sampled(model, start, count=NUM_TRIED, choice=lambda row: int(row.argmax()), ends=ends)
-    lines = [f"checking: {BEGINNING}{''.join(as_text(tokenizer, start, tokens))!r}, {loss:.2f} nats a token of English"]
+    start = prompt_tokens(tokenizer, BEGINNING)
+    stops = stop_token_ids(tokenizer, model.generation_config)
+    tokens = generate_tokens(model, start, count=NUM_TRIED, choice=lambda row: int(row.argmax()), stops=stops)
+    lines = [
+        f"checking: {BEGINNING}{''.join(stream_text(tokenizer, start, tokens))!r}, {loss:.2f} nats a token of English"
+    ]
     if loss > 0.8 * blind:
         lines.append(
             f"note: a blind guess has {blind:.2f}. This model never learned English, or transformers reads it wrongly "

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812  (its usual name)
 from torch.utils.checkpoint import checkpoint
 
 from finetuner.errors import ModelError
-from finetuner.models.neftune import noisy
+from finetuner.models.neftune import embedding_noise
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -91,7 +91,7 @@ class TokenLoss(nn.Module):
         added = self.regularisers if self.training else Regularisers()
         noise: AbstractContextManager[None] = nullcontext()
         if added.noise_alpha:
-            noise = noisy(model.get_input_embeddings(), added.noise_alpha, attention_mask, position_ids)
+            noise = embedding_noise(model.get_input_embeddings(), added.noise_alpha, attention_mask, position_ids)
         with noise:
             if not self.composed:
                 logits = model(**inputs).logits

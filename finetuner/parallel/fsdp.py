@@ -20,7 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetuner.errors import ModelError
-from finetuner.models.lazy_weights import Promises
+from finetuner.models.lazy_weights import LazyWeights
 from finetuner.objectives.next_token import TokenLoss
 from finetuner.parallel.engine import Held, Tensors, held_by
 from finetuner.parallel.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate
@@ -28,7 +28,7 @@ from finetuner.plan.parallel import FsdpPlan
 
 
 def shard_module(
-    loss: TokenLoss, plan: FsdpPlan, device: torch.device, *, full: bool, promises: Promises | None = None
+    loss: TokenLoss, plan: FsdpPlan, device: torch.device, *, full: bool, promises: LazyWeights | None = None
 ) -> None:
     """Replace every parameter of `loss` by this rank's part of it, in place. Build the optimizer only after this.
 
@@ -36,7 +36,7 @@ def shard_module(
     count: it reads what is promised, and hands each rank its part.
     """
     mesh = _mesh(plan, device)
-    promised = {} if promises is None else promises.hand_over(loss)
+    promised = {} if promises is None else promises.take_unread(loss)
     main_reads = plan.main_rank_reads or promises is not None
     values: Tensors = {}
     if main_reads:
@@ -63,7 +63,7 @@ def shard_module(
     if main_reads:
 
         def value(name: str) -> torch.Tensor:
-            return values[name] if promises is None or name in values else promises.value(promised[name])
+            return values[name] if promises is None or name in values else promises.read(promised[name])
 
         _share_parameters(loss, value, device)
         if promises is not None:

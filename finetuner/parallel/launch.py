@@ -20,7 +20,7 @@ from accelerate.utils import (
 from torch import distributed
 
 from finetuner.errors import FinetunerError, PlanError
-from finetuner.models.lazy_weights import Promises
+from finetuner.models.lazy_weights import LazyWeights
 from finetuner.objectives.next_token import TokenLoss
 from finetuner.parallel.engine import CopiesEngine, Engine
 from finetuner.plan.parallel import FsdpPlan, ZeroPlan
@@ -85,7 +85,7 @@ def build_engine(
     *,
     full: bool,
     make_optimizer: Callable[[torch.device], torch.optim.Optimizer],
-    promises: Promises | None = None,
+    promises: LazyWeights | None = None,
 ) -> Engine:
     """Spread `loss` as the plan says, in place, and read what is promised of it. `make_optimizer` is called when its
     parameters are what they will be, with the device on which they will be updated.

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed, nn
 
-from finetuner.models.lazy_weights import Promised, Promises
+from finetuner.models.lazy_weights import LazyTensor, LazyWeights
 from finetuner.objectives.next_token import TokenLoss
 from finetuner.parallel.engine import Held, Tensors
 from finetuner.parallel.optimizer_state import (
@@ -36,12 +36,12 @@ class ZeroEngine:
         loss: TokenLoss,
         optimizer: torch.optim.Optimizer,
         plan: ZeroPlan,
-        promises: Promises | None = None,
+        promises: LazyWeights | None = None,
     ) -> None:
         self.accelerator, self.plan, self.name = accelerator, plan, plan.name
         self.optimizer = optimizer
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        promised = {} if promises is None else promises.hand_over(loss)
+        promised = {} if promises is None else promises.take_unread(loss)
         late = {id(p) for name, p in loss.named_parameters() if name in promised}
         in_bf16 = plan.config["bf16"]["enabled"]
         exact = {i: p.detach().clone() for i, p in enumerate(self.trained) if in_bf16 and id(p) not in late}
@@ -57,7 +57,7 @@ class ZeroEngine:
             self._share_parameters(loss, promises, promised)
 
     @torch.no_grad()
-    def _share_parameters(self, loss: TokenLoss, promises: Promises, promised: Mapping[str, Promised]) -> None:
+    def _share_parameters(self, loss: TokenLoss, promises: LazyWeights, promised: Mapping[str, LazyTensor]) -> None:
         """Rank 0 reads what is promised and hands it out, one parameter at a time."""
         from deepspeed.runtime.zero import GatheredParameters
 
@@ -66,7 +66,7 @@ class ZeroEngine:
             if name not in promised:
                 continue
             if self.accelerator.is_main_process:
-                value = promises.value(promised[name]).to(device)
+                value = promises.read(promised[name]).to(device)
             else:
                 value = torch.empty(promised[name].shape, dtype=promised[name].dtype, device=device)
             with GatheredParameters([parameter], modifier_rank=0):

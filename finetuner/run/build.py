@@ -10,23 +10,15 @@ from torch import nn
 
 from finetuner.checkpoint.shards import has_parts, read_parts
 from finetuner.data.tokenizer import Vocabulary
-from finetuner.errors import ModelError
+from finetuner.models.activation_checkpointing import recompute_activations
 from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
 from finetuner.models.adapter_folder import require_same_base
 from finetuner.models.compilation import compile_layers, wants_compilation
-from finetuner.models.dtypes import DTYPES
-from finetuner.models.four_bit_linear import choose_format, record_of, require_same_record
-from finetuner.models.lazy_weights import Promises, Report
-from finetuner.models.load import (
-    embedding_rows,
-    empty_model,
-    grow_embeddings,
-    load_model,
-    promised_model,
-    recompute_activations,
-    train_in_fp32,
-    train_only,
-)
+from finetuner.models.embeddings import embedding_rows, grow_embeddings
+from finetuner.models.lazy_weights import LazyWeights, ReportBytes
+from finetuner.models.loading_plan import choose_loading, load_base
+from finetuner.models.quant_record import record_of, require_same_record
+from finetuner.models.trainable import train_in_fp32, train_only
 from finetuner.objectives.next_token import Regularisers, TokenLoss
 from finetuner.plan.parallel import FsdpPlan, ZeroPlan
 from finetuner.plan.run import Plan
@@ -42,7 +34,7 @@ class Assembled:
     """The module that is trained, and what its parameters are still to be given when they have their places."""
 
     loss: TokenLoss
-    promises: Promises | None = None
+    promises: LazyWeights | None = None
 
 
 def build_model(
@@ -53,21 +45,42 @@ def build_model(
     attention: tuple[str, ...],
     checkpoint: Path | None,
     accelerator: Accelerator,
-    report: Report = lambda done, total: None,
+    report: ReportBytes = lambda done, total: None,
 ) -> Assembled:
     """`base`, a folder or hub id (or, for full fine-tuning, the checkpoint's weights), adapter, and the loss around
     both; on the CPU if an engine takes them to the device in parts."""
     full, config = recipe.adapter.adapter is None, recipe.sharding.fsdp_config
-    model, promises = _load_base(recipe, base, plan, attention, checkpoint, accelerator, report)
+    in_parts = checkpoint is not None and has_parts(checkpoint)
+    loading = choose_loading(
+        base,
+        checkpoint,
+        checkpoint_is_sharded=in_parts,
+        adapter=recipe.adapter.adapter,
+        quantization=recipe.quantization,
+        precision=plan.precision,
+        engine="ddp" if plan.engine is None else "fsdp" if isinstance(plan.engine, FsdpPlan) else "deepspeed",
+        shards_parameters=isinstance(plan.engine, FsdpPlan)
+        or (isinstance(plan.engine, ZeroPlan) and plan.engine.stage == 3),
+        main_rank_reads=isinstance(plan.engine, FsdpPlan) and plan.engine.main_rank_reads,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    model, promises = load_base(
+        loading,
+        attention=attention,
+        device=accelerator.device,
+        is_main_rank=accelerator.is_main_process,
+        prepared_path=recipe.data.dataset_prepared_path,
+        trust_remote_code=recipe.model.trust_remote_code,
+        report=report,
+    )
     new_ids = ids_to_train(model, vocabulary)
     if promises is not None:
-        promises.keep(read_at_once(model, recipe.adapter, len(vocabulary.tokenizer)), torch.device("cpu"))
+        promises.materialize(read_at_once(model, recipe.adapter, len(vocabulary.tokenizer)), torch.device("cpu"))
     grow_embeddings(model, len(vocabulary.tokenizer))
     if plan.engine is None:
         model.to(accelerator.device)
     if recipe.precision.gradient_checkpointing or (config is not None and config.activation_checkpointing):
         recompute_activations(model)
-    in_parts = checkpoint is not None and has_parts(checkpoint)
     if full:
         train_only(model, recipe.adapter.unfrozen_parameters)
         if checkpoint is not None and in_parts:
@@ -98,8 +111,8 @@ def build_model(
 def _compile(recipe: Recipe, plan: Plan, model: "PreTrainedModel", accelerator: Accelerator) -> None:
     """The layers with what is adapted in them, before they are spread: each is gathered around its compiled code."""
     engine = None if plan.engine is None else "fsdp" if isinstance(plan.engine, FsdpPlan) else "deepspeed"
-    quantised = record_of(model) is not None
-    if wants_compilation(recipe.compilation, accelerator.device, engine=engine, quantised=quantised):
+    quantized = record_of(model) is not None
+    if wants_compilation(recipe.compilation, accelerator.device, engine=engine, quantized=quantized):
         compile_layers(model, recipe.compilation)
 
 
@@ -109,58 +122,6 @@ def regularisers_of(section: RegularisationSection) -> Regularisers:
         z_loss=section.z_loss_coefficient,
         noise_alpha=section.neftune_noise_alpha or 0.0,
     )
-
-
-def _load_base(
-    recipe: Recipe,
-    base: str,
-    plan: Plan,
-    attention: tuple[str, ...],
-    checkpoint: Path | None,
-    accelerator: Accelerator,
-    report: Report,
-) -> "tuple[PreTrainedModel, Promises | None]":
-    """Promised, if the engine keeps parts of it on each rank; else read by every rank, or by the main one as FSDP's
-    cpu_ram_efficient_loading asks."""
-    full = recipe.adapter.adapter is None
-    in_parts = checkpoint is not None and has_parts(checkpoint)
-    source = str(checkpoint) if full and checkpoint is not None and not in_parts else base
-    dtype, trust = torch.float32 if full else DTYPES[plan.precision], recipe.model.trust_remote_code
-    form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
-    in_shards = isinstance(plan.engine, FsdpPlan) or (isinstance(plan.engine, ZeroPlan) and plan.engine.stage == 3)
-    caches = recipe.quantization.quantized_cache
-    # What takes weights from the disk tensor by tensor: not a checkpoint in parts, nor code that comes with a model
-    if not (in_parts and full) and not trust and (form is None or form.kind != "int8"):
-        folder = Path(recipe.data.dataset_prepared_path) / "quantized"
-        promised = promised_model(
-            source,
-            dtype=dtype,
-            attention=attention,
-            form=form,
-            device=accelerator.device,
-            cache_folder=folder if caches and (accelerator.is_main_process or not in_shards) else None,
-            report=report,
-            # DeepSpeed casts a whole model before it spreads it, and so would occupy memory for all of it
-            cast_to=DTYPES[plan.precision] if isinstance(plan.engine, ZeroPlan) and in_shards else None,
-        )
-        if promised is not None:
-            model, promises = promised
-            if in_shards:
-                return model, promises
-            promises.keep_all(accelerator.device if plan.engine is None else torch.device("cpu"))
-            return model, None
-    if caches:
-        raise ModelError(
-            f"quantized_cache: the tensors of '{source}' are renamed or joined as they load, which the cache does not "
-            "know. Write `quantized_cache: false`."
-        )
-    main_reads = isinstance(plan.engine, FsdpPlan) and plan.engine.main_rank_reads and form is None and not in_parts
-    if main_reads and not accelerator.is_main_process:
-        return empty_model(source, dtype=dtype, attention=attention, trust_remote_code=trust), None
-    model = load_model(
-        source, dtype=dtype, attention=attention, trust_remote_code=trust, form=form, device=accelerator.device
-    )
-    return model, None
 
 
 def read_at_once(model: "PreTrainedModel", section: AdapterSection, vocab_size: int) -> list[nn.Parameter]:

@@ -9,8 +9,9 @@ from finetuner.checkpoint.contents import Weights
 from finetuner.console import Screen
 from finetuner.data.batches import padding_share
 from finetuner.data.prepare import Prepared
-from finetuner.models.four_bit_linear import quantized_layers, record_of
-from finetuner.models.load import count_parameters
+from finetuner.models.quant_record import record_of
+from finetuner.models.quantized_layers import quantized_layers
+from finetuner.models.trainable import count_parameters
 from finetuner.plan.parallel import EnginePlan, ZeroPlan, filled_in
 from finetuner.plan.schedule import Schedule
 from finetuner.recipe import Recipe

@@ -46,24 +46,18 @@ from finetuner.estimate.fit import require_fit
 from finetuner.export.hub import require_hub, upload_result
 from finetuner.export.model_card import write_card
 from finetuner.models.attention import choose_attention
+from finetuner.models.context_length import length_notes
 from finetuner.models.document_isolation import wants_flat_packs
 from finetuner.models.dtypes import DTYPES
-from finetuner.models.four_bit_linear import (
-    choose_format,
-    require_bitsandbytes,
-)
-from finetuner.models.freed_memory import giving_back
-from finetuner.models.from_scratch import begun_model, scratch_config
+from finetuner.models.embeddings import vocabulary_parameters
+from finetuner.models.freed_memory import returning_freed_memory
+from finetuner.models.from_scratch import scratch_config, write_scratch_model
 from finetuner.models.generation import sample_text
-from finetuner.models.load import (
-    count_parameters,
-    length_notes,
-    reading_notes,
-    trainable_parameters,
-    vocabulary_parameters,
-)
-from finetuner.models.model_flops import work_of
-from finetuner.models.pickled_weights import readable_base
+from finetuner.models.model_flops import training_flops
+from finetuner.models.model_folder import portability_notes
+from finetuner.models.pickled_weights import safetensors_base
+from finetuner.models.quant_format import choose_quant_format, require_bitsandbytes
+from finetuner.models.trainable import count_parameters, trainable_parameters
 from finetuner.objectives.probe import probe
 from finetuner.parallel.launch import (
     build_accelerator,
@@ -139,17 +133,17 @@ def train(loaded: Loaded, recipe_name: str) -> None:
 def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: Screen) -> None:
     # What is missing on this machine is said before anything is fetched or prepared.
     attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
-    if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
+    if choose_quant_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
         require_bitsandbytes()
     begun = recipe.model.base_model == FROM_SCRATCH  # its size is known with its vocabulary
     if not begun:
         require_fit(recipe, plan, world, attention)
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
-    base = readable_base(recipe, world)
+    base = safetensors_base(recipe.model, recipe.data.dataset_prepared_path, world)
     if begun:
         config = scratch_config(recipe.model.model, vocabulary.tokenizer)
         require_fit(recipe, plan, world, attention, config)
-        base = begun_model(config, recipe.data.dataset_prepared_path, plan.seed, world)
+        base = write_scratch_model(config, recipe.data.dataset_prepared_path, plan.seed, world)
     streams = recipe.data.streaming
     schedule = plan.schedule(recipe, len(prepared.train_rows), prepared.train.num_tokens)
     accelerator = build_accelerator(plan, world, recipe.sharding.ddp_timeout)
@@ -174,7 +168,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
             return
 
     peak = peak_of(world.device_name) if plan.precision != "fp32" else None  # the table is of 16-bit formats
-    with giving_back():
+    with returning_freed_memory():
         weights, counted = assemble(
             recipe, base, plan, schedule, vocabulary, prepared, attention, checkpoint, accelerator, screen, peak
         )
@@ -207,7 +201,7 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         screen.line(f"merge it into the base: python -m finetuner.merge {recipe_name}")
     else:
         screen.line(f"done: the model is in {output_dir}")
-        for note in reading_notes(weights.bare.bare):
+        for note in portability_notes(weights.bare.bare):
             screen.line(f"note: {note}")
     leave_ranks(accelerator)
 
@@ -235,7 +229,7 @@ def assemble(
             screen.line(f"note: {note}")
         counted = count_parameters(bare)
         tables = vocabulary_parameters(bare, bare.bare)
-        flops = work_of(bare.model, bare.bare, prepared.train.longest or recipe.data.sequence_len)
+        flops = training_flops(bare.model, bare.bare, prepared.train.longest or recipe.data.sequence_len)
         rates = own_rates(trainable_parameters(bare), recipe.rates, schedule.peak_lr, tables)
         engine = build_engine(
             accelerator,

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from finetuner.models.four_bit_linear import Format
-from finetuner.models.freed_memory import giving_back
-from finetuner.models.load import promised_model
+from finetuner.models.freed_memory import returning_freed_memory
+from finetuner.models.lazy_weights import lazy_model
+from finetuner.models.quant_format import QuantFormat
 from finetuner.objectives.next_token import TokenLoss, head_is_composable
 from finetuner.parallel.fsdp import shard_module
 from finetuner.plan.parallel import FsdpPlan
 
 CPU = torch.device("cpu")
-NF4 = Format("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)
+NF4 = QuantFormat("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)
 
 
 def count_of(name: str, file: str) -> int:
@@ -53,13 +53,13 @@ class Peak:
 
 def load_and_try(folder: str) -> dict[str, int]:
     before = count_of("rchar", "io")
-    with Peak() as loading, giving_back():
-        found = promised_model(folder, dtype=NF4.dtype, attention=("sdpa",), form=NF4, device=CPU)
+    with Peak() as loading, returning_freed_memory():
+        found = lazy_model(folder, dtype=NF4.dtype, attention=("sdpa",), quant_format=NF4, device=CPU)
         assert found is not None
         loss = TokenLoss(found[0], composed=True)
         shard_module(loss, FsdpPlan(num_shards=2, pin_memory=False), CPU, full=False, promises=found[1])
     was_read = count_of("rchar", "io") - before
-    with torch.no_grad(), Peak() as trying, giving_back():
+    with torch.no_grad(), Peak() as trying, returning_freed_memory():
         assert loss(head_is_composable) == 1.0
     held = sum(p.to_local().numel() * p.itemsize for p in loss.parameters())
     return {"held": held, "read": was_read, "loading": loading.most, "trying": trying.most}
