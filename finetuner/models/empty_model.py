@@ -45,7 +45,7 @@ def meta_model(
         except (ValueError, ImportError) as error:
             if not (refuses_attention(error) and i + 1 < len(attention)):
                 raise
-    if quant_format is not None and quant_format.kind != "int8":
+    if quant_format is not None and quant_format.is_4bit:
         make_room_for_layers(model, quant_format)
     model.tie_weights()
     return model

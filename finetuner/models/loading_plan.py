@@ -1,4 +1,4 @@
-"""How a run gets its base model into memory: the choice, a pure function, and carrying it out.
+"""The way a run gets its base model into memory: the choice, a pure function, and carrying it out.
 
     LAZY_SHARDED   built empty; the main rank reads each tensor when the engine shards it
     LAZY_FULL      built empty; every rank reads every tensor, one at a time
@@ -42,7 +42,7 @@ class Loading(Enum):
 
 @dataclass(frozen=True)
 class LoadingPlan:
-    """What is loaded, and the ways to try, in order; the last one works for every model.
+    """The base to load, and the ways to try, in order; the last one works for every model.
 
     `source`: a folder or hub id. `dtype`: of the weights that are not quantized. `empty_dtype`: of an empty model whose
     engine would cast all of it before it shards, and so would occupy memory for all of it; None: `dtype`.
@@ -53,6 +53,7 @@ class LoadingPlan:
     dtype: torch.dtype
     quant_format: QuantFormat | None
     ways: tuple[Loading, ...]
+    trust_remote_code: bool = False
     empty_dtype: torch.dtype | None = None
     full_weights_on_device: bool = False
     caches_quantized: bool = False
@@ -82,17 +83,18 @@ def choose_loading(
     dtype = torch.float32 if trains_base else DTYPES[precision]
     quant_format = choose_quant_format(adapter, quantization, dtype)
     resumes_base = trains_base and checkpoint is not None
-    # Tensor by tensor from the disk is not how a sharded checkpoint, code that comes with a model, or LLM.int8 is read.
-    is_int8 = quant_format is not None and quant_format.kind == "int8"
-    can_be_lazy = not (resumes_base and checkpoint_is_sharded) and not trust_remote_code and not is_int8
-    lazy = Loading.LAZY_SHARDED if shards_parameters else Loading.LAZY_FULL
-    by_main_rank = engine == "fsdp" and main_rank_reads and quant_format is None and not checkpoint_is_sharded
-    otherwise = Loading.MAIN_RANK if by_main_rank else Loading.EVERY_RANK
+    reads_shards = resumes_base and checkpoint_is_sharded
+    main_rank_loads = main_rank_reads and quant_format is None and not checkpoint_is_sharded
+    ways: tuple[Loading, ...] = (Loading.MAIN_RANK if main_rank_loads else Loading.EVERY_RANK,)
+    # Tensor by tensor from the disk is not how shards, a model that comes with code of its own, or LLM.int8 is read.
+    if not (reads_shards or trust_remote_code or quantization.load_in_8bit):
+        ways = (Loading.LAZY_SHARDED if shards_parameters else Loading.LAZY_FULL, *ways)
     return LoadingPlan(
-        source=str(checkpoint) if resumes_base and not checkpoint_is_sharded else base_model,
+        source=str(checkpoint) if resumes_base and not reads_shards else base_model,
         dtype=dtype,
         quant_format=quant_format,
-        ways=(lazy, otherwise) if can_be_lazy else (otherwise,),
+        ways=ways,
+        trust_remote_code=trust_remote_code,
         empty_dtype=DTYPES[precision] if engine == "deepspeed" and shards_parameters else None,
         full_weights_on_device=engine == "ddp",
         caches_quantized=quantization.quantized_cache,
@@ -106,7 +108,6 @@ def load_base(
     device: torch.device,
     is_main_rank: bool,
     prepared_path: str,
-    trust_remote_code: bool = False,
     report: ReportBytes = lambda done, total: None,
 ) -> "tuple[PreTrainedModel, LazyWeights | None]":
     """Load the base as planned. Returns the model, and its unread weights if it was loaded as LAZY_SHARDED.
@@ -139,13 +140,13 @@ def load_base(
             "not know. Write `quantized_cache: false`."
         )
     if plan.ways[-1] is Loading.MAIN_RANK and not is_main_rank:
-        model = empty_model(plan.source, dtype=plan.dtype, attention=attention, trust_remote_code=trust_remote_code)
-        return model, None
+        trust = plan.trust_remote_code
+        return empty_model(plan.source, dtype=plan.dtype, attention=attention, trust_remote_code=trust), None
     model = load_model(
         plan.source,
         dtype=plan.dtype,
         attention=attention,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=plan.trust_remote_code,
         quant_format=plan.quant_format,
         device=device,
     )

@@ -24,8 +24,12 @@ class QuantFormat:
     compute_dtype: torch.dtype = torch.float32
     storage: torch.dtype = torch.uint8
 
+    @property
+    def is_4bit(self) -> bool:
+        return self.kind != "int8"
+
     def __str__(self) -> str:
-        bits = "8-bit" if self.kind == "int8" else f"4-bit {self.kind}"
+        bits = f"4-bit {self.kind}" if self.is_4bit else "8-bit"
         return bits + (", double quantized" if self.double else "")
 
 
@@ -62,7 +66,7 @@ def bitsandbytes_config(quant_format: QuantFormat) -> Any:
     require_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
-    if quant_format.kind == "int8":
+    if not quant_format.is_4bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -87,7 +87,7 @@ def quantization_round_trip(weight: torch.Tensor, record: QuantRecord) -> torch.
     """
     quant_format = record.format
     weight = weight.to(quant_format.dtype)
-    if quant_format.kind != "int8":
+    if quant_format.is_4bit:
         weight = FourBitLinear.quantize(weight, quant_format).dequantize()
     else:
         functional = require_bitsandbytes().functional

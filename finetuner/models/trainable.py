@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained, in which number format, and how many there are."""
+"""The trained parameters of a model: chosen, cast to fp32, and counted."""
 
 import re
 

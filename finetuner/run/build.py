@@ -70,7 +70,6 @@ def build_model(
         device=accelerator.device,
         is_main_rank=accelerator.is_main_process,
         prepared_path=recipe.data.dataset_prepared_path,
-        trust_remote_code=recipe.model.trust_remote_code,
         report=report,
     )
     new_ids = ids_to_train(model, vocabulary)
