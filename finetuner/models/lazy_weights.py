@@ -46,7 +46,7 @@ class LazyTensor:
     shape: tuple[int, ...]
 
     def read(self, device: torch.device) -> torch.Tensor:
-        """Read the tensor, of `shape`: quantized on `device` and left there, or else on the CPU."""
+        """Read the tensor, of `shape`: on `device` if it is quantized, or else on the CPU."""
         tensor = read_tensor(self.path, self.info)
         if self.quant_format is not None:
             on_device = tensor.to(device, self.quant_format.dtype)
@@ -109,7 +109,7 @@ class LazyWeights:
     def take_unread(self, module: nn.Module) -> dict[str, LazyTensor]:
         """Return name in `module` -> tensor for all that is not read yet, for an engine that replaces the parameters.
 
-        To be called once: the parameters themselves are forgotten, so that nothing keeps their memory alive. The engine
+        To be called once: the parameters themselves are forgotten, so that their memory can be freed. The engine
         calls `read` for each tensor, and then `close`.
         """
         named = {name: self._unread[id(p)][0] for name, p in module.named_parameters() if id(p) in self._unread}

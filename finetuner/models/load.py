@@ -82,7 +82,7 @@ def _cannot_load(base_model: str, error: Exception) -> ModelError:
 
 
 def register_gpt() -> None:
-    """Let transformers' Auto classes read a GPT of ours: they learn of it when its module is imported."""
+    """Let transformers' Auto classes read a GPT of ours: its module registers it when it is imported."""
     from finetuner.models import gpt
 
     assert gpt.GPTConfig.model_type

@@ -1,4 +1,4 @@
-"""The modules of a model that an adapter adapts, and those that are trained in full beside it (modules_to_save)."""
+"""The modules of a model that an adapter adapts, and those that are trained in full (modules_to_save)."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""quantization.json beside an adapter: the modules of the base that were quantized while it was trained, and how.
+"""quantization.json in an adapter's folder: the modules of the base that were quantized while it was trained, and how.
 
 A merge needs it: the adapter corrects the quantized weights, and not the full ones.
 """

@@ -24,17 +24,25 @@ CPU = torch.device("cpu")
 NF4 = QuantFormat("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)
 
 
-def count_of(name: str, file: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+)", Path(f"/proc/self/{file}").read_text())
+def count_of(name: str, text: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+)", text)
     assert found is not None
     return int(found[1])
 
 
+def read_of_self(file: str) -> str:
+    return Path(f"/proc/self/{file}").read_text()
+
+
 class Peak:
-    """The largest anonymous memory of this process while it is entered, in bytes more than at the beginning."""
+    """The largest anonymous memory of this process while it is entered, in bytes more than at the beginning.
+
+    `own_reads`: bytes that the watching itself has read from /proc, which the system counts as read by the process.
+    """
 
     def __enter__(self) -> "Peak":
-        self.start = self.most = count_of("RssAnon", "status") * 1024
+        self.start = self.most = count_of("RssAnon", read_of_self("status")) * 1024
+        self.own_reads = 0
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
@@ -42,7 +50,9 @@ class Peak:
 
     def _watch(self) -> None:
         while not self.done.is_set():
-            self.most = max(self.most, count_of("RssAnon", "status") * 1024)
+            status = read_of_self("status")
+            self.own_reads += len(status)
+            self.most = max(self.most, count_of("RssAnon", status) * 1024)
             time.sleep(0.005)
 
     def __exit__(self, *_: object) -> None:
@@ -52,13 +62,13 @@ class Peak:
 
 
 def load_and_try(folder: str) -> dict[str, int]:
-    before = count_of("rchar", "io")
+    before = count_of("rchar", read_of_self("io"))
     with Peak() as loading, returning_freed_memory():
         found = lazy_model(folder, dtype=NF4.dtype, attention=("sdpa",), quant_format=NF4, device=CPU)
         assert found is not None
         loss = TokenLoss(found[0], composed=True)
         shard_module(loss, FsdpPlan(num_shards=2, pin_memory=False), CPU, full=False, promises=found[1])
-    was_read = count_of("rchar", "io") - before
+    was_read = count_of("rchar", read_of_self("io")) - before - loading.own_reads
     with torch.no_grad(), Peak() as trying, returning_freed_memory():
         assert loss(head_is_composable) == 1.0
     held = sum(p.to_local().numel() * p.itemsize for p in loss.parameters())
