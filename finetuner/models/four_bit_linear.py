@@ -18,9 +18,9 @@ from finetuner.models.quant_format import QuantFormat, require_bitsandbytes
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
-BLOCK = 64  # weights that share a scale; bitsandbytes' default
-SCALE_BLOCK = 256  # scales that share a scale of their own, when they are quantized too
-PIECE = 1 << 14  # weights that a CPU quantizes at once; a multiple of BLOCK, and even
+BLOCK_SIZE = 64  # weights that share a scale; bitsandbytes' default
+SCALE_BLOCK_SIZE = 256  # scales that share a scale of their own, when they are quantized too
+PIECE = 1 << 14  # weights that a CPU quantizes at once; a multiple of BLOCK_SIZE, and even
 ALIGN = 16  # bytes at which each section of the packed parameter begins: its kernels read 16 at a time
 
 
@@ -53,7 +53,7 @@ class FourBitLinear(nn.Linear):
         else:
             codes, state = require_bitsandbytes().functional.quantize_4bit(
                 weight.contiguous(),
-                blocksize=BLOCK,
+                blocksize=BLOCK_SIZE,
                 compress_statistics=quant_format.double,
                 quant_type=quant_format.kind,
             )
@@ -65,7 +65,7 @@ class FourBitLinear(nn.Linear):
     ) -> "FourBitLinear":
         """Return a layer with what bitsandbytes' quantize_4bit returns: `codes`, (out * in / 2, 1) bytes, and `state`
         with the scales. `bias`: (out,) or None."""
-        assert state.blocksize == BLOCK and state.nested == quant_format.double
+        assert state.blocksize == BLOCK_SIZE and state.nested == quant_format.double
         assert state.quant_type == quant_format.kind
         out_features, in_features = state.shape
         layer = cls(in_features, out_features, quant_format, bias)
@@ -83,10 +83,10 @@ class FourBitLinear(nn.Linear):
     def layout(self) -> dict[str, tuple[int, int]]:
         """Section of the packed bytes -> (first byte, byte after the last)."""
         count = self.in_features * self.out_features
-        blocks = -(-count // BLOCK)
+        blocks = -(-count // BLOCK_SIZE)
         sizes = {"codes": -(-count // 2), "scales": blocks if self.quant_format.double else 4 * blocks}
         if self.quant_format.double:
-            sizes |= {"scale_scales": 4 * -(-blocks // SCALE_BLOCK), "mean": 4}
+            sizes |= {"scale_scales": 4 * -(-blocks // SCALE_BLOCK_SIZE), "mean": 4}
         places, at = {}, 0
         for name, size in sizes.items():
             places[name] = (at, at + size)
@@ -117,13 +117,13 @@ class FourBitLinear(nn.Linear):
         section = {name: packed[start:end] for name, (start, end) in self.layout.items()}
         codes, shape = section["codes"].view(-1, 1), torch.Size((self.out_features, self.in_features))
         kind, device = self.quant_format.kind, packed.device
-        common = {"shape": shape, "blocksize": BLOCK, "quant_type": kind, "dtype": self.quant_format.dtype}
+        common = {"shape": shape, "blocksize": BLOCK_SIZE, "quant_type": kind, "dtype": self.quant_format.dtype}
         common["code"] = _levels(kind, device)
         if not self.quant_format.double:
             return codes, QuantState(absmax=section["scales"].view(torch.float32), **common)
         scale_scales = section["scale_scales"].view(torch.float32)
         of_scales = QuantState(
-            absmax=scale_scales, code=_byte_levels(device), blocksize=SCALE_BLOCK, dtype=torch.float32
+            absmax=scale_scales, code=_byte_levels(device), blocksize=SCALE_BLOCK_SIZE, dtype=torch.float32
         )
         mean = section["mean"].view(torch.float32)[0]
         return codes, QuantState(absmax=section["scales"], offset=mean, state2=of_scales, **common)
@@ -173,7 +173,7 @@ def _quantize_in_pieces(weight: torch.Tensor, quant_format: QuantFormat) -> "tup
     torch.set_num_threads(1)
     try:
         done = [
-            functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=quant_format.kind)
+            functional.quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=quant_format.kind)
             for piece in weight.reshape(-1).split(PIECE)
         ]
     finally:
@@ -182,13 +182,13 @@ def _quantize_in_pieces(weight: torch.Tensor, quant_format: QuantFormat) -> "tup
     of_scales: dict[str, Any] = {"absmax": scales}
     if quant_format.double:
         mean = scales.mean()
-        in_bytes, state = functional.quantize_blockwise(scales - mean, blocksize=SCALE_BLOCK)
+        in_bytes, state = functional.quantize_blockwise(scales - mean, blocksize=SCALE_BLOCK_SIZE)
         of_scales = {"absmax": in_bytes, "offset": mean, "state2": state}
     return codes, functional.QuantState(
         **of_scales,
         shape=weight.shape,
         dtype=weight.dtype,
-        blocksize=BLOCK,
+        blocksize=BLOCK_SIZE,
         code=_levels(quant_format.kind, weight.device),
         quant_type=quant_format.kind,
     )
