@@ -112,7 +112,7 @@ def test_an_adapter_of_another_tool_is_merged_onto_what_bitsandbytes_makes_of_th
     assert "base=dequantized" in capsys.readouterr().out, "nothing says how it was trained"
     assert all(torch.equal(as_it_is[name], tensor) for name, tensor in weights_of(plain.folder).items())
     rounded = merged("base=dequantized")
-    assert "nf4, double quantized" in capsys.readouterr().out
+    assert "nf4, double quantised" in capsys.readouterr().out
     for name, tensor in rounded.items():
         if name in linear and not update[name].any():
             assert torch.equal(tensor, roundtrip(before[name])), name
