@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from finetuner.console import Screen, quiet_libraries
 from finetuner.data.inputs import prepare_rows
 from finetuner.data.step_batches import build_feed
-from finetuner.models.from_scratch import begun_model, scratch_config
+from finetuner.models.from_scratch import scratch_config, write_scratch_model
 from finetuner.models.gpt import GPTForCausalLM
 from finetuner.parallel.launch import build_accelerator
 from finetuner.plan.run import Plan
@@ -50,7 +50,7 @@ class Ours:
         self.plan = Plan.from_recipe(self.recipe, world)
         self.vocabulary, self.prepared = prepare_rows(self.recipe, world, self.plan.seed, Screen(speaks=False))
         config = scratch_config(self.recipe.model.model, self.vocabulary.tokenizer)
-        self.base = begun_model(config, self.recipe.data.dataset_prepared_path, self.plan.seed, world)
+        self.base = write_scratch_model(config, self.recipe.data.dataset_prepared_path, self.plan.seed, world)
         rows = self.prepared.train_rows
         self.schedule = self.plan.schedule(self.recipe, len(rows), self.prepared.train.num_tokens)
         self.accelerator = build_accelerator(self.plan, world, 60)

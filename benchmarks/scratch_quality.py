@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 
 from finetuner.commands.generate import Speaker, speaker_of
-from finetuner.models.generation import as_text, choose, context_of, ends_of, first_tokens, sampled
+from finetuner.models.context_length import context_length
+from finetuner.models.generation import draw_token, generate_tokens, prompt_tokens, stream_text
+from finetuner.models.stop_tokens import stop_token_ids
 from finetuner.training.metrics import read_metrics
 
 _GOES_ON = ("else", "elif", "except", "finally")
@@ -64,11 +66,11 @@ def without_last_statement(text: str) -> str:
 
 def write(speaker: Speaker, prompt: str, seed: int, *, count: int, temperature: float, top_p: float) -> Sample:
     model, tokenizer = speaker.model, speaker.tokenizer
-    ids, ends = first_tokens(tokenizer, prompt), ends_of(model, tokenizer)
+    ids, stops = prompt_tokens(tokenizer, prompt), stop_token_ids(tokenizer, model.generation_config)
     generator = torch.Generator().manual_seed(seed)
-    choice = partial(choose, temperature=temperature, top_p=top_p, generator=generator)
-    tokens = list(sampled(model, ids, count=count, choice=choice, ends=ends, context=context_of(model)))
-    return Sample(prompt + "".join(as_text(tokenizer, ids, tokens)), ended=len(tokens) < count)
+    choice = partial(draw_token, temperature=temperature, top_p=top_p, generator=generator)
+    tokens = list(generate_tokens(model, ids, count=count, choice=choice, stops=stops, context=context_length(model)))
+    return Sample(prompt + "".join(stream_text(tokenizer, ids, tokens)), ended=len(tokens) < count)
 
 
 def main() -> None:

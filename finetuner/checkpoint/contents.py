@@ -24,8 +24,8 @@ from finetuner.checkpoint.shards import MODEL_PART, OPTIMIZER_PART, ShardedTenso
 from finetuner.errors import CheckpointError
 from finetuner.models.adapter import write_adapter
 from finetuner.models.generation_config import write_generation_config
-from finetuner.models.load import use_token_ids, write_model_folder
-from finetuner.models.quantized import record_of, write_record
+from finetuner.models.model_folder import use_token_ids, write_model_folder
+from finetuner.models.quant_record import record_of, write_record
 from finetuner.objectives.loss_module import LossModule
 from finetuner.parallel.engine import Engine
 from finetuner.parallel.optimizer_state import optimizer_tensors

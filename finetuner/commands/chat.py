@@ -10,8 +10,9 @@ import torch
 from finetuner.commands.generate import Manner, Speaker, speaker_of
 from finetuner.data.sandbox import ChatTemplate, compile_template
 from finetuner.errors import DataError, ModelError
-from finetuner.models.generation import as_text, choose, context_of, ends_of, sampled
-from finetuner.models.generation_config import stop_ids
+from finetuner.models.context_length import context_length
+from finetuner.models.generation import draw_token, generate_tokens, stream_text
+from finetuner.models.stop_tokens import stop_token_ids
 
 Write = Callable[[str], None]
 COMMANDS = "/reset forgets the conversation, /system TEXT begins one with that instruction, /quit ends"
@@ -58,15 +59,17 @@ class Chatter:
         the conversation, or the last question alone is too long. Ctrl-C ends the answer, not the conversation.
         """
         model, tokenizer = self.speaker.model, self.speaker.tokenizer
-        context = context_of(model)
+        context = context_length(model)
         said, ids = self._fitted(said, context)
         count = self.manner.count if context is None else min(self.manner.count, context - len(ids))
-        choice = partial(choose, temperature=self.manner.temperature, top_p=self.manner.top_p, generator=self.generator)
-        ends = ends_of(model, tokenizer) | set(stop_ids(tokenizer))
-        tokens = sampled(model, ids, count=count, choice=choice, ends=ends, context=context)
+        choice = partial(
+            draw_token, temperature=self.manner.temperature, top_p=self.manner.top_p, generator=self.generator
+        )
+        stops = stop_token_ids(tokenizer, model.generation_config)
+        tokens = generate_tokens(model, ids, count=count, choice=choice, stops=stops, context=context)
         parts: list[str] = []
         try:
-            for text in as_text(tokenizer, ids[-_KNOWN_TO_DECODER:], tokens):
+            for text in stream_text(tokenizer, ids[-_KNOWN_TO_DECODER:], tokens):
                 parts.append(text)
                 self.write(text)
         except KeyboardInterrupt:

@@ -12,9 +12,12 @@ from finetuner.console import Screen, quiet_libraries
 from finetuner.data.tokenizer import load_tokenizer
 from finetuner.errors import ModelError
 from finetuner.models.attention import choose_attention
-from finetuner.models.generation import as_text, choose, context_of, ends_of, first_tokens, sampled
-from finetuner.models.load import grow_embeddings, load_model
-from finetuner.models.pickled_weights import readable_base
+from finetuner.models.context_length import context_length
+from finetuner.models.embeddings import grow_embeddings
+from finetuner.models.generation import draw_token, generate_tokens, prompt_tokens, stream_text
+from finetuner.models.load import load_model
+from finetuner.models.pickled_weights import safetensors_base
+from finetuner.models.stop_tokens import stop_token_ids
 from finetuner.plan.precision import Precision
 from finetuner.recipe import load
 from finetuner.recipe.sections import TokenizerSection
@@ -49,13 +52,13 @@ def generate(source: str, overrides: list[str], prompt: str, manner: Manner, wri
     """Write the prompt and what follows it, as it comes. Raises FinetunerError."""
     speaker = speaker_of(source, overrides)
     tokenizer, model = speaker.tokenizer, speaker.model
-    ids = first_tokens(tokenizer, prompt)
+    ids = prompt_tokens(tokenizer, prompt)
     generator = torch.Generator().manual_seed(manner.seed)
-    choice = partial(choose, temperature=manner.temperature, top_p=manner.top_p, generator=generator)
-    ends, context = ends_of(model, tokenizer), context_of(model)
-    tokens = sampled(model, ids, count=manner.count, choice=choice, ends=ends, context=context)
+    choice = partial(draw_token, temperature=manner.temperature, top_p=manner.top_p, generator=generator)
+    stops, context = stop_token_ids(tokenizer, model.generation_config), context_length(model)
+    tokens = generate_tokens(model, ids, count=manner.count, choice=choice, stops=stops, context=context)
     write(prompt)
-    for text in as_text(tokenizer, ids, tokens):
+    for text in stream_text(tokenizer, ids, tokens):
         write(text)
     write("\n")
 
@@ -68,7 +71,11 @@ def speaker_of(source: str, overrides: list[str]) -> Speaker:
         recipe = load(source, overrides, check_files=False).recipe  # the rows may be elsewhere by now
         path, trust = Path(recipe.output.output_dir), recipe.model.trust_remote_code
         values = recipe.data.chat_template_kwargs
-        base = readable_base(recipe, World()) if recipe.adapter.adapter is not None else None
+        base = (
+            safetensors_base(recipe.model, recipe.data.dataset_prepared_path, World())
+            if recipe.adapter.adapter is not None
+            else None
+        )
         if not (path / (ADAPTER if base else "config.json")).exists():
             raise ModelError(
                 f"nothing is trained in {path} yet. Train it first:\n  accelerate launch -m finetuner.train {source}"

@@ -21,8 +21,8 @@ from finetuner.export.verify_logits import room_to_verify, verify_merged
 from finetuner.export.verify_tensors import verify_layers
 from finetuner.models.adapter_folder import read_config, require_same_base
 from finetuner.models.files import find_base
-from finetuner.models.pickled_weights import readable_base
-from finetuner.models.quantized import read_record
+from finetuner.models.pickled_weights import safetensors_base
+from finetuner.models.quant_record import read_record
 from finetuner.recipe import Recipe, load
 from finetuner.world import World
 
@@ -146,7 +146,7 @@ def _of_recipe(recipe_name: str, overrides: list[str], screen: Screen) -> MergeJ
             f"there is no trained adapter in {output_dir}. Train it first:\n"
             f"  accelerate launch -m finetuner.train {recipe_name}"
         )
-    base = readable_base(recipe, World())
+    base = safetensors_base(recipe.model, recipe.data.dataset_prepared_path, World())
     require_same_base(output_dir, base)
     from transformers import AutoTokenizer
 

@@ -155,8 +155,8 @@ def _vocabulary(recipe: Recipe) -> int:
 def _read(recipe: Recipe, plan: Plan) -> Model:
     from finetuner.estimate.fit import model_without_weights, training_memory
     from finetuner.models.attention import choose_attention
-    from finetuner.models.load import train_only
-    from finetuner.models.model_flops import parts_of, work_of
+    from finetuner.models.model_flops import parameters_by_part, training_flops
+    from finetuner.models.trainable import train_only
 
     name = recipe.model.base_model
     model = model_without_weights(
@@ -177,10 +177,10 @@ def _read(recipe: Recipe, plan: Plan) -> Model:
         train_only(model, recipe.adapter.unfrozen_parameters)
         how = "all trained" if recipe.adapter.unfrozen_parameters is None else "trained as unfrozen_parameters says"
     title = f"{name} ({type(model).__name__}), {how}"
-    work = work_of(model, model, recipe.data.sequence_len)
+    work = training_flops(model, model, recipe.data.sequence_len)
     return Model(
         title,
-        parts_of(model),
+        parameters_by_part(model),
         work,
         training_memory(model, recipe.adapter, recipe.quantization, recipe.optimizer, plan),
     )

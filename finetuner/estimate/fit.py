@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetuner.errors import PlanError
-from finetuner.models.load import bare_bones
-from finetuner.models.quantized import choose_format
+from finetuner.models.empty_model import meta_model_if_possible
+from finetuner.models.quant_format import choose_quant_format
 from finetuner.plan.memory import Parts, kept_by_a_rank, trained_parts
 from finetuner.plan.parallel import ParallelPlan
 from finetuner.plan.precision import Precision
@@ -86,8 +86,8 @@ def model_without_weights(
     None where it cannot be built from its config.
     """
     dtype = torch.float32 if adapter.adapter is None or precision == "fp32" else torch.bfloat16
-    form = choose_format(adapter.adapter, quantization, dtype)
-    return bare_bones(source, dtype=dtype, attention=attention, form=form)
+    quant_format = choose_quant_format(adapter.adapter, quantization, dtype)
+    return meta_model_if_possible(source, dtype=dtype, attention=attention, quant_format=quant_format)
 
 
 def training_memory(

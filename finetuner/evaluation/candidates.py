@@ -12,8 +12,10 @@ import torch
 from finetuner.errors import ModelError
 from finetuner.export.merge import MARK
 from finetuner.models.adapter_folder import read_config
-from finetuner.models.load import grow_embeddings, load_model
-from finetuner.models.quantized import Format, choose_format, read_record
+from finetuner.models.embeddings import grow_embeddings
+from finetuner.models.load import load_model
+from finetuner.models.quant_format import QuantFormat, choose_quant_format
+from finetuner.models.quant_record import read_record
 from finetuner.recipe import Recipe
 from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.recipe.rules import looks_local
@@ -32,7 +34,7 @@ class Lineup:
     adapter: Path | None = None
     merged: Path | None = None
     alone: str | None = None  # a model that is compared with its base, or with none
-    form: Format | None = None
+    form: QuantFormat | None = None
 
     @property
     def tokenizer(self) -> str:
@@ -64,7 +66,7 @@ def lineup_of_run(recipe: Recipe, base_model: str, dtype: torch.dtype) -> Lineup
         base,
         adapter=output_dir if adapted else None,
         merged=merged if adapted and (merged / "config.json").exists() else None,
-        form=choose_format(recipe.adapter.adapter, recipe.quantization, dtype),
+        form=choose_quant_format(recipe.adapter.adapter, recipe.quantization, dtype),
     )
 
 
@@ -108,9 +110,14 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Each model as it is to be loaded, one after another."""
 
-    def read(name: str, form: Format | None = None) -> "PreTrainedModel":
+    def read(name: str, form: QuantFormat | None = None) -> "PreTrainedModel":
         model: Any = load_model(
-            name, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code, form=form, device=device
+            name,
+            dtype=dtype,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+            quant_format=form,
+            device=device,
         )
         return model if form is not None else model.to(device)  # quantised, it is there already and cannot be moved
 

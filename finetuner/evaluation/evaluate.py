@@ -26,8 +26,8 @@ from finetuner.evaluation.scores import AnswerScore, score_answers
 from finetuner.models.attention import choose_attention
 from finetuner.models.document_isolation import wants_flat_packs
 from finetuner.models.dtypes import DTYPES
-from finetuner.models.generation_config import stop_ids
-from finetuner.models.pickled_weights import readable_base
+from finetuner.models.pickled_weights import safetensors_base
+from finetuner.models.stop_tokens import stop_token_ids
 from finetuner.objectives.loss_module import LossModule
 from finetuner.objectives.next_token import NextToken
 from finetuner.objectives.text_score import TextScore, total
@@ -207,7 +207,9 @@ def read_recipe(target: str, overrides: list[str], wishes: Wishes) -> tuple[Load
 
 def job_of_run(recipe: Recipe, world: World, screen: Screen, wishes: Wishes) -> Job:
     plan = Plan.from_recipe(recipe, world)
-    lineup = lineup_of_run(recipe, readable_base(recipe, world), DTYPES[plan.precision])
+    lineup = lineup_of_run(
+        recipe, safetensors_base(recipe.model, recipe.data.dataset_prepared_path, world), DTYPES[plan.precision]
+    )
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
     if not len(prepared.held_out_rows) and wishes.tasks is None:
         raise DataError(
@@ -291,7 +293,7 @@ def _answered(
     report: Callable[[int, int], None],
 ) -> Iterator[tuple[str, str]]:
     """(greedy answer, what is wanted)"""
-    stops, device = stop_ids(tokenizer), next(model.parameters()).device
+    stops, device = stop_token_ids(tokenizer), next(model.parameters()).device
     for done, one in enumerate(questions, 1):
         prompt = torch.from_numpy(one.prompt.astype(np.int64))[None].to(device)
         said = model.generate(  # type: ignore[operator]

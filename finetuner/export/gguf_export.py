@@ -22,10 +22,10 @@ import torch
 from finetuner.errors import ModelError
 from finetuner.export.verify_logits import Agreement, agreement_of, prompt_rows
 from finetuner.models.files import weight_files
-from finetuner.models.generation_config import stop_ids
 from finetuner.models.gguf_import import import_gguf
 from finetuner.models.gpt_conversion import portable_config
-from finetuner.models.load import know_our_own, load_model
+from finetuner.models.load import load_model, register_gpt
+from finetuner.models.stop_tokens import stop_token_ids
 from finetuner.storage.safetensors_stream import TensorInfo, read_header, read_tensor
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def read_source(folder: Path) -> Source:
         raise ModelError(f"'{folder}' is not a model folder: it has no config.json.")
     from transformers import AutoConfig, AutoTokenizer
 
-    know_our_own()
+    register_gpt()
     config: Any = AutoConfig.from_pretrained(folder)
     if config.model_type == "finetuner_gpt":
         config = portable_config(config)  # what has no twin is refused here
@@ -238,7 +238,7 @@ def _describe(writer: Any, source: Source, form: str) -> None:
         token_id = getattr(tokenizer, f"{role}_token_id")
         if token_id is not None:
             getattr(writer, f"add_{role}_token_id")(token_id)
-    stops = stop_ids(tokenizer)
+    stops = stop_token_ids(tokenizer)
     if len(stops) > 1:
         writer.add_eot_token_id(stops[-1])
     writer.add_add_bos_token(tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id)

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
+from finetuner.checkpoint.folder import aside_of, written_aside
 from finetuner.errors import ModelError
 from finetuner.export.adapter_updates import Change, Changes, Tied, base_name, read_changes
 from finetuner.export.training_base import quantised_tensors, record_for
+from finetuner.models.embeddings import is_tied
+from finetuner.models.empty_model import meta_model
 from finetuner.models.files import INDEX, find_base, weight_files
 from finetuner.models.generation_config import write_generation_config
-from finetuner.models.load import on_meta
-from finetuner.models.lora_targets import is_tied
-from finetuner.models.quantized import Record, seen_in_training
-from finetuner.storage.atomic import staged_folder, staging_of
+from finetuner.models.quant_record import QuantRecord, quantization_round_trip
 from finetuner.storage.safetensors_stream import NAMES, TensorInfo, read_header, read_tensor, write_stream
 
 Report = Callable[[int, int], None]  # bytes done, bytes in all
@@ -73,7 +73,7 @@ class Piece:
     info: TensorInfo
     after: TensorInfo
     change: Change | None
-    record: Record | None
+    record: QuantRecord | None
 
 
 def merge_adapter(
@@ -101,7 +101,7 @@ def merge_adapter(
     output.parent.mkdir(parents=True, exist_ok=True)
     _require_space(output, num_bytes)
     done = kept = 0
-    with staged_folder(output, task=work) as aside:
+    with written_aside(output, work) as aside:
         for file_name, pieces in files.items():
             if (aside / file_name).exists():  # renamed when it was whole
                 kept += sum(piece.after.num_bytes for piece in pieces)
@@ -126,7 +126,7 @@ def merge_adapter(
 
 def plan_merge(
     adapter: Path, base: Path, form: Form
-) -> tuple[dict[Path, dict[str, TensorInfo]], Changes, dict[str, Record], dict[str, list[Piece]]]:
+) -> tuple[dict[Path, dict[str, TensorInfo]], Changes, dict[str, QuantRecord], dict[str, list[Piece]]]:
     """The base's files, what the adapter changes, what was quantised, and the files of the result. Raises ModelError
     for what cannot be merged."""
     infos = {path: read_header(path) for path in weight_files(base)}
@@ -171,7 +171,7 @@ def merged_tensor(piece: Piece) -> torch.Tensor:
     if weight.dtype != after:
         weight = weight.float()
     if piece.record is not None:
-        weight = seen_in_training(weight, piece.record)
+        weight = quantization_round_trip(weight, piece.record)
     merged = (piece.change.apply(weight) if piece.change is not None else weight).to(after)
     if after == torch.float16 and not torch.isfinite(merged).all():
         raise ModelError(f"'{piece.name}' has values beyond 65504, the largest of float16. Write dtype=bfloat16.")
@@ -182,7 +182,7 @@ def plan_files(
     infos: dict[Path, dict[str, TensorInfo]],
     changes: Changes,
     tied: Tied | None,
-    quantised: dict[str, Record],
+    quantised: dict[str, QuantRecord],
     form: Form,
 ) -> dict[str, list[Piece]]:
     """Name of each file of the result -> its tensors: the base's own files, or files of `form.shard_bytes`."""
@@ -216,7 +216,7 @@ def plan_files(
 
 
 def _piece(
-    name: str, path: Path, info: TensorInfo, source: str, change: Change | None, record: Record | None, form: Form
+    name: str, path: Path, info: TensorInfo, source: str, change: Change | None, record: QuantRecord | None, form: Form
 ) -> Piece:
     shape = info.shape if change is None else change.shape_after(source, info.shape)
     can_be_added_to = info.dtype in ("F64", "F32", "F16", "BF16")
@@ -242,7 +242,7 @@ def _tied_pair(adapter: Path, base: Path, base_names: set[str]) -> Tied | None:
     if plain and all(name in base_names or name.partition(".")[2] in base_names for name in known):
         return None
     try:
-        model = on_meta(str(base), dtype=torch.float32, attention=("sdpa", "eager"))
+        model = meta_model(str(base), dtype=torch.float32, attention=("sdpa", "eager"))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"the adapter in '{adapter}' changes tables of the vocabulary, and '{base}' does not say whether embedding "
@@ -268,7 +268,7 @@ def _require_replaceable(output: Path, base: Path, adapter: Path) -> None:
 
 def _require_space(output: Path, num_bytes: int) -> None:
     """What an interrupted merge has written counts as room: it is gone on with, or deleted."""
-    aside = staging_of(output)
+    aside = aside_of(output)
     there = sum(path.stat().st_size for path in aside.iterdir()) if aside.is_dir() else 0
     free = shutil.disk_usage(output.parent).free + there
     if num_bytes > free:

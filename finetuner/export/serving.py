@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuner.errors import ModelError
 from finetuner.models.files import weight_files
-from finetuner.models.generation_config import stop_ids
+from finetuner.models.stop_tokens import stop_token_ids
 from finetuner.storage.safetensors_stream import read_header
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def modelfile(gguf_name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     if turns.without_system:
         opening += f'{{{{ if ne (index .Messages 0).Role "system" }}}}{_quoted(turns.without_system)}{{{{ end }}}}'
     template = f"{opening}{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}"
-    stops: Any = tokenizer.convert_ids_to_tokens(stop_ids(tokenizer))
+    stops: Any = tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))
     lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{template}{_quoted(turns.answer)}"""']
     return "\n".join([*lines, *(f"PARAMETER stop {json.dumps(stop)}" for stop in stops)]) + "\n"
 

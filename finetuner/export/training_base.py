@@ -15,21 +15,17 @@ import torch
 from finetuner.errors import ModelError
 from finetuner.export.adapter_updates import base_name
 from finetuner.models.adapter_folder import read_config
+from finetuner.models.empty_model import layers_to_quantize
 from finetuner.models.files import weight_files
-from finetuner.models.load import layers_to_quantize
-from finetuner.models.quantized import (
-    BLOCK,
-    RECORD,
-    Record,
-    read_record,
-    require_bitsandbytes,
-)
+from finetuner.models.four_bit_linear import BLOCK_SIZE
+from finetuner.models.quant_format import require_bitsandbytes
+from finetuner.models.quant_record import RECORD, QuantRecord, read_record
 from finetuner.storage.safetensors_stream import DTYPES, read_header
 
 KINDS = ("nf4", "fp4")
 
 
-def record_for(adapter: Path, base: Path, wanted: bool | None) -> Record | None:
+def record_for(adapter: Path, base: Path, wanted: bool | None) -> QuantRecord | None:
     """`wanted`: onto the quantised base, or not; None: as training saw it, as far as that is known.
 
     Raises ModelError for settings that cannot be followed."""
@@ -43,7 +39,7 @@ def record_for(adapter: Path, base: Path, wanted: bool | None) -> Record | None:
     return record or _by_their_rules(base, settings or {})
 
 
-def quantised_tensors(record: Record | None, base_names: set[str]) -> dict[str, Record]:
+def quantised_tensors(record: QuantRecord | None, base_names: set[str]) -> dict[str, QuantRecord]:
     """Base tensor -> how it was kept, for those that were quantised."""
     if record is None:
         return {}
@@ -64,20 +60,20 @@ def known_settings(adapter: Path) -> dict[str, Any] | None:
     return None
 
 
-def _by_their_rules(base: Path, settings: dict[str, Any]) -> Record:
+def _by_their_rules(base: Path, settings: dict[str, Any]) -> QuantRecord:
     eight = bool(settings.get("load_in_8bit"))
     kind = "int8" if eight else settings.get("bnb_4bit_quant_type", "nf4")
-    method, block = settings.get("quant_method", "bitsandbytes"), settings.get("bnb_4bit_blocksize", BLOCK)
-    if "bitsandbytes" not in str(method) or kind not in (*KINDS, "int8") or block != BLOCK:
+    method, block = settings.get("quant_method", "bitsandbytes"), settings.get("bnb_4bit_blocksize", BLOCK_SIZE)
+    if "bitsandbytes" not in str(method) or kind not in (*KINDS, "int8") or block != BLOCK_SIZE:
         what = f"{method}, {kind}, blocks of {block}"
         raise ModelError(
-            f"the adapter was trained on a base quantised by {what}; bitsandbytes' nf4, fp4 (blocks of {BLOCK}) and "
-            "int8 can be followed.\nMerge onto the full weights as they are: base=original"
+            f"the adapter was trained on a base quantised by {what}; bitsandbytes' nf4, fp4 (blocks of {BLOCK_SIZE}) "
+            "and int8 can be followed.\nMerge onto the full weights as they are: base=original"
         )
     dtype = _number_format(base)
     compute = settings.get("bnb_4bit_compute_dtype", dtype) if not eight else dtype
     double = bool(settings.get("bnb_4bit_use_double_quant", not settings)) and not eight
-    record = Record(kind, double, dtype, compute, ())
+    record = QuantRecord(kind, double, dtype, compute, ())
     skip = tuple(settings.get("llm_int8_skip_modules") or ())
     return replace(record, modules=tuple(layers_to_quantize(str(base), record.format, skip)))
 

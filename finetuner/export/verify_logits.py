@@ -16,7 +16,7 @@ from finetuner.export.merge import MARK
 from finetuner.export.training_base import quantised_tensors, record_for
 from finetuner.models.files import find_base, weight_files
 from finetuner.models.load import load_model
-from finetuner.models.quantized import Record, seen_in_training
+from finetuner.models.quant_record import QuantRecord, quantization_round_trip
 from finetuner.storage.safetensors_stream import read_header
 from finetuner.world import available_ram
 
@@ -145,11 +145,11 @@ def _adapted(
 
 
 @torch.no_grad()
-def _round(model: "PreTrainedModel", quantised: Mapping[str, Record]) -> None:
+def _round(model: "PreTrainedModel", quantised: Mapping[str, QuantRecord]) -> None:
     named = dict(model.named_parameters())
     for name, record in quantised.items():
         parameter = named[name] if name in named else named[f"{model.base_model_prefix}.{name}"]
-        parameter.copy_(seen_in_training(parameter, record))
+        parameter.copy_(quantization_round_trip(parameter, record))
 
 
 def last_tokens(folder: Path) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""LoRA through PEFT: which layers it adapts, and its weights as files that PEFT reads."""
+"""LoRA through PEFT: put on a model, and its weights as files that PEFT reads."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuner.errors import ModelError
-from finetuner.models.lora_targets import Targets, choose_targets, is_tied
+from finetuner.models.embeddings import is_tied
+from finetuner.models.lora_targets import LoraTargets, choose_targets
 from finetuner.recipe.sections import AdapterSection
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ def add_lora(
 ) -> "PeftModel":
     """Freeze the model and add adapters, the same on every rank (B is zero, A is drawn from `seed`).
 
-    Rows of new tokens are trained as well: nothing else could teach the model what a token means that it never saw.
+    The embedding rows of `new_token_ids` are trained as well: nothing else could teach the model what a token means
+    that it was never trained on. Raises ModelError for targets that the model does not have.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -36,7 +38,7 @@ def add_lora(
         lora_alpha=section.lora_alpha,
         lora_dropout=section.lora_dropout,
         target_modules=targets.modules,
-        modules_to_save=targets.whole or None,
+        modules_to_save=targets.modules_to_save or None,
         ensure_weight_tying=targets.tied_head,
         fan_in_fan_out=targets.fan_in_fan_out,
         use_rslora=section.peft_use_rslora,
@@ -52,8 +54,9 @@ def add_lora(
     return adapted
 
 
-def _rows_to_train(model: "PreTrainedModel", ids: tuple[int, ...], targets: Targets) -> dict[str, list[int]] | None:
-    """Rows of the embedding and of an untied head (a tied one follows by itself), unless these are trained whole."""
+def _rows_to_train(model: "PreTrainedModel", ids: tuple[int, ...], targets: LoraTargets) -> dict[str, list[int]] | None:
+    """Ending of a table's name -> rows to train: of the embedding and of an untied head (a tied one follows by itself),
+    unless all their rows are trained. None: no rows."""
     if not ids:
         return None
     tables = [model.get_input_embeddings()]
@@ -61,22 +64,22 @@ def _rows_to_train(model: "PreTrainedModel", ids: tuple[int, ...], targets: Targ
     if head is not None and not is_tied(model):
         tables.append(head)
     names = {module: name for name, module in model.named_modules()}
-    whole = {name.rpartition(".")[2] for name in targets.whole}
+    saved = {name.rpartition(".")[2] for name in targets.modules_to_save}
     endings = [names[table].rpartition(".")[2] for table in tables]
-    return {ending: list(ids) for ending in endings if ending not in whole} or None
+    return {ending: list(ids) for ending in endings if ending not in saved} or None
 
 
 def start_from_adapter(model: "PeftModel", folder: Path) -> None:
-    """Take over the weights of another run's adapter, which has to be of the same kind.
+    """Load the weights of another run's adapter, which has to be of the same kind.
 
     Raises ModelError, with both values, where its settings are not the recipe's: the update would be another one.
     """
-    there: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    here = model.peft_config["default"]
+    saved: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    ours = model.peft_config["default"]
     different = [
-        f"{key}: {there.get(name)} there, {getattr(here, name)} in the recipe"
+        f"{key}: {saved.get(name)} there, {getattr(ours, name)} in the recipe"
         for name, key in _SAME_ADAPTER.items()
-        if (there.get(name) or False) != (getattr(here, name) or False)
+        if (saved.get(name) or False) != (getattr(ours, name) or False)
     ]
     if different:
         raise ModelError(
@@ -87,20 +90,20 @@ def start_from_adapter(model: "PeftModel", folder: Path) -> None:
     read_adapter(model, folder)
 
 
-# PEFT's name -> ours, of what makes the same tensors another update.
+# PEFT's name -> ours, for the settings that make the same tensors another update.
 _SAME_ADAPTER = {
     "r": "lora_r", "lora_alpha": "lora_alpha", "use_rslora": "peft_use_rslora", "use_dora": "peft_use_dora",
 }  # fmt: skip
 
 
 def adapter_tensors(model: "PeftModel", values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under PEFT's file names; nothing of the frozen base is among them.
+    """Return the adapter's tensors, any shape, on the CPU under PEFT's file names; nothing of the frozen base.
 
-    `values`: whole tensors by the names of the model's own parameters, where the model holds only parts of them.
+    `values`: full tensors by the names of the model's own parameters, where the model's own are sharded.
     """
     from peft import get_peft_model_state_dict
 
-    if values is not None:  # it has a tied tensor once, and PEFT wants both names
+    if values is not None:  # a tied tensor has one name in it, and PEFT wants both
         live = model.state_dict(keep_vars=True)
         first = {id(live[name]): value for name, value in values.items()}
         values = {name: first[id(tensor)] for name, tensor in live.items() if id(tensor) in first}
@@ -112,7 +115,9 @@ def adapter_tensors(model: "PeftModel", values: dict[str, torch.Tensor] | None =
 
 
 def write_adapter(model: "PeftModel", folder: Path, values: dict[str, torch.Tensor] | None = None) -> None:
-    """adapter_model.safetensors and adapter_config.json, as `peft.PeftModel.from_pretrained` reads them."""
+    """Write adapter_model.safetensors and adapter_config.json, as `peft.PeftModel.from_pretrained` reads them.
+
+    `values`: full tensors, any shape, as adapter_tensors takes them."""
     from safetensors.torch import save_file
 
     save_file(adapter_tensors(model, values), folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -120,7 +125,7 @@ def write_adapter(model: "PeftModel", folder: Path, values: dict[str, torch.Tens
 
 
 def read_adapter(model: "PeftModel", folder: Path) -> None:
-    """Load what write_adapter wrote. Raises ModelError unless every adapter tensor of the model is in it."""
+    """Load the weights that write_adapter wrote. Raises ModelError unless they are those of this model's adapter."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 

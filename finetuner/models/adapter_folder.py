@@ -1,4 +1,4 @@
-"""The folder of an adapter: its settings, and the base that it says it was trained on."""
+"""adapter_config.json in an adapter's folder: its settings, and the base that it was trained on."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from finetuner.errors import ModelError
 
 
 def read_config(adapter: Path) -> dict[str, Any]:
-    """The settings of an adapter in PEFT's words. Raises ModelError."""
+    """Return the settings of an adapter under PEFT's names. Raises ModelError for a folder that holds none."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text())
     except (OSError, ValueError) as error:
@@ -19,7 +19,7 @@ def read_config(adapter: Path) -> dict[str, Any]:
 
 
 def require_same_base(adapter: Path, base_model: str) -> None:
-    """Raises ModelError if the adapter says that it was trained on another base."""
+    """Raise ModelError if the adapter says that it was trained on another base."""
     trained_on = read_config(adapter).get("base_model_name_or_path")
     if trained_on and trained_on != base_model and Path(trained_on).resolve() != Path(base_model).resolve():
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Which attention a model runs, decided at run time."""
+"""The attention implementation that a model runs, chosen on the machine that runs it."""
 
 import importlib.util
 
@@ -8,7 +8,7 @@ from finetuner.world import World
 
 
 def choose_attention(requested: str, world: World, precision: Precision) -> tuple[str, ...]:
-    """transformers' names of the implementations to try, the best first: not every architecture has all.
+    """Return transformers' names of the implementations to try, the best first: not every architecture has all.
 
     `auto` takes flash attention where the package is installed, the device is a GPU and the precision is 16 bits wide
     (its kernels have no fp32), else SDPA. Raises ModelError if the recipe insists on what cannot run here.

@@ -1,30 +1,32 @@
-"""Does a model keep the documents of a pack apart? Tried on the model itself, since architectures differ."""
+"""A test whether a model isolates the documents of a pack, on the model itself, since architectures differ."""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetuner.errors import ModelError
+from finetuner.models.transformers_internals import attention_implementation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LENGTH = 8  # of each of the two documents
-MOST_LEAKED = 0.01
+LENGTH = 8  # tokens of each of the two documents
+MOST_LEAKED = 0.01  # of what the document before would change if the two were one
 
 
 def wants_flat_packs(model: "PreTrainedModel") -> bool:
-    """Flash attention finds the borders of documents in the positions of one long row, and only there."""
-    return "flash" in str(model.config._attn_implementation)
+    """Return whether packs have to be one long row: flash attention finds the borders of documents in its positions,
+    and only there."""
+    return "flash" in attention_implementation(model)
 
 
 @torch.no_grad()
 def require_isolation(model: "PreTrainedModel") -> None:
-    """Raises ModelError unless a document's logits are the same whatever stands before it in its pack, and the same as
+    """Raise ModelError unless a document's logits are the same whatever stands before it in its pack, and the same as
     where nothing does: at the start of a pack. (A row of its own would go through other kernels, and in bf16 through 30
     layers they differ by several percent.)
 
-    Position ids begin anew with each document and there is no attention mask: transformers' mask functions then make
+    Position ids start at 0 in each document and there is no attention mask: transformers' mask functions then make
     the attention block-diagonal (SDPA, eager) or call the variable-length kernel (flash). Models with an attention or
     a state of their own may do neither. "The same" is measured against what the document before it would change if
     the two were one.
@@ -53,6 +55,7 @@ def require_isolation(model: "PreTrainedModel") -> None:
 
 
 def _logits(model: "PreTrainedModel", ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """ids, position_ids: (1, length) -> (1, length, vocabulary)."""
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if position_ids is not None:
         inputs["position_ids"] = position_ids
@@ -60,9 +63,10 @@ def _logits(model: "PreTrainedModel", ids: torch.Tensor, position_ids: torch.Ten
 
 
 def _leaks(model: "PreTrainedModel", what: str) -> str:
+    """The message for a model whose attention does `what`."""
     return (
         f"sample_packing needs attention that keeps documents apart, and {type(model).__name__} with "
-        f"'{model.config._attn_implementation}' attention {what}.\n"
+        f"'{attention_implementation(model)}' attention {what}.\n"
         "Write `sample_packing: false` (`group_by_length: true` saves padding too), or choose another "
         "attn_implementation."
     )

@@ -1,4 +1,4 @@
-"""Where the files of a model are."""
+"""The folder and the safetensors files of a model, on this disk or fetched from the hub."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,11 @@ INDEX = "model.safetensors.index.json"
 
 
 def find_base(base_model: str, *, pickled: bool = False) -> Path:
-    """The folder of a base model, fetched from the hub if it is not one on this disk; of its weights safetensors alone,
-    unless `pickled` ones are wanted where it has no others."""
+    """Return the folder of a base model, fetched from the hub if it is not one on this disk.
+
+    Only safetensors are fetched, unless `pickled` weights are wanted where it has no others. Raises ModelError for a
+    model that is neither here nor reachable.
+    """
     path = Path(base_model).expanduser()
     if path.is_dir():
         return path
@@ -32,7 +35,7 @@ def find_base(base_model: str, *, pickled: bool = False) -> Path:
 
 
 def weight_files(base: Path) -> list[Path]:
-    """The safetensors files of a model folder."""
+    """Return the safetensors files of a model folder, in order. Raises ModelError if one is missing."""
     if (base / INDEX).exists():
         names = sorted(set(json.loads((base / INDEX).read_text())["weight_map"].values()))
     else:
@@ -45,7 +48,7 @@ def weight_files(base: Path) -> list[Path]:
 
 
 def _instead(base: Path) -> str:
-    """What is there in its place."""
+    """Return a sentence on what the folder has in the place of safetensors, and what to do."""
     if list(base.glob("*.bin")):
         return (
             " It has pickled weights (.bin), which can run code and are not read. Give a folder of safetensors; if you "

@@ -1,4 +1,4 @@
-"""How the C library keeps the memory that it has freed. Only glibc is told anything."""
+"""Freed memory returned to the system while a model loads. Only glibc has to be told to; other C libraries are not."""
 
 import ctypes
 import platform
@@ -12,14 +12,15 @@ LARGEST = 32 << 20  # glibc's own limit of what it raises the threshold to (mall
 
 
 @contextmanager
-def giving_back() -> Iterator[None]:
-    """Blocks of 128 KiB and more go back to the system when they are freed; of what is smaller, 64 MiB are kept.
+def returning_freed_memory() -> Iterator[None]:
+    """Return blocks of 128 KiB and more to the system when they are freed within the `with`, and of smaller ones all
+    but 64 MiB.
 
-    glibc raises the first figure, up to 32 MiB, each time that such a block is freed, and keeps what is smaller between
-    the blocks that stay: a model that is quantised, or gathered and dequantised layer by layer, leaves the process with
-    as much again. Its own second figure is small at first, and loading a model can then spend most of its time on
+    glibc raises the first figure, up to 32 MiB, each time that such a block is freed, and does not return what is
+    smaller: a model that is quantized, or gathered and dequantized layer by layer, leaves the process with as much
+    memory again. Its own second figure is small at first, and loading a model can then spend most of its time on
     getting the same memory again and again. Afterwards both are what they become anyway in a process that frees
-    weights: a training step that took all of its memory from the system anew would be slower.
+    weights: a training step that had to get all of its memory from the system each time would be slower.
     """
     libc = _glibc()
     if libc is None:
@@ -36,4 +37,5 @@ def giving_back() -> Iterator[None]:
 
 @cache
 def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process, if it is glibc."""
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

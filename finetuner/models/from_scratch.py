@@ -1,14 +1,13 @@
-"""A run from scratch begins with a model folder like any other: its tokenizer, and random weights, made once.
+"""A model folder for a run from scratch: its tokenizer, and random weights, written once.
 
     <dataset_prepared_path>/tokenizers/<key>/   a tokenizer made for the recipe's text
     <dataset_prepared_path>/scratch/<key>/      config.json and model.safetensors, drawn by the recipe's seed
 
-From there on every engine reads, spreads and resumes it as it does a model that was trained before.
+From there on every engine reads, shards and resumes it as it does a model that was trained before.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +25,12 @@ from finetuner.world import World
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Report = Callable[[int, int], None]  # rows done, rows in all
-
 
 def scratch_config(section: GPTSection | None, tokenizer: "PreTrainedTokenizerBase") -> gpt.GPTConfig:
-    """The shape with the vocabulary. Raises ModelError if the tokenizer has more tokens than `vocabulary`."""
+    """Return the config of the recipe's shape with the tokenizer's vocabulary.
+
+    Raises ModelError if the tokenizer has more tokens than the key `vocabulary` says.
+    """
     assert section is not None, "a rule asks for the block"
     shape = shape_of(section)
     if shape.vocabulary is not None and shape.vocabulary < len(tokenizer):
@@ -59,8 +59,12 @@ def scratch_config(section: GPTSection | None, tokenizer: "PreTrainedTokenizerBa
     )
 
 
-def begun_model(config: gpt.GPTConfig, root: str, seed: int, world: World) -> str:
-    """The folder of a model of that shape with weights drawn by `seed`, the same on every machine and rank."""
+def write_scratch_model(config: gpt.GPTConfig, root: str, seed: int, world: World) -> str:
+    """Write the folder of a model with weights drawn by `seed`, unless it is there already; return its path.
+
+    `root`: dataset_prepared_path. The weights are the same on every machine and rank. Raises ModelError if it cannot be
+    written.
+    """
     facts = {
         "config": config.to_dict(),
         "seed": seed,

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuner.errors import ModelError
+from finetuner.models.context_length import context_length
+from finetuner.models.stop_tokens import stop_token_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
-def choose(logits: torch.Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token drawn by its probability, softmax(logits / temperature), among the most likely ones that together have
-    `top_p` of it (nucleus sampling, arXiv:1904.09751). Temperature 0 takes the most likely one. logits: (V,)."""
+def draw_token(logits: torch.Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """Draw a token by its probability, softmax(logits / temperature), among the most likely ones that together have
+    `top_p` of it (nucleus sampling, arXiv:1904.09751). Temperature 0 takes the most likely one. logits: (vocabulary,).
+    """
     if temperature == 0:
         return int(logits.argmax())
     chances, tokens = (logits.float() / temperature).softmax(-1).cpu().sort(descending=True)
@@ -24,36 +27,37 @@ def choose(logits: torch.Tensor, *, temperature: float, top_p: float, generator:
 
 
 @torch.no_grad()
-def sampled(
+def generate_tokens(
     model: Any,
     prompt: Sequence[int],
     *,
     count: int,
     choice: Callable[[torch.Tensor], int],
-    ends: Iterable[int] = (),
+    stops: Iterable[int] = (),
     context: int | None = None,
 ) -> Iterator[int]:
-    """Up to `count` tokens that follow the prompt; one of `ends` is the last, and is not given.
+    """Yield up to `count` tokens that follow the prompt, up to the first of `stops`, which is left out.
 
-    A text that outgrows the `context` goes on from its last half: the model has not learned to look further back.
+    `choice`: logits, (vocabulary,) -> token. A text that outgrows the `context` goes on from its last half: the model
+    was not trained to look further back.
     """
-    device, tokens, ends = model.device, list(prompt), frozenset(ends)
-    feed, cache, seen = tokens[-context:] if context else tokens, None, 0
+    device, tokens, stops = model.device, list(prompt), frozenset(stops)
+    inputs, cache, cached = tokens[-context:] if context else tokens, None, 0
     for _ in range(count):
-        found = model(input_ids=torch.tensor([feed], device=device), past_key_values=cache, use_cache=True)
-        cache, seen = found.past_key_values, seen + len(feed)
+        found = model(input_ids=torch.tensor([inputs], device=device), past_key_values=cache, use_cache=True)
+        cache, cached = found.past_key_values, cached + len(inputs)
         token = choice(found.logits[0, -1])
-        if token in ends:
+        if token in stops:
             return
         yield token
         tokens.append(token)
-        feed = [token]
-        if context is not None and seen >= context:
-            feed, cache, seen = tokens[-(context // 2) :], None, 0
+        inputs = [token]
+        if context is not None and cached >= context:
+            inputs, cache, cached = tokens[-(context // 2) :], None, 0
 
 
-def first_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-    """The prompt's tokens; of an empty one, the token that begins a text or else ends one.
+def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
+    """Return the prompt's tokens; for an empty one, the token that begins a text, or else the one that ends it.
 
     Raises ModelError if the tokenizer has neither."""
     ids: list[int] = list(tokenizer(prompt).input_ids)
@@ -65,22 +69,9 @@ def first_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]
     return [int(first)]
 
 
-def context_of(model: "PreTrainedModel") -> int | None:
-    """The longest row that the model was made for, where its config says so."""
-    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found
-
-
-def ends_of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Tokens that end a text, by the model's configuration or the tokenizer."""
-    config: Any = model.generation_config
-    named = (None if config is None else config.eos_token_id, tokenizer.eos_token_id)
-    return {i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if i is not None}
-
-
-def as_text(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come, what is new of it each time. A character of several tokens waits for the last
-    of them."""
+def stream_text(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Yield the text of `tokens` as they come, each time the new characters alone. A character of several tokens waits
+    for the last of them."""
     known = list(prompt)
     shown = len(_decoded(tokenizer, known))
     for token in tokens:
@@ -98,14 +89,17 @@ def _decoded(tokenizer: "PreTrainedTokenizerBase", tokens: list[int]) -> str:
 
 
 def sample_text(model: Any, tokenizer: "PreTrainedTokenizerBase", prompt: str, seed: int, count: int = 128) -> str:
-    """The prompt and what a model in training makes of it; no other random number depends on it."""
-    ids = first_tokens(tokenizer, prompt)
+    """Return the prompt with up to `count` tokens that a model in training writes behind it.
+
+    Draws from a generator of its own, so that no random number of the training depends on it.
+    """
+    ids = prompt_tokens(tokenizer, prompt)
     generator = torch.Generator().manual_seed(seed)
-    choice = partial(choose, temperature=0.8, top_p=0.95, generator=generator)
-    ends, context = ends_of(model, tokenizer), context_of(model)
+    choice = partial(draw_token, temperature=0.8, top_p=0.95, generator=generator)
+    stops, context = stop_token_ids(tokenizer, model.generation_config), context_length(model)
     was_training = model.training
     model.eval()
-    tokens = sampled(model, ids, count=count, choice=choice, ends=ends, context=context)
-    text = prompt + "".join(as_text(tokenizer, ids, tokens))
+    tokens = generate_tokens(model, ids, count=count, choice=choice, stops=stops, context=context)
+    text = prompt + "".join(stream_text(tokenizer, ids, tokens))
     model.train(was_training)
     return text

@@ -1,7 +1,7 @@
-"""A GGUF file turned into an ordinary model folder, which `from_pretrained(folder)` loads.
+"""A GGUF file converted to an ordinary model folder, which `from_pretrained(folder)` loads.
 
 transformers reads the tensors; this module finds the file, refuses what would come out silently wrong, and writes the
-folder so that it is either whole or absent.
+folder so that it is either complete or absent.
 
 SmolLM2-135M (98 MB, Q4_1) takes 14 to 18 s on one core, of which unpacking the weights is 1.3 s. gguf's reader builds
 numpy views of each of 100,000 vocabulary strings, 3 s a time, once each for config, tokenizer and weights; transformers
@@ -12,29 +12,24 @@ import importlib.util
 import io
 import math
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import dataclass
 from logging import LogRecord, getLogger
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from finetuner.errors import ModelError
-from finetuner.models.generation import as_text, ends_of, first_tokens, sampled
+from finetuner.models.generation import generate_tokens, prompt_tokens, stream_text
+from finetuner.models.gguf_header import GGUFHeader, read_gguf_header
+from finetuner.models.stop_tokens import stop_token_ids
+from finetuner.models.transformers_internals import forget_origin
 
-DTYPES = ("bfloat16", "float16", "float32")
+SAVED_DTYPES = ("bfloat16", "float16", "float32")
 PLAIN = "The sun rises in the east and sets in the west. Water is a liquid, and when it is very cold it turns to ice."
 BEGINNING, NUM_TRIED = "The capital of France is", 8
-
-# https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "File structure". Everything is little-endian.
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
 
 # llama.cpp splits off every single digit before GPT-2's pattern for these values of `tokenizer.ggml.pre`. transformers
 # 5.23 does not know them and keeps GPT-2's pattern alone: two spaces before a digit then become other tokens than the
@@ -53,15 +48,17 @@ def import_gguf(
     """Write the model, tokenizer and generation settings in `source` to the folder `output`; return its full path.
 
     `source` is a .gguf file, or a folder with exactly one. `output` must be absent or empty, and appears only when
-    complete. Weights are unpacked and rounded to `dtype`, so nothing is gained over the quantised file but the format.
+    complete. Weights are unpacked and rounded to `dtype`, so nothing is gained over the quantized file but the format.
     `report` receives a line for each stage: reading, checking (with a text by the model, unless `try_it` is False),
     writing, done. Raises ModelError, also for a model that computes what is no number.
     """
     file, output = find_gguf(source).resolve(), output.resolve()
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not one that weights are stored in; write one of {', '.join(DTYPES)}")
+    if dtype not in SAVED_DTYPES:
+        raise ModelError(
+            f"dtype {dtype!r} is not one that weights are stored in; write one of {', '.join(SAVED_DTYPES)}"
+        )
     _require_free(output)
-    header = read_header(file)
+    header = read_gguf_header(file)
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"reading {file} needs the package gguf, which is missing: pip install 'finetuner[gguf]'")
 
@@ -83,8 +80,9 @@ def import_gguf(
 
 @torch.no_grad()
 def try_out(model: Any, tokenizer: Any) -> list[str]:
-    """What the model makes of a plain beginning, token by likeliest token; and a warning where it predicts plain
-    English hardly better than a blind guess, ln(vocabulary) nats a token, as a model that was read wrongly does.
+    """Return lines for the user: how the model goes on with a plain beginning, token by likeliest token; and a warning
+    where it predicts plain English hardly better than a blind guess, ln(vocabulary) nats a token, as a model that was
+    read wrongly does.
 
     Raises ModelError for logits that are not finite."""
     ids = torch.tensor([tokenizer(PLAIN).input_ids])
@@ -92,10 +90,12 @@ def try_out(model: Any, tokenizer: Any) -> list[str]:
     if not bool(torch.isfinite(logits).all()):
         raise ModelError("the model computes values that are not finite: its weights are damaged. Get the file again")
     loss, blind = float(functional.cross_entropy(logits, ids[0, 1:])), math.log(logits.shape[-1])
-    start = first_tokens(tokenizer, BEGINNING)
-    ends = ends_of(model, tokenizer)
-    tokens = sampled(model, start, count=NUM_TRIED, choice=lambda row: int(row.argmax()), ends=ends)
-    lines = [f"checking: {BEGINNING}{''.join(as_text(tokenizer, start, tokens))!r}, {loss:.2f} nats a token of English"]
+    start = prompt_tokens(tokenizer, BEGINNING)
+    stops = stop_token_ids(tokenizer, model.generation_config)
+    tokens = generate_tokens(model, start, count=NUM_TRIED, choice=lambda row: int(row.argmax()), stops=stops)
+    lines = [
+        f"checking: {BEGINNING}{''.join(stream_text(tokenizer, start, tokens))!r}, {loss:.2f} nats a token of English"
+    ]
     if loss > 0.8 * blind:
         lines.append(
             f"note: a blind guess has {blind:.2f}. This model never learned English, or transformers reads it wrongly "
@@ -105,7 +105,7 @@ def try_out(model: Any, tokenizer: Any) -> list[str]:
 
 
 def find_gguf(source: Path) -> Path:
-    """The file that `source` is, or the only .gguf file in it. Raises ModelError for none and for several."""
+    """Return `source` if it is a file, or the only .gguf file in it. Raises ModelError for none and for several."""
     if not source.is_dir():
         if not source.is_file():
             raise ModelError(f"{source} does not exist; give a .gguf file, or a folder that holds one")
@@ -119,86 +119,9 @@ def find_gguf(source: Path) -> Path:
     return files[0]
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a GGUF file says about itself: `values` without its arrays, and the names of its tensors."""
-
-    values: dict[str, str | int | float | bool]
-    tensors: frozenset[str]
-
-    @property
-    def architecture(self) -> str:
-        return str(self.values.get("general.architecture", "unknown"))
-
-    @property
-    def scales_rope(self) -> bool:
-        """Whether positions are rotated other than by plain powers of one base, as Llama 3.1 and Phi-3 do."""
-        kind = self.values.get(f"{self.architecture}.rope.scaling.type", "none")
-        factors = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
-        return kind != "none" or not factors.isdisjoint(self.tensors)
-
-
-def read_header(file: Path) -> Header:
-    """Read the metadata in milliseconds (gguf's own reader takes seconds). Raises ModelError if it is not whole."""
-    with file.open("rb") as stream:
-        magic = stream.read(4)
-        if magic != MAGIC:
-            raise ModelError(f"{file} is not a GGUF file: it starts with {magic!r}, not {MAGIC!r}; give a .gguf file")
-        try:
-            (version,) = _unpack(stream, "I")
-            if version not in VERSIONS:
-                raise ModelError(f"{file} is GGUF version {version}; versions 2 and 3 can be read. Convert it anew")
-            num_tensors, num_values = _unpack(stream, "QQ")
-            pairs = ((_string(stream), _value(stream, *_unpack(stream, "I"))) for _ in range(num_values))
-            values = {key: value for key, value in pairs if value is not None}
-            tensors = frozenset(_tensor_name(stream) for _ in range(num_tensors))
-        except (EOFError, OverflowError, MemoryError, UnicodeDecodeError, KeyError) as error:
-            raise ModelError(f"{file} is damaged: its header does not parse ({error!r}). Get the file again") from error
-    if int(values.get("split.count", 1)) > 1:
-        command = f"llama-gguf-split --merge {file} whole.gguf"
-        raise ModelError(f"{file} is one of {values['split.count']} parts; join them first: {command}")
-    return Header(values, tensors)
-
-
-def _unpack(stream: BinaryIO, layout: str) -> tuple[Any, ...]:
-    return struct.unpack(f"<{layout}", _exactly(stream, struct.calcsize(f"<{layout}")))
-
-
-def _exactly(stream: BinaryIO, num_bytes: int) -> bytes:
-    data = stream.read(num_bytes)
-    if len(data) < num_bytes:
-        raise EOFError(f"the file ends {num_bytes - len(data)} bytes early")
-    return data
-
-
-def _string(stream: BinaryIO) -> str:
-    return _exactly(stream, *_unpack(stream, "Q")).decode()
-
-
-def _value(stream: BinaryIO, kind: int) -> str | int | float | bool | None:
-    """The next value; an array is skipped and gives None."""
-    if kind == STRING:
-        return _string(stream)
-    if kind != ARRAY:
-        return _unpack(stream, SCALARS[kind])[0]
-    item_kind, length = _unpack(stream, "IQ")
-    if item_kind in SCALARS:
-        stream.seek(length * struct.calcsize(f"<{SCALARS[item_kind]}"), io.SEEK_CUR)
-    else:
-        for _ in range(length):
-            _value(stream, item_kind)
-    return None
-
-
-def _tensor_name(stream: BinaryIO) -> str:
-    name = _string(stream)
-    (num_dims,) = _unpack(stream, "I")
-    _unpack(stream, f"{num_dims}QIQ")
-    return name
-
-
-def _load(file: Path, header: Header, dtype: str) -> tuple[Any, Any]:
-    """The tokenizer and the dense model in `file`. Raises ModelError for whatever transformers cannot read whole."""
+def _load(file: Path, header: GGUFHeader, dtype: str) -> tuple[Any, Any]:
+    """Return the tokenizer and the dense model in `file`. Raises ModelError for whatever transformers cannot read
+    completely."""
     import transformers
 
     model_class: Any = transformers.AutoModelForCausalLM  # its declared result is not the pair it returns here
@@ -226,13 +149,12 @@ def _load(file: Path, header: Header, dtype: str) -> tuple[Any, Any]:
 
     if header.values.get("tokenizer.ggml.pre") in SINGLE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = _single_digits()
-    if hasattr(model.config, "_model_name_or_path"):
-        del model.config._model_name_or_path  # the file's title, which would pass for a place to load from
+    forget_origin(model.config)  # the file's title
     assert "quantization_config" not in model.config.to_dict(), "the weights are still packed and cannot be saved"
     return tokenizer, model
 
 
-def _require_same_rope(file: Path, header: Header, config: Any) -> None:
+def _require_same_rope(file: Path, header: GGUFHeader, config: Any) -> None:
     """Refuse a file whose scaled positions did not reach the config: the model would be wrong, at length above all."""
     if header.scales_rope and not _scales_rope(config.to_dict().get("rope_parameters") or {}):
         raise ModelError(
@@ -241,16 +163,16 @@ def _require_same_rope(file: Path, header: Header, config: Any) -> None:
         )
 
 
-def _mend_gpt2(config: Any, header: Header) -> None:
-    """transformers reads the length of the table of positions into a name that its GPT-2 does not have, passes over the
-    width of the inner layer, and ties a head that the file has."""
+def _mend_gpt2(config: Any, header: GGUFHeader) -> None:
+    """Correct the config in place: transformers reads the length of the table of positions into a name that its GPT-2
+    does not have, passes over the width of the inner layer, and ties a head that the file has."""
     config.n_positions = header.values.get("gpt2.context_length", config.n_positions)
     config.n_inner = header.values.get("gpt2.feed_forward_length", config.n_inner)
     config.tie_word_embeddings = "output.weight" not in header.tensors
 
 
 def _scales_rope(parameters: dict[str, Any]) -> bool:
-    """Whether any rope in `parameters`, which may hold one set for each type of layer, is not the default one."""
+    """Return whether any rope in `parameters`, which may have one set for each type of layer, is not the default."""
     nested = (value for value in parameters.values() if isinstance(value, dict))
     return parameters.get("rope_type", "default") != "default" or any(map(_scales_rope, nested))
 
@@ -270,7 +192,7 @@ def _require_same_tokenizer(file: Path, folder: Path, tokenizer: Any) -> None:
 
 
 def _dense() -> dict[str, Any]:
-    """The option that unpacks the weights. transformers before GgufConfig always unpacks them."""
+    """Return the argument that unpacks the weights. transformers before GgufConfig always unpacks them."""
     try:
         from transformers import GgufConfig
     except ImportError:
@@ -279,12 +201,14 @@ def _dense() -> dict[str, Any]:
 
 
 def _single_digits() -> Any:
+    """The pre-tokenizer that splits off every digit, and then is GPT-2's."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
 
 
 def _require_free(output: Path) -> None:
+    """Raise ModelError unless `output` is absent or an empty folder."""
     if output.exists() and not output.is_dir():
         raise ModelError(f"{output} is a file; give a folder that does not exist yet")
     if output.is_dir() and any(output.iterdir()):
@@ -293,26 +217,27 @@ def _require_free(output: Path) -> None:
 
 @contextmanager
 def _complete_or_absent(output: Path) -> Iterator[Path]:
-    """Yield a folder beside `output` that takes its name at the end, and vanishes if the body raises.
+    """Yield a staging folder that is renamed to `output` at the end, and removed if the body raises.
 
-    A killed process leaves the hidden folder behind; the next import to `output` clears it away.
+    A killed process leaves the hidden folder behind; the next import to `output` removes it. Raises ModelError if the
+    disk refuses.
     """
     from safetensors import SafetensorError
 
-    aside = output.with_name(f".{output.name}.partial")
+    staging = output.with_name(f".{output.name}.partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        for file in aside.iterdir():  # safetensors writes 0600 whatever the umask: others could not load the weights
-            shutil.copymode(aside / "config.json", file)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        for file in staging.iterdir():  # safetensors writes 0600 whatever the umask: others could not load the weights
+            shutil.copymode(staging / "config.json", file)
         if output.exists():
             output.rmdir()
-        aside.rename(output)
+        staging.rename(output)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot write the folder {output}: {error}. Give another folder, or make room") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _is_no_device_note(record: LogRecord) -> bool:

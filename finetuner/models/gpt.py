@@ -1,11 +1,11 @@
 """A GPT, from the ids of tokens to the logits of the next one, in one file to be read from top to bottom.
 
 Written for reading first, but complete: `generate` with its key-value cache, `save_pretrained`, PEFT, FSDP2 and ZeRO
-work on it as on any model of transformers. `python -m finetuner.models.gpt` builds a small one and lists its parts.
+work on it as on any model of transformers. `python -m finetuner.models.gpt` builds a small one and lists its tensors.
 
 Letters in shapes: B rows, T tokens in a row, D the width, H heads, K key-value heads, C = D / H the width of a head,
 V the vocabulary. Names of modules are those of transformers' Llama, so that a checkpoint is one of Llama's where the
-choices agree (models/portable.py).
+choices agree (models/gpt_conversion.py).
 """
 
 import math
@@ -77,24 +77,26 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return self.weight * wide.to(x.dtype)
+        """(B, T, D) -> (B, T, D)."""
+        in_fp32 = x.float()
+        in_fp32 = in_fp32 * torch.rsqrt(in_fp32.square().mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * in_fp32.to(x.dtype)
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(x1, x2) -> (-x2, x1), the halves of the last axis: [1, 2, 3, 4] -> [-3, -4, 1, 2].
+    """Turn every pair by a quarter: (x1, x2) -> (-x2, x1), the halves of the last axis of x, (..., C).
 
-    Pair i is (x[i], x[i + C/2]), so this is a quarter turn of all pairs at once.
+    [1, 2, 3, 4] -> [-3, -4, 1, 2]. Pair i is (x[i], x[i + C/2]).
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
 
 def rotary_angles(positions: torch.Tensor, head_width: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of (position * theta^(-2i/C)) for every pair i, repeated for both halves: (B, T, C) each, fp32.
+    """Return cos and sin of (position * theta^(-2i/C)) for every pair i, repeated for both halves of the last axis.
 
-    Slow pairs (large i) tell far tokens apart, fast ones near tokens (RoPE, arXiv:2104.09864, section 3.2.2).
+    positions: (B, T). Returns (B, T, C) each, fp32. Slow pairs (large i) tell far tokens apart, fast ones near tokens
+    (RoPE, arXiv:2104.09864, section 3.2.2).
     """
     pairs = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
     angles = positions[..., None].float() * (1.0 / theta ** (pairs / head_width))
@@ -103,7 +105,7 @@ def rotary_angles(positions: torch.Tensor, head_width: int, theta: float) -> tup
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn every pair of x, (B, heads, T, C), by the angle of its position.
+    """Turn every pair of x, (B, heads, T, C), by the angle of its position: cos and sin, (B, T, C).
 
     A turn by a and one by b leave the product of query and key depending on a - b alone: on how far apart the two are.
     """
@@ -121,12 +123,12 @@ def plain_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(Q K^T / sqrt(C) + mask) V, as it is written (arXiv:1706.03762, section 3.2.1).
+    """Compute softmax(Q K^T / sqrt(C) + mask) V, as it is written (arXiv:1706.03762, section 3.2.1).
 
     query: (B, H, T, C); key, value: (B, K, S, C), each shared by H / K heads of the query (grouped-query attention,
     arXiv:2305.13245). attention_mask: (B, 1, T, S), 0 where a token may look and -inf (or False) elsewhere.
     Returns (B, T, H, C) and the weights (B, H, T, S). The (T, S) weights are in memory here; the other implementations
-    never hold them.
+    never store them.
     """
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
@@ -140,7 +142,7 @@ def plain_attention(
 
 
 def adding(layer: nn.Linear) -> nn.Linear:
-    """Marks a layer whose result is added to the running sum; see GPTPreTrainedModel._init_weights."""
+    """Mark a layer whose result is added to the running sum, for GPTPreTrainedModel._init_weights; return it."""
     layer.adds_to_the_sum = True  # type: ignore[assignment]
     return layer
 
@@ -168,6 +170,8 @@ class Attention(nn.Module):
         cache: Cache | None,
         **flash: Any,
     ) -> torch.Tensor:
+        """x: (B, T, D); mask: (B, 1, T, S), or None where the attention itself looks back only; angles: cos and sin,
+        (B, T, C); flash: further arguments of flash attention. Returns (B, T, D)."""
         rows, length, _ = x.shape
         # (B, T, heads * C) -> (B, heads, T, C)
         query, key, value = (
@@ -194,6 +198,7 @@ class SwiGLU(nn.Module):
         self.down_proj = adding(nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -206,17 +211,19 @@ class GELU(nn.Module):
         self.down_proj = adding(nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
+    """Return a normalization over the width, of the kind that the config names."""
     if config.norm == "rms":
         return RMSNorm(config.hidden_size, config.norm_epsilon)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon, bias=config.bias)
 
 
 class Block(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + mlp(norm(x)): the sum runs through, and each part adds to it."""
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)). The sum runs through, and both add to it."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -227,12 +234,13 @@ class Block(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor, *context: Any, **flash: Any) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D); context and flash: the further arguments of Attention.forward."""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), *context, **flash))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class GPTPreTrainedModel(PreTrainedModel):
-    """What transformers asks about the model, and how its weights begin."""
+    """Facts that transformers asks a model class for, and the initial weights."""
 
     config: GPTConfig
     config_class = GPTConfig
@@ -245,14 +253,15 @@ class GPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with a standard deviation of 0.02; what adds to the running sum, by 1 / sqrt(2 layers) less.
+        """Draw from a normal with a standard deviation of 0.02, and of 0.02 / sqrt(2 layers) for what adds to the
+        running sum.
 
-        The sum over 2 x layers such parts then has the variance of one (GPT-2's report, section 2.3).
+        The sum over 2 x layers such terms then has the variance of one (GPT-2's report, section 2.3).
         """
-        spread = self.config.initializer_range  # transformers' functions pass over what was read from a file
+        std = self.config.initializer_range  # transformers' functions pass over weights that were read from a file
         if isinstance(module, nn.Linear | nn.Embedding):
             depth = 2 * self.config.num_hidden_layers if getattr(module, "adds_to_the_sum", False) else 1
-            initialization.normal_(module.weight, 0.0, spread / math.sqrt(depth))
+            initialization.normal_(module.weight, 0.0, std / math.sqrt(depth))
         elif isinstance(module, RMSNorm | nn.LayerNorm):
             initialization.ones_(module.weight)
         bias = getattr(module, "bias", None)
@@ -283,14 +292,16 @@ class GPTModel(GPTPreTrainedModel):
         use_cache: bool | None = None,
         **flash: Any,
     ) -> BaseModelOutputWithPast:
-        """attention_mask: (B, T), 0 at padding. position_ids: (B, T); where they begin anew, a new document begins that
+        """Ids (B, T), or embeddings (B, T, D), -> hidden states (B, T, D).
+
+        attention_mask: (B, T), 0 at padding. position_ids: (B, T); where they return to 0, a new document begins that
         sees nothing of the one before."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(x.shape[1], device=x.device) + seen)[None]
+            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(x.shape[1], device=x.device) + cached)[None]
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -332,14 +343,16 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **flash: Any,
     ) -> CausalLMOutputWithPast:
-        """labels: (B, T), the ids themselves, -100 where nothing is learned; shifted here, so that position t is judged
-        by token t + 1. The loss is the mean over the labels that are judged."""
+        """Ids (B, T) -> logits (B, T, V), or (B, logits_to_keep, V) of the last positions alone.
+
+        labels: (B, T), the ids themselves, -100 where nothing is trained on; shifted here, so that position t is
+        trained on token t + 1. The loss is the mean over the labels that are trained on."""
         found = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **flash
         )
         x = found.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        logits = self.lm_head(x if isinstance(kept, int) else x[:, kept])
+        last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        logits = self.lm_head(x if isinstance(last, int) else x[:, last])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
@@ -351,7 +364,7 @@ AutoModelForCausalLM.register(GPTConfig, GPTForCausalLM, exist_ok=True)
 
 
 def main() -> None:
-    """Build a small one and look at its parts."""
+    """Build a small GPT, and print its tensors and the loss before any training."""
     config = GPTConfig(
         vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64,

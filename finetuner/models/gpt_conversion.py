@@ -1,11 +1,11 @@
-"""A GPT of ours -> the same model as transformers' Llama or GPT-2, which load without any code of ours.
+"""A GPT of ours converted to the same model as transformers' Llama or GPT-2, which load without any code of ours.
 
-Other tools (vLLM, llama.cpp and their like) know these two. Weights are renamed and laid out anew, never computed with,
-so the logits are the same.
+Other tools (vLLM, llama.cpp and their like) know these two. Weights are renamed and transposed, never computed with, so
+the logits are the same.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from finetuner.models.gpt import GPTConfig
 
-# Ours -> GPT-2's, within a layer. GPT-2 keeps its matrices as (in, out).
+# Ours -> GPT-2's, within a layer. GPT-2 stores its matrices as (in, out).
 _IN_GPT2_LAYER = {
     "input_layernorm": "ln_1",
     "post_attention_layernorm": "ln_2",
@@ -34,7 +34,7 @@ _IN_GPT2 = {
 
 
 def is_portable(config: "GPTConfig") -> bool:
-    """Whether its choices are Llama's or GPT-2's."""
+    """Return whether its choices are Llama's or GPT-2's."""
     try:
         portable_config(config)
     except ModelError:
@@ -43,11 +43,17 @@ def is_portable(config: "GPTConfig") -> bool:
 
 
 def portable_config(config: "GPTConfig") -> "PreTrainedConfig":
-    """The config of the same model in transformers. Raises ModelError where the choices are neither Llama's nor
-    GPT-2's."""
+    """Return the config of the same model in transformers.
+
+    Raises ModelError where the choices are neither Llama's nor GPT-2's.
+    """
     from transformers import GPT2Config, LlamaConfig
 
-    ends = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    token_ids: dict[str, Any] = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
     if (config.norm, config.activation, config.positions, config.bias) == ("rms", "swiglu", "rotary", False):
         return LlamaConfig(
             vocab_size=config.vocab_size,
@@ -62,7 +68,7 @@ def portable_config(config: "GPTConfig") -> "PreTrainedConfig":
             initializer_range=config.initializer_range,
             tie_word_embeddings=config.tie_word_embeddings,
             architectures=["LlamaForCausalLM"],
-            **ends,
+            **token_ids,
         )
     choices = (config.norm, config.activation, config.positions, config.bias)
     if choices == ("layer", "gelu", "learned", True) and config.num_key_value_heads == config.num_attention_heads:
@@ -80,7 +86,7 @@ def portable_config(config: "GPTConfig") -> "PreTrainedConfig":
             initializer_range=config.initializer_range,
             tie_word_embeddings=config.tie_word_embeddings,
             architectures=["GPT2LMHeadModel"],
-            **ends,
+            **token_ids,
         )
     raise ModelError(
         f"a model with norm {config.norm}, activation {config.activation}, positions {config.positions} and bias "
@@ -90,7 +96,10 @@ def portable_config(config: "GPTConfig") -> "PreTrainedConfig":
 
 
 def portable_weights(config: "GPTConfig", weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under the names and in the layout of portable_config's model."""
+    """Return the tensors under the names and in the layout of portable_config's model.
+
+    Matrices, (out, in), are transposed for GPT-2, and query, key and value joined to one of (in, 3 out).
+    """
     if portable_config(config).model_type == "llama":
         return dict(weights)
     renamed: dict[str, torch.Tensor] = {}
@@ -98,14 +107,14 @@ def portable_weights(config: "GPTConfig", weights: Mapping[str, torch.Tensor]) -
         if name in _IN_GPT2:
             renamed[_IN_GPT2[name]] = tensor
             continue
-        _, _, layer, part, *inner, kind = name.split(".")  # model.layers.0.self_attn.q_proj.weight
-        module = ".".join((part, *inner))
+        _, _, layer, *path, kind = name.split(".")  # model.layers.0.self_attn.q_proj.weight
+        module = ".".join(path)
         if module in ("self_attn.k_proj", "self_attn.v_proj"):
             continue
         laid_out = tensor
         if module == "self_attn.q_proj":  # one matrix gives query, key and value there
-            parts = [weights[name.replace("q_proj", f"{which}_proj")] for which in "qkv"]
-            module, laid_out = "", torch.cat(parts)
+            matrices = [weights[name.replace("q_proj", f"{which}_proj")] for which in "qkv"]
+            module, laid_out = "", torch.cat(matrices)
         target = _IN_GPT2_LAYER.get(module, "attn.c_attn")
         if laid_out.ndim == 2:
             laid_out = laid_out.t()

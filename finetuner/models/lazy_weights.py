@@ -1,9 +1,9 @@
-"""Big models on small memory: the model is built empty, and each tensor is read when it gets its place.
+"""Big models on small memory: the model is built empty, and each tensor is read when the engine shards it.
 
-A rank that holds a part of every tensor would otherwise read and quantise the whole model first. Here one tensor at a
-time is read from the safetensors files, quantised on the device that it goes to, handed out, and forgotten. Only for
-models whose files name their tensors as the model does; transformers renames and fuses those of some architectures as
-it loads them, and these are loaded whole.
+Otherwise a rank that has a shard of every tensor would read and quantize the full model first. Here one tensor at a
+time is read from the safetensors files, quantized on the device that it goes to, sharded, and freed. Only for models
+whose files name their tensors as the model does: transformers renames and fuses those of some architectures as it loads
+them, and these are loaded in full.
 """
 
 import hashlib
@@ -11,165 +11,217 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from finetuner.models.empty_model import empty_model
 from finetuner.models.files import find_base, weight_files
-from finetuner.models.quantized import Format, FourBitLinear
+from finetuner.models.four_bit_linear import FourBitLinear
+from finetuner.models.quant_format import QuantFormat
 from finetuner.models.quantized_cache import PackedCache
+from finetuner.models.transformers_internals import has_weights_fixed_in_fp32, initialize_buffers
 from finetuner.storage.safetensors_stream import NAMES, TensorInfo, read_header, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Report = Callable[[int, int], None]  # bytes read, bytes in all
+ReportBytes = Callable[[int, int], None]  # bytes read, bytes in all
 
 
 @dataclass(frozen=True)
-class Promised:
-    """A parameter's tensor in the files, and what becomes of it: `form` says how it is packed."""
+class LazyTensor:
+    """One parameter's tensor in the model's files, and what it is read as.
+
+    `info`: its dtype and shape in the file. `dtype` and `shape`: those of the parameter; with a `quant_format`, of its
+    packed bytes.
+    """
 
     name: str
     path: Path
     info: TensorInfo
     dtype: torch.dtype
-    form: Format | None
-    shape: tuple[int, ...]  # when it has become that
+    quant_format: QuantFormat | None
+    shape: tuple[int, ...]
 
     def read(self, device: torch.device) -> torch.Tensor:
-        """Packed on `device`, or as it is on the CPU."""
+        """Read the tensor, of `shape`: on `device` if it is quantized, or else on the CPU."""
         tensor = read_tensor(self.path, self.info)
-        if self.form is not None:
-            return FourBitLinear.quantize(tensor.to(device, self.form.dtype), self.form).weight.data
+        if self.quant_format is not None:
+            on_device = tensor.to(device, self.quant_format.dtype)
+            return FourBitLinear.quantize(on_device, self.quant_format).weight.data
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     @property
-    def info_after(self) -> TensorInfo:
+    def parameter_info(self) -> TensorInfo:
         return TensorInfo(NAMES[self.dtype], self.shape)
 
 
-class Promises:
-    """What the parameters of an empty model are to be. Until it has its value, a parameter holds arbitrary numbers in
-    memory that Linux does not occupy before it is written to."""
+class LazyWeights:
+    """The weights of an empty model, to be read one by one.
+
+    Until it is read, a parameter has arbitrary numbers, in memory that Linux does not occupy before it is written to.
+    """
 
     def __init__(
         self,
-        parameters: Mapping[Promised, nn.Parameter],
+        parameters: Mapping[LazyTensor, nn.Parameter],
         device: torch.device,
         cache: PackedCache | None,
-        report: Report,
+        report: ReportBytes,
     ) -> None:
+        """`device`: where to quantize. `cache`: packed bytes of an earlier start, or the file to write them to."""
         self.device, self.cache, self.report = device, cache, report
-        self._open = {id(parameter): (promised, parameter) for promised, parameter in parameters.items()}
-        self.num_bytes = sum(self._cost(promised) for promised in parameters)
-        self.done = 0
+        self._unread = {id(parameter): (tensor, parameter) for tensor, parameter in parameters.items()}
+        self.num_bytes = sum(self._bytes_to_read(tensor) for tensor in parameters)
+        self.num_bytes_read = 0
 
-    def _cost(self, promised: Promised) -> int:
-        stored = self.cache is not None and self.cache.stored
-        return promised.info_after.num_bytes if stored else promised.info.num_bytes
+    def _bytes_to_read(self, tensor: LazyTensor) -> int:
+        cached = self.cache is not None and self.cache.stored
+        return tensor.parameter_info.num_bytes if cached else tensor.info.num_bytes
 
-    def value(self, promised: Promised) -> torch.Tensor:
-        """Read it: from the cache, or from the model's files and then into the cache."""
+    def read(self, tensor: LazyTensor) -> torch.Tensor:
+        """Read the tensor, of `tensor.shape`: from the cache, or from the model's files and then into the cache."""
         if self.cache is not None and self.cache.stored:
-            tensor = self.cache.read(promised.name)
+            value = self.cache.read(tensor.name)
         else:
-            tensor = promised.read(self.device)
+            value = tensor.read(self.device)
             if self.cache is not None:
-                self.cache.write(promised.name, tensor)
-        self.done += self._cost(promised)
-        self.report(self.done, self.num_bytes)
-        return tensor
+                self.cache.write(tensor.name, value)
+        self.num_bytes_read += self._bytes_to_read(tensor)
+        self.report(self.num_bytes_read, self.num_bytes)
+        return value
 
-    def keep(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
-        """Give these parameters their values now, whole, on this rank."""
+    def materialize(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+        """Read these parameters now, in full and to `device`, on this rank. Passes over those that are read already."""
         for parameter in parameters:
-            if id(parameter) in self._open:
-                promised, _ = self._open.pop(id(parameter))
-                parameter.data = self.value(promised).to(device)
-        self._end_if_empty()
-
-    def keep_all(self, device: torch.device) -> None:
-        self.keep([parameter for _, parameter in self._open.values()], device)
-
-    def hand_over(self, module: nn.Module) -> dict[str, Promised]:
-        """Name in `module` -> what that parameter is to be, for an engine that replaces its parameters by parts. To be
-        asked once: the parameters themselves are forgotten, so that nothing keeps them alive."""
-        named = {name: self._open[id(p)][0] for name, p in module.named_parameters() if id(p) in self._open}
-        assert len(named) == len(self._open), "a parameter was replaced before it had its value"
-        self._open = {}
-        return named
-
-    def _end_if_empty(self) -> None:
-        if not self._open:
+            if id(parameter) in self._unread:
+                tensor, _ = self._unread.pop(id(parameter))
+                parameter.data = self.read(tensor).to(device)
+        if not self._unread:
             self.close()
 
+    def materialize_all(self, device: torch.device) -> None:
+        """Read all parameters that are not read yet, in full and to `device`, on this rank."""
+        self.materialize([parameter for _, parameter in self._unread.values()], device)
+
+    def take_unread(self, module: nn.Module) -> dict[str, LazyTensor]:
+        """Return name in `module` -> tensor for all that is not read yet, for an engine that replaces the parameters.
+
+        To be called once: the parameters themselves are forgotten, so that their memory can be freed. The engine
+        calls `read` for each tensor, and then `close`.
+        """
+        named = {name: self._unread[id(p)][0] for name, p in module.named_parameters() if id(p) in self._unread}
+        assert len(named) == len(self._unread), "a parameter was replaced before it was read"
+        self._unread = {}
+        return named
+
     def close(self) -> None:
-        """When all are read: the cache takes its name."""
+        """Complete the cache, after all tensors are read."""
         if self.cache is not None:
             self.cache.close()
 
 
-def promise(
+def lazy_model(
+    base_model: str,
+    *,
+    dtype: torch.dtype,
+    attention: tuple[str, ...],
+    quant_format: QuantFormat | None,
+    device: torch.device,
+    cache_folder: Path | None = None,
+    report: ReportBytes = lambda done, total: None,
+    empty_dtype: torch.dtype | None = None,
+) -> "tuple[PreTrainedModel, LazyWeights] | None":
+    """Return the model that load_model would, empty, and its weights, to be read in `dtype` and quantized on `device`;
+    None for a base that has to be loaded in full.
+
+    `cache_folder`: where packed bytes are cached; None: nowhere. `empty_dtype`: number format of the empty model, where
+    an engine would cast all of it.
+    """
+    try:
+        model = empty_model(base_model, dtype=empty_dtype or dtype, attention=attention, quant_format=quant_format)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None  # load_model says what is wrong
+    if has_weights_fixed_in_fp32(model):
+        return None
+    initialize_buffers(model)
+    weights = plan_lazy_weights(base_model, model, dtype, device, cache_folder, report)
+    return None if weights is None else (model, weights)
+
+
+def plan_lazy_weights(
     base_model: str,
     empty: "PreTrainedModel",
-    names: Mapping[str, nn.Parameter],
-    layers: Mapping[str, FourBitLinear],
     dtype: torch.dtype,
     device: torch.device,
     cache_folder: Path | None,
-    report: Report = lambda done, total: None,
-) -> Promises | None:
-    """Promises for the parameters `names` of an `empty` model, those that `layers` has packed as its layers are and the
-    others in `dtype`; None if the model's files do not have them under these names and in these shapes. Buffers that
-    are kept in the files get their values at once.
+    report: ReportBytes = lambda done, total: None,
+) -> LazyWeights | None:
+    """Find every parameter of an `empty` model in the base's files, those of FourBitLinear layers to be packed as the
+    layers say and the others to be read in `dtype`.
+
+    Returns None if the files do not have them under these names and in these shapes. Buffers that are in the files are
+    read at once.
     """
-    found: dict[str, tuple[Path, TensorInfo]] = {}
-    for path in weight_files(find_base(base_model)):
-        found |= {name: (path, info) for name, info in read_header(path).items()}
-    promises: dict[Promised, nn.Parameter] = {}
-    for name, parameter in names.items():
-        if name not in found:
+    in_files = {
+        name: (path, info) for path in weight_files(find_base(base_model)) for name, info in read_header(path).items()
+    }
+    layers = {f"{name}.weight": m for name, m in empty.named_modules() if isinstance(m, FourBitLinear)}
+    tensors: dict[LazyTensor, nn.Parameter] = {}
+    for name, parameter in empty.named_parameters():
+        tensor = _find(name, parameter, layers.get(name), in_files, dtype)
+        if tensor is None:
             return None
-        path, info = found[name]
-        layer, shape = layers.get(name), tuple(parameter.shape)
-        if info.shape != (shape if layer is None else (layer.out_features, layer.in_features)):
-            return None
-        form = None if layer is None else layer.form
-        kept = dtype if form is None else form.storage
-        promises[Promised(name, path, info, kept, form, shape)] = parameter
-    kept_buffers = dict(empty.named_buffers()).keys() & empty.state_dict().keys()
-    if not kept_buffers <= found.keys():
+        tensors[tensor] = parameter
+    saved_buffers = dict(empty.named_buffers()).keys() & empty.state_dict().keys()
+    if not saved_buffers <= in_files.keys():
         return None
-    for name in kept_buffers:
-        empty.get_buffer(name).copy_(read_tensor(*found[name]))
+    for name in saved_buffers:
+        empty.get_buffer(name).copy_(read_tensor(*in_files[name]))
     cache = None
     if cache_folder is not None and layers:
-        key = _key(promises, device)
-        cache = PackedCache(cache_folder, key, {p.name: p.info_after for p in promises})
-    return Promises(promises, device, cache, report)
+        cache = PackedCache(cache_folder, _cache_key(tensors, device), {t.name: t.parameter_info for t in tensors})
+    return LazyWeights(tensors, device, cache, report)
 
 
-def _key(promises: Iterable[Promised], device: torch.device) -> str:
-    """Equal only if the same bytes would come out. A model's files are known by their place on the disk, size and
-    times: reading 141 GB to hash them would cost what the cache saves. (The hub's files are named by their hash.)"""
+def _find(
+    name: str,
+    parameter: nn.Parameter,
+    layer: FourBitLinear | None,
+    in_files: Mapping[str, tuple[Path, TensorInfo]],
+    dtype: torch.dtype,
+) -> LazyTensor | None:
+    """The parameter's tensor, or None if the files have none of that name and shape. `layer`: whose bytes it is."""
+    if name not in in_files:
+        return None
+    path, info = in_files[name]
+    shape = tuple(parameter.shape)
+    if layer is None:
+        return LazyTensor(name, path, info, dtype, None, shape) if info.shape == shape else None
+    if info.shape != (layer.out_features, layer.in_features):
+        return None
+    return LazyTensor(name, path, info, layer.quant_format.storage, layer.quant_format, shape)
+
+
+def _cache_key(tensors: Iterable[LazyTensor], device: torch.device) -> str:
+    """Equal only if the same bytes would come out.
+
+    A model's files are known by their place on the disk, size and times: reading 141 GB to hash them would cost what
+    the cache saves. (The hub's files are named by their hash.)
+    """
     import bitsandbytes
 
     files = {}
-    for promised in promises:
-        stat = promised.path.stat()
-        files[str(promised.path.resolve())] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    code = [path.read_text(encoding="utf-8") for path in (Path(__file__), Path(__file__).with_name("quantized.py"))]
-    tensors = [[p.name, p.info.begin, str(p.form), str(p.form and p.form.dtype), str(p.dtype)] for p in promises]
-    facts = [files, tensors, device.type, bitsandbytes.__version__, code]
+    for tensor in tensors:
+        stat = tensor.path.stat()
+        files[str(tensor.path.resolve())] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    sources = (Path(__file__), Path(__file__).with_name("four_bit_linear.py"))  # the code that decides the bytes
+    code = [path.read_text(encoding="utf-8") for path in sources]
+    described = [
+        [t.name, t.info.begin, str(t.quant_format), str(t.quant_format and t.quant_format.dtype), str(t.dtype)]
+        for t in tensors
+    ]
+    facts = [files, described, device.type, bitsandbytes.__version__, code]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def settle_buffers(model: "PreTrainedModel") -> None:
-    """Compute what a model keeps beside its weights and no file has, such as rotary frequencies: transformers does it
-    in the function that draws initial weights, which leaves alone what is marked as read."""
-    for parameter in model.parameters():
-        marked: Any = parameter
-        marked._is_hf_initialized = True
-    model.initialize_weights()

@@ -1,11 +1,12 @@
-"""What a model that is there computes for a token, counted from its layers."""
+"""FLOPs and parameters of a model, counted from its layers."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from finetuner.models.quantized import FourBitLinear
+from finetuner.models.four_bit_linear import FourBitLinear
 from finetuner.plan.flops import Work
 
 if TYPE_CHECKING:
@@ -13,42 +14,51 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def work_of(model: "PreTrainedModel | PeftModel", bare: "PreTrainedModel", longest: int) -> Work | None:
-    """Before an engine spreads it. `bare`: the model without PEFT's wrapper; `longest`: tokens of the longest document.
+def training_flops(model: "PreTrainedModel | PeftModel", unwrapped: "PreTrainedModel", longest: int) -> Work | None:
+    """Count the FLOPs of training, from the layers of a model that no engine has sharded yet.
 
-    None where the formulas of flops.py do not hold: some weights are used for some tokens only (experts), something
-    else than attention looks back, or attention looks less far back than `longest`.
+    `unwrapped`: the transformers model without PEFT's wrapper; `longest`: tokens of the longest document.
+
+    Returns None where the formulas of plan/flops.py do not hold: some weights are used for some tokens only (experts),
+    something else than attention looks back, or attention looks less far back than `longest`.
     """
-    config = bare.config.get_text_config()
+    config = unwrapped.config.get_text_config()
     if not _attends_fully(config, longest):
         return None
-    head = bare.get_output_embeddings()
-    of_heads = set(map(id, head.modules())) if head is not None else set()
-    body = of_head = 0.0
-    counted: set[int] = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D | FourBitLinear):
-            continue
-        weight: Any = module.weight
-        counted.add(id(weight))
-        if name.endswith(".original_module"):  # PEFT keeps it beside the copy that is trained
-            continue
-        size = module.in_features * module.out_features if isinstance(module, FourBitLinear) else weight.numel()
-        flops = size * (6.0 if weight.requires_grad else 4.0)
-        if id(module) in of_heads:
-            of_head += flops
-        else:
-            body += flops
-    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    if any(p.ndim > 1 and id(p) not in counted | tables for p in model.parameters()):
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D | FourBitLinear)}
+    if _has_other_matrices(model, layers.values()):
         return None
+    head = unwrapped.get_output_embeddings()
+    in_head = set(map(id, head.modules())) if head is not None else set()
+    per_token = per_trained = 0.0
+    for name, layer in layers.items():
+        if name.endswith(".original_module"):  # PEFT's copy of the layer as it was, which computes nothing
+            continue
+        if id(layer) in in_head:
+            per_trained += _flops_per_token(layer)
+        else:
+            per_token += _flops_per_token(layer)
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    attention = 6.0 * config.num_hidden_layers * width
-    return Work(body, of_head, attention)
+    return Work(per_token, per_trained, 6.0 * config.num_hidden_layers * width)
+
+
+def _flops_per_token(layer: nn.Module) -> float:
+    """6 a weight that is trained, 4 a frozen one: see plan/flops.py."""
+    weight: Any = layer.weight
+    size = layer.in_features * layer.out_features if isinstance(layer, FourBitLinear) else weight.numel()
+    return size * (6.0 if weight.requires_grad else 4.0)
+
+
+def _has_other_matrices(model: nn.Module, layers: Iterable[nn.Module]) -> bool:
+    """Return whether some matrix is neither a linear layer's weight nor an embedding."""
+    known = {id(layer.weight) for layer in layers}
+    known |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    return any(p.ndim > 1 and id(p) not in known for p in model.parameters())
 
 
 def _attends_fully(config: Any, longest: int) -> bool:
+    """Return whether every token of a document of `longest` tokens attends to all before it, in every layer."""
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if kinds - {"full_attention", "sliding_attention"}:
@@ -56,8 +66,10 @@ def _attends_fully(config: Any, longest: int) -> bool:
     return window is None or longest <= window
 
 
-def parts_of(model: "PreTrainedModel") -> dict[str, int]:
-    """Part -> weights, as flops.parts_of_shape names the parts; of a 4-bit layer those that it stands for."""
+def parameters_by_part(model: "PreTrainedModel") -> dict[str, int]:
+    """Part of the model ("embedding", "MLPs") -> number of weights, under the names of plan/flops.py.
+
+    A tied head counts as the embedding, and a 4-bit layer by the weights that it stands for."""
     tables = {id(p): "embedding" for p in model.get_input_embeddings().parameters()}
     head: Any = model.get_output_embeddings()
     tables = {id(p): "head" for p in head.parameters()} | tables if head is not None else tables

@@ -9,17 +9,19 @@ from torch import nn
 
 
 @contextmanager
-def noisy(
+def embedding_noise(
     embedding: nn.Module, alpha: float, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> Iterator[None]:
-    """Within the block, what `embedding` answers gets noise of -s to s in each element, s = alpha / sqrt(L d): L tokens
-    of the document, without padding, and d dimensions.
+    """Add noise to the output of `embedding`, (rows, length, d), within the `with`: uniform from -s to s in each
+    element, s = alpha / sqrt(L d), where L is the number of tokens of the document, without padding.
 
-    The numbers are drawn as dropout's are: the loop seeds the generator by (seed, step, rank).
+    attention_mask, position_ids: (rows, length) or None; see document_lengths. The numbers are drawn as dropout's are:
+    the loop seeds the generator by (seed, step, rank).
     """
     lengths = document_lengths(attention_mask, position_ids)
 
     def add_noise(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        """output: (rows, length, d)."""
         scale = alpha / torch.sqrt(lengths.unsqueeze(-1).to(output.dtype) * output.shape[-1])
         return output + torch.empty_like(output).uniform_(-1.0, 1.0) * scale
 
@@ -31,9 +33,10 @@ def noisy(
 
 
 def document_lengths(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> torch.Tensor:
-    """(rows, length) or (rows, 1): the number of tokens of the document that each position is in.
+    """Return the number of tokens of the document that each position is in: (rows, length) or (rows, 1).
 
-    Positions begin anew with each document of a pack; without them a row is one document, padded.
+    attention_mask, position_ids: (rows, length). Positions start at 0 in each document of a pack; without them a row is
+    one document, padded.
     """
     if position_ids is None:
         assert attention_mask is not None

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 from finetuner.data.batches import Batch, BatchTensors
-from finetuner.models.neftune import noisy
+from finetuner.models.neftune import embedding_noise
 from finetuner.objectives.base import Figure, Term
 from finetuner.recipe.sections import RegularisationSection
 
@@ -64,7 +64,7 @@ class NextToken:
         noise: AbstractContextManager[None] = nullcontext()
         if added.noise_alpha:
             embedding = module.unwrapped.get_input_embeddings()
-            noise = noisy(embedding, added.noise_alpha, batch["attention_mask"], batch["position_ids"])
+            noise = embedding_noise(embedding, added.noise_alpha, batch["attention_mask"], batch["position_ids"])
         with noise:
             return module.sum_over_logits(batch, lambda logits, where: summed_loss(logits, targets[where], added))
 

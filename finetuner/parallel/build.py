@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from finetuner.models.lazy_weights import Promises
+from finetuner.models.lazy_weights import LazyWeights
 from finetuner.objectives.loss_module import LossModule
 from finetuner.parallel.engine import Engine
 from finetuner.parallel.fsdp import FsdpEngine, shard_module
@@ -24,7 +24,7 @@ def build_engine(
     *,
     full: bool,
     make_optimizer: MakeOptimizer,
-    lazy: Promises | None = None,
+    lazy: LazyWeights | None = None,
 ) -> Engine:
     """Lay `loss` over the ranks, in place, and read its lazy weights. Each engine asserts that it is the one asked for.
 
@@ -43,7 +43,7 @@ class _EngineParts:
     plan: ParallelPlan
     full: bool
     make_optimizer: MakeOptimizer
-    lazy: Promises | None
+    lazy: LazyWeights | None
 
     def optimizer(self) -> torch.optim.Optimizer:
         return self.make_optimizer(torch.device("cpu") if self.plan.offloads_optimizer else self.accelerator.device)
@@ -55,7 +55,7 @@ def _replicated(parts: _EngineParts) -> Engine:
 
 
 def _fsdp2(parts: _EngineParts) -> Engine:
-    shard_module(parts.loss, parts.plan, parts.accelerator.device, full=parts.full, promises=parts.lazy)
+    shard_module(parts.loss, parts.plan, parts.accelerator.device, full=parts.full, lazy=parts.lazy)
     return FsdpEngine(parts.accelerator, parts.loss, parts.optimizer(), parts.plan)
 
 

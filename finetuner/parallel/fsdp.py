@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -20,16 +20,20 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetuner.errors import ModelError
-from finetuner.models.lazy_weights import Promises
+from finetuner.models.lazy_weights import LazyWeights
+from finetuner.models.transformers_internals import layer_class_names
 from finetuner.objectives.loss_module import LossModule, Question
 from finetuner.parallel.engine import RankMemory, Tensors, memory_of
 from finetuner.parallel.gradient_norm import clip_factor, scale_, sum_of_squares
 from finetuner.parallel.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from finetuner.plan.parallel import FsdpOptions, ParallelPlan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def shard_module(
-    loss: LossModule, plan: ParallelPlan, device: torch.device, *, full: bool, promises: Promises | None = None
+    loss: LossModule, plan: ParallelPlan, device: torch.device, *, full: bool, lazy: LazyWeights | None = None
 ) -> None:
     """Replace every parameter of `loss` by this rank's shard of it, in place. Build the optimizer only after this.
 
@@ -38,23 +42,23 @@ def shard_module(
     """
     options = plan.fsdp
     assert options is not None
-    lazy = {} if promises is None else promises.hand_over(loss)
-    main_reads = options.main_rank_reads or promises is not None
+    unread = {} if lazy is None else lazy.take_unread(loss)
+    main_reads = options.main_rank_reads or lazy is not None
     values: Tensors = {}
     if main_reads:
         _share_buffers(loss, device)
         if distributed.get_rank() == 0:
-            values = {name: p.detach() for name, p in loss.named_parameters() if name not in lazy}
+            values = {name: p.detach() for name, p in loss.named_parameters() if name not in unread}
     _fully_shard(loss, options, _mesh(plan, device), full=full)
     if not main_reads:
         return
 
     def value(name: str) -> torch.Tensor:
-        return values[name] if promises is None or name in values else promises.value(lazy[name])
+        return values[name] if lazy is None or name in values else lazy.read(unread[name])
 
     _share_parameters(loss, value, device)
-    if promises is not None:
-        promises.close()
+    if lazy is not None:
+        lazy.close()
 
 
 def _fully_shard(loss: LossModule, options: FsdpOptions, mesh: DeviceMesh, *, full: bool) -> None:
@@ -85,13 +89,13 @@ def _mesh(plan: ParallelPlan, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
 
 
-def layers_to_wrap(model: nn.Module, options: FsdpOptions) -> list[nn.Module]:
+def layers_to_wrap(model: "PreTrainedModel", options: FsdpOptions) -> list[nn.Module]:
     """Return the layers that are gathered one at a time, in order. Raises ModelError for a class that the model has
     not."""
     if not options.wraps_layers:
         return []
     classes = [type(module).__name__ for module in model.modules()]
-    names = options.layer_classes or tuple(getattr(model, "_no_split_modules", None) or ())
+    names = options.layer_classes or layer_class_names(model)
     present = [name for name in names if name in classes]
     unknown = [name for name in options.layer_classes if name not in classes]
     if unknown or not present:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed, nn
 
-from finetuner.models.lazy_weights import Promised, Promises
+from finetuner.models.lazy_weights import LazyTensor, LazyWeights
 from finetuner.objectives.loss_module import LossModule, Question
 from finetuner.parallel.deepspeed_internals import DeepSpeedInternals
 from finetuner.parallel.engine import RankMemory, Tensors
@@ -42,7 +42,7 @@ class ZeroEngine:
         loss: LossModule,
         optimizer: torch.optim.Optimizer,
         plan: ParallelPlan,
-        promises: Promises | None = None,
+        lazy: LazyWeights | None = None,
     ) -> None:
         assert plan.zero is not None
         self.accelerator, self.plan, self.name, self.stage = accelerator, plan, plan.name, plan.zero.stage
@@ -50,8 +50,8 @@ class ZeroEngine:
         self.factor = 1.0  # of the gradient of this step: clipping is ours, by the exact norm
         optimizer.register_step_pre_hook(self._clip)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        promised = {} if promises is None else promises.hand_over(loss)
-        late = {id(p) for name, p in loss.named_parameters() if name in promised}
+        unread = {} if lazy is None else lazy.take_unread(loss)
+        late = {id(p) for name, p in loss.named_parameters() if name in unread}
         in_bf16 = plan.zero.config["bf16"]["enabled"]
         exact = {i: p.detach().clone() for i, p in enumerate(self.trained) if in_bf16 and id(p) not in late}
         config = zero_config_for(plan.zero, loss.unwrapped.config.get_text_config().hidden_size)
@@ -64,29 +64,29 @@ class ZeroEngine:
         for i, value in exact.items():
             # DeepSpeed took its fp32 copy from the weights that it had cast to bf16
             self._write_shard(self.trained[i], value, None)
-        if promises is not None:
-            self._share_parameters(loss, promises, promised)
+        if lazy is not None:
+            self._share_parameters(loss, lazy, unread)
 
     @torch.no_grad()
-    def _share_parameters(self, loss: LossModule, promises: Promises, promised: Mapping[str, Promised]) -> None:
+    def _share_parameters(self, loss: LossModule, lazy: LazyWeights, unread: Mapping[str, LazyTensor]) -> None:
         """Read lazy weights on rank 0 and hand them out, one parameter at a time."""
         from deepspeed.runtime.zero import GatheredParameters
 
         device = self.accelerator.device
         for name, parameter in loss.named_parameters():
-            if name not in promised:
+            if name not in unread:
                 continue
             if self.accelerator.is_main_process:
-                value = promises.value(promised[name]).to(device)
+                value = lazy.read(unread[name]).to(device)
             else:
-                value = torch.empty(promised[name].shape, dtype=promised[name].dtype, device=device)
+                value = torch.empty(unread[name].shape, dtype=unread[name].dtype, device=device)
             with GatheredParameters([parameter], modifier_rank=0):
                 if self.accelerator.is_main_process:
                     parameter.copy_(value)
             if parameter.requires_grad:  # and the fp32 copy, from which the next step would overwrite it
                 distributed.broadcast(value, src=0)
                 self._write_shard(parameter, value, None)
-        promises.close()
+        lazy.close()
 
     @torch.no_grad()
     def ask(self, question: Question) -> float:

@@ -132,10 +132,9 @@ class ParallelPlan:
         return self.fsdp is not None and self.fsdp.sharded_checkpoints
 
     @property
-    def recipe_word(self) -> str | None:
+    def recipe_word(self) -> Literal["fsdp", "deepspeed"] | None:
         """The recipe's key for the engine, as rules and other packages name it: "fsdp", "deepspeed" or None."""
-        words: dict[EngineName, str | None] = {"replicated": None, "fsdp2": "fsdp", "zero": "deepspeed"}
-        return words[self.engine]
+        return None if self.is_replicated else "fsdp" if self.fsdp is not None else "deepspeed"
 
     @property
     def name(self) -> str:

@@ -9,9 +9,9 @@ from finetuner.data.prepare import Prepared
 from finetuner.data.tokenizer import Vocabulary
 from finetuner.estimate.fit import require_fit
 from finetuner.models.attention import choose_attention
-from finetuner.models.from_scratch import begun_model, scratch_config
-from finetuner.models.pickled_weights import readable_base
-from finetuner.models.quantized import choose_format, require_bitsandbytes
+from finetuner.models.from_scratch import scratch_config, write_scratch_model
+from finetuner.models.pickled_weights import safetensors_base
+from finetuner.models.quant_format import choose_quant_format, require_bitsandbytes
 from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.run.session import Session
 
@@ -38,16 +38,16 @@ def prepare_inputs(session: Session) -> Inputs:
     """
     recipe, plan, world = session.recipe, session.plan, session.world
     attention = choose_attention(recipe.model.attn_implementation, world, plan.precision)
-    if choose_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
+    if choose_quant_format(recipe.adapter.adapter, recipe.quantization, torch.float32) is not None:
         require_bitsandbytes()
     sections = (recipe.model, recipe.adapter, recipe.quantization, recipe.optimizer)
     from_scratch = recipe.model.base_model == FROM_SCRATCH  # its size is known with its vocabulary
     if not from_scratch:
         require_fit(*sections, plan, world, attention)
     vocabulary, prepared = prepare_rows(recipe, world, plan.seed, session.screen)
-    base = readable_base(recipe, world)
+    base = safetensors_base(recipe.model, recipe.data.dataset_prepared_path, world)
     if from_scratch:
         config = scratch_config(recipe.model.model, vocabulary.tokenizer)
         require_fit(*sections, plan, world, attention, config)
-        base = begun_model(config, recipe.data.dataset_prepared_path, plan.seed, world)
+        base = write_scratch_model(config, recipe.data.dataset_prepared_path, plan.seed, world)
     return Inputs(vocabulary, prepared, base, attention)

@@ -8,7 +8,7 @@ from finetuner.data.cache import packs_held_out
 from finetuner.data.token_bytes import token_bytes
 from finetuner.data.tokenizer import special_ids
 from finetuner.models.document_isolation import wants_flat_packs
-from finetuner.models.load import trainable_parameters
+from finetuner.models.trainable import trainable_parameters
 from finetuner.parallel.build import build_engine
 from finetuner.plan.flops import peak_of
 from finetuner.run.inputs import Inputs

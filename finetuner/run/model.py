@@ -9,27 +9,17 @@ from torch import nn
 
 from finetuner.checkpoint.shards import is_sharded, read_shards
 from finetuner.data.tokenizer import Vocabulary
-from finetuner.errors import ModelError
+from finetuner.models.activation_checkpointing import recompute_activations
 from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
 from finetuner.models.adapter_folder import require_same_base
 from finetuner.models.compilation import compile_layers, wants_compilation
-from finetuner.models.dtypes import DTYPES
-from finetuner.models.lazy_weights import Promises, Report
-from finetuner.models.load import (
-    count_parameters,
-    embedding_rows,
-    empty_model,
-    grow_embeddings,
-    length_notes,
-    load_model,
-    promised_model,
-    recompute_activations,
-    train_in_fp32,
-    train_only,
-    vocabulary_parameters,
-)
-from finetuner.models.model_flops import work_of
-from finetuner.models.quantized import choose_format, record_of, require_same_record
+from finetuner.models.context_length import length_notes
+from finetuner.models.embeddings import embedding_rows, grow_embeddings, vocabulary_parameters
+from finetuner.models.lazy_weights import LazyWeights, ReportBytes
+from finetuner.models.loading_plan import choose_loading, load_base
+from finetuner.models.model_flops import training_flops
+from finetuner.models.quant_record import record_of, require_same_record
+from finetuner.models.trainable import count_parameters, train_in_fp32, train_only
 from finetuner.objectives import build_objective
 from finetuner.objectives.loss_module import LossModule
 from finetuner.plan.flops import Work
@@ -53,7 +43,7 @@ class BuiltModel:
     """
 
     loss: LossModule
-    lazy: Promises | None
+    lazy: LazyWeights | None
     num_trained: int
     num_parameters: int
     table_names: frozenset[str]
@@ -80,19 +70,19 @@ def build_model(session: Session, inputs: Inputs, start: Start) -> BuiltModel:
         num_trained=num_trained,
         num_parameters=num_parameters,
         table_names=vocabulary_parameters(loss, loss.unwrapped),
-        work=work_of(loss.model, loss.unwrapped, longest),
+        work=training_flops(loss.model, loss.unwrapped, longest),
     )
 
 
 def _prepare_to_train(
-    model: "PreTrainedModel", session: Session, inputs: Inputs, start: Start, lazy: Promises | None
+    model: "PreTrainedModel", session: Session, inputs: Inputs, start: Start, lazy: LazyWeights | None
 ) -> "PreTrainedModel | PeftModel":
     """Grow the vocabulary, add the adapter or freeze what is not trained, and take over saved weights."""
     recipe, plan, checkpoint = session.recipe, session.plan, start.checkpoint
     new_ids = ids_to_train(model, inputs.vocabulary)
     vocab_size = len(inputs.vocabulary.tokenizer)
     if lazy is not None:
-        lazy.keep(read_at_once(model, recipe.adapter, vocab_size), torch.device("cpu"))
+        lazy.materialize(read_at_once(model, recipe.adapter, vocab_size), torch.device("cpu"))
     grow_embeddings(model, vocab_size)
     if plan.parallel.is_replicated:
         model.to(start.accelerator.device)
@@ -131,57 +121,36 @@ def _adapted(
 
 def _compile(section: CompileSection, plan: Plan, model: "PreTrainedModel", device: torch.device) -> None:
     """Compile the layers with what is adapted in them, before they are sharded: each is gathered around its code."""
-    quantised = record_of(model) is not None
-    if wants_compilation(section, device, engine=plan.parallel.recipe_word, quantised=quantised):
+    quantized = record_of(model) is not None
+    if wants_compilation(section, device, engine=plan.parallel.recipe_word, quantized=quantized):
         compile_layers(model, section)
 
 
 def _load_base(
-    session: Session, inputs: Inputs, start: Start, report: Report
-) -> "tuple[PreTrainedModel, Promises | None]":
-    """Promised, if the engine keeps parts of it on each rank; else read by every rank, or by the main one as FSDP's
-    cpu_ram_efficient_loading asks."""
-    recipe, plan, checkpoint, accelerator = session.recipe, session.plan, start.checkpoint, start.accelerator
-    base, attention = inputs.base, inputs.attention
-    full = recipe.adapter.adapter is None
-    in_parts = checkpoint is not None and is_sharded(checkpoint)
-    source = str(checkpoint) if full and checkpoint is not None and not in_parts else base
-    dtype, trust = torch.float32 if full else DTYPES[plan.precision], recipe.model.trust_remote_code
-    form = choose_format(recipe.adapter.adapter, recipe.quantization, dtype)
-    in_shards = plan.parallel.shards_weights
-    caches = recipe.quantization.quantized_cache
-    # What takes weights from the disk tensor by tensor: not a checkpoint in parts, nor code that comes with a model
-    if not (in_parts and full) and not trust and (form is None or form.kind != "int8"):
-        folder = Path(recipe.data.dataset_prepared_path) / "quantized"
-        promised = promised_model(
-            source,
-            dtype=dtype,
-            attention=attention,
-            form=form,
-            device=accelerator.device,
-            cache_folder=folder if caches and (accelerator.is_main_process or not in_shards) else None,
-            report=report,
-            # DeepSpeed casts a whole model before it spreads it, and so would occupy memory for all of it
-            cast_to=DTYPES[plan.precision] if plan.parallel.casts_full_model and in_shards else None,
-        )
-        if promised is not None:
-            model, promises = promised
-            if in_shards:
-                return model, promises
-            promises.keep_all(accelerator.device if plan.parallel.is_replicated else torch.device("cpu"))
-            return model, None
-    if caches:
-        raise ModelError(
-            f"quantized_cache: the tensors of '{source}' are renamed or joined as they load, which the cache does not "
-            "know. Write `quantized_cache: false`."
-        )
-    main_reads = plan.parallel.main_rank_reads and form is None and not in_parts
-    if main_reads and not accelerator.is_main_process:
-        return empty_model(source, dtype=dtype, attention=attention, trust_remote_code=trust), None
-    model = load_model(
-        source, dtype=dtype, attention=attention, trust_remote_code=trust, form=form, device=accelerator.device
+    session: Session, inputs: Inputs, start: Start, report: ReportBytes
+) -> "tuple[PreTrainedModel, LazyWeights | None]":
+    """Load the base model as the layout over the ranks wants it, with the weights that are still to be read."""
+    recipe, parallel, checkpoint = session.recipe, session.plan.parallel, start.checkpoint
+    loading = choose_loading(
+        inputs.base,
+        checkpoint,
+        checkpoint_is_sharded=checkpoint is not None and is_sharded(checkpoint),
+        adapter=recipe.adapter.adapter,
+        quantization=recipe.quantization,
+        precision=session.plan.precision,
+        engine=parallel.recipe_word or "ddp",
+        shards_parameters=parallel.shards_weights,
+        main_rank_reads=parallel.main_rank_reads,
+        trust_remote_code=recipe.model.trust_remote_code,
     )
-    return model, None
+    return load_base(
+        loading,
+        attention=inputs.attention,
+        device=start.accelerator.device,
+        is_main_rank=start.accelerator.is_main_process,
+        prepared_path=recipe.data.dataset_prepared_path,
+        report=report,
+    )
 
 
 def read_at_once(model: "PreTrainedModel", section: AdapterSection, vocab_size: int) -> list[nn.Parameter]:

@@ -7,7 +7,7 @@ from finetuner.checkpoint.contents import checkpoint_bytes, result_mark, write_b
 from finetuner.checkpoint.folder import abandon_checkpoints_after
 from finetuner.checkpoint.output_dir import remove_run_files, require_space
 from finetuner.models.dtypes import DTYPES
-from finetuner.models.load import reading_notes
+from finetuner.models.model_folder import portability_notes
 from finetuner.parallel.launch import by_main_rank
 from finetuner.recipe import dump_recipe
 from finetuner.run.inputs import Inputs
@@ -56,5 +56,5 @@ def leave_result(session: Session, inputs: Inputs, ready: ReadyToTrain, state: T
         screen.line(f"merge it into the base: python -m finetuner.merge {session.name}")
     else:
         screen.line(f"done: the model is in {output_dir}")
-        for note in reading_notes(ready.trained.loss.unwrapped):
+        for note in portability_notes(ready.trained.loss.unwrapped):
             screen.line(f"note: {note}")

@@ -7,8 +7,10 @@ from accelerate.utils import gather_object
 
 from finetuner.data.batches import padding_share
 from finetuner.data.prepare import Prepared
-from finetuner.models.load import count_parameters
-from finetuner.models.quantized import quantized_layers, record_of
+from finetuner.models.quant_record import record_of
+from finetuner.models.quantized_layers import quantized_layers
+from finetuner.models.trainable import count_parameters
+from finetuner.models.transformers_internals import attention_implementation
 from finetuner.parallel.engine import Engine, RankMemory
 from finetuner.plan.parallel import ParallelPlan
 from finetuner.plan.run import Plan
@@ -33,7 +35,7 @@ def print_plan(session: Session, inputs: Inputs, ready: ReadyToTrain) -> None:
     share = ready.num_trained / ready.num_parameters
     rows = [
         ("recipe", session.name),
-        ("model", f"{recipe.model.base_model} ({type(base).__name__}), {base.config._attn_implementation} attention"),
+        ("model", f"{recipe.model.base_model} ({type(base).__name__}), {attention_implementation(base)} attention"),
         ("parameters", f"{ready.num_trained:,} trained of {ready.num_parameters:,} ({share:.2%})"),
         ("precision", f"{plan.precision} on {where}; trained weights in fp32"),
         ("engine", ready.run.engine.name),

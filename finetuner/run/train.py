@@ -6,7 +6,7 @@ from pathlib import Path
 from finetuner.checkpoint.contents import read_optimizer
 from finetuner.data.dropped_rows import LISTED
 from finetuner.data.step_batches import Feed, build_feed, prefetched
-from finetuner.models.freed_memory import giving_back
+from finetuner.models.freed_memory import returning_freed_memory
 from finetuner.parallel.launch import by_main_rank, leave_ranks
 from finetuner.recipe import Recipe
 from finetuner.run.checkpointer import Checkpointer
@@ -39,7 +39,7 @@ def train(recipe: Recipe, name: str | None = None, notes: Iterable[str] = ()) ->
         if start.is_last_step_done and has_result(session):
             _say_nothing_to_do(session, start)
         else:
-            with giving_back():
+            with returning_freed_memory():
                 model = build_model(session, inputs, start)
                 ready = lay_over_ranks(session, inputs, start, model)
             state = fit(session, inputs, start, ready)

@@ -20,7 +20,7 @@ from finetuner.evaluation.evaluate import RESULTS
 from finetuner.export.gguf_export import FORMATS
 from finetuner.export.hub import result_files
 from finetuner.export.merge import TOKENIZER_FILES
-from finetuner.models.quantized import RECORD
+from finetuner.models.quant_record import RECORD
 
 
 def kinds_of(path: Path, output_dir: Path) -> list:

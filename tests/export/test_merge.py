@@ -17,7 +17,7 @@ from finetuner.errors import ModelError
 from finetuner.export import merge as merge_module
 from finetuner.export.merge import merge_adapter
 from finetuner.models.load import load_model
-from finetuner.models.quantized import choose_format
+from finetuner.models.quant_format import choose_quant_format
 from finetuner.recipe import load
 from finetuner.storage.safetensors_stream import read_header
 
@@ -310,8 +310,8 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_what_it_was_trained_on(
     merge_adapter(exact, str(base), exact / "merged")
 
     loaded = load(recipe).recipe
-    form = choose_format(loaded.adapter.adapter, loaded.quantization, number)
-    quantised = load_model(str(base), dtype=number, attention=("sdpa",), form=form)
+    form = choose_quant_format(loaded.adapter.adapter, loaded.quantization, number)
+    quantised = load_model(str(base), dtype=number, attention=("sdpa",), quant_format=form)
     adapted = PeftModel.from_pretrained(quantised, str(out)).train()  # in eval, bitsandbytes may take other kernels
     ids = torch.arange(20)[None]
     wanted = adapted(input_ids=ids).logits.detach().float()

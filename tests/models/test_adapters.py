@@ -13,8 +13,9 @@ from finetuner.commands.merge import merge
 from finetuner.errors import ModelError, RecipeError
 from finetuner.export.merge import merge_adapter
 from finetuner.models.adapter import adapter_tensors, add_lora
-from finetuner.models.load import load_model, train_only, trainable_parameters
-from finetuner.models.lora_targets import target_modules, whole_modules
+from finetuner.models.load import load_model
+from finetuner.models.lora_targets import modules_to_save, target_modules
+from finetuner.models.trainable import train_only, trainable_parameters
 from finetuner.recipe import load
 from finetuner.recipe.sections import AdapterSection
 
@@ -150,7 +151,7 @@ def test_names_that_match_nothing_are_errors_that_list_what_there_is(
 ):
     model = fresh(tiny_model)
     with pytest.raises(ModelError, match="Did you mean 'lm_head'"):
-        whole_modules(model, ("lm_haed",))
+        modules_to_save(model, ("lm_haed",))
     with pytest.raises(ModelError, match="no linear layer does"):
         target_modules(model, "q_proj")
     with pytest.raises(ModelError, match="is not a linear layer"):

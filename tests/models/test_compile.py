@@ -16,22 +16,22 @@ ON, AUTO = CompileSection(torch_compile=True), CompileSection(torch_compile="aut
 
 
 def test_auto_compiles_on_a_gpu_where_nothing_is_in_the_way():
-    assert not wants_compilation(CompileSection(), GPU, engine=None, quantised=False)
-    assert not wants_compilation(AUTO, CPU, engine=None, quantised=False)
-    assert not wants_compilation(AUTO, GPU, engine="deepspeed", quantised=False)
+    assert not wants_compilation(CompileSection(), GPU, engine=None, quantized=False)
+    assert not wants_compilation(AUTO, CPU, engine=None, quantized=False)
+    assert not wants_compilation(AUTO, GPU, engine="deepspeed", quantized=False)
     tracing = CompileSection(torch_compile="auto", torch_compile_backend="eager")
-    assert wants_compilation(tracing, GPU, engine="fsdp", quantised=False)
-    assert not wants_compilation(tracing, GPU, engine=None, quantised=True)
+    assert wants_compilation(tracing, GPU, engine="fsdp", quantized=False)
+    assert not wants_compilation(tracing, GPU, engine=None, quantized=True)
 
 
 def test_an_obstacle_is_an_error_where_compiling_was_asked_for(monkeypatch):
     with pytest.raises(PlanError, match=r"not with deepspeed. Use `fsdp`. Or write `torch_compile: false`"):
-        wants_compilation(ON, GPU, engine="deepspeed", quantised=False)
+        wants_compilation(ON, GPU, engine="deepspeed", quantized=False)
     with pytest.raises(PlanError, match="4 or 8 bits"):
-        wants_compilation(ON, GPU, engine=None, quantised=True)
+        wants_compilation(ON, GPU, engine=None, quantized=True)
     monkeypatch.setattr(compilation, "COMPILERS", ("no-such-compiler",))
     with pytest.raises(PlanError, match=r"no C\+\+ compiler \(no-such-compiler\)"):
-        wants_compilation(ON, CPU, engine=None, quantised=False)
+        wants_compilation(ON, CPU, engine=None, quantized=False)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

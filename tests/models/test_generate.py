@@ -14,11 +14,11 @@ from finetuner.commands.chat import chat
 from finetuner.commands.generate import Manner, generate
 from finetuner.data.new_tokenizers import write_byte_tokenizer
 from finetuner.errors import ModelError
-from finetuner.models.generation import as_text, choose, sampled
+from finetuner.models.generation import draw_token, generate_tokens, stream_text
 
 pytestmark = pytest.mark.slow
 
-GREEDY = partial(choose, temperature=0, top_p=1.0, generator=torch.Generator())
+GREEDY = partial(draw_token, temperature=0, top_p=1.0, generator=torch.Generator())
 
 
 @pytest.mark.parametrize("choices", [{}, GPT2], ids=["llama", "gpt2"])
@@ -26,12 +26,12 @@ def test_the_likeliest_tokens_are_those_of_transformers_and_a_text_may_outgrow_t
     model = make(tie_word_embeddings=False, **choices)  # for 40 tokens; a tied one says one token again and again
     prompt = IDS[0, :6].tolist()
     expected = model.generate(IDS[:1, :6], max_new_tokens=34, do_sample=False, pad_token_id=0)[0, 6:].tolist()
-    found = list(sampled(model, prompt, count=100, choice=GREEDY, context=40))
+    found = list(generate_tokens(model, prompt, count=100, choice=GREEDY, context=40))
     assert found[:34] == expected and len(found) == 100
     end = next(i for i in range(1, 34) if found[i] not in found[:i])
-    assert list(sampled(model, prompt, count=100, choice=GREEDY, context=40, ends=[found[end]])) == found[:end]
+    assert list(generate_tokens(model, prompt, count=100, choice=GREEDY, context=40, stops=[found[end]])) == found[:end]
     # where it has grown over: the last half of the context, and nothing before it
-    again = sampled(model, (prompt + found)[41 - 20 : 41], count=5, choice=GREEDY, context=40)
+    again = generate_tokens(model, (prompt + found)[41 - 20 : 41], count=5, choice=GREEDY, context=40)
     assert list(again) == found[35:40]
 
 
@@ -40,7 +40,7 @@ def test_tokens_are_drawn_by_their_probability_and_only_the_likely_ones():
 
     def drawn(temperature: float, top_p: float) -> list[float]:
         generator = torch.Generator().manual_seed(1)
-        tokens = [choose(logits, temperature=temperature, top_p=top_p, generator=generator) for _ in range(4000)]
+        tokens = [draw_token(logits, temperature=temperature, top_p=top_p, generator=generator) for _ in range(4000)]
         return [tokens.count(i) / 4000 for i in range(4)]
 
     assert drawn(1.0, 1.0) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
@@ -53,7 +53,7 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole(tmp_path):
     write_byte_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     prompt, rest = tokenizer("say ").input_ids, tokenizer("é \U0001f642!").input_ids
-    shown = list(as_text(tokenizer, prompt, rest))
+    shown = list(stream_text(tokenizer, prompt, rest))
     assert [part for part in shown if part] == ["é", " ", "\U0001f642", "!"]
 
 
@@ -116,9 +116,9 @@ def test_a_conversation_is_remembered_until_it_is_reset(talk, tiny_model):
     for question in ("hello there", "and again"):
         turns.append({"role": "user", "content": question})
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-        choice = partial(choose, temperature=1.0, top_p=1.0, generator=generator)
+        choice = partial(draw_token, temperature=1.0, top_p=1.0, generator=generator)
         ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
-        ids = list(sampled(model, prompt, count=6, choice=choice, ends=ends))
+        ids = list(generate_tokens(model, prompt, count=6, choice=choice, stops=ends))
         turns.append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)})
         expected += turns[-1]["content"] + "\n"
     wrote, said = talk("hello there", "  ", "and again", "/quit", "never", system="Be brief.")

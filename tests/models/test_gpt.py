@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetuner.data.new_tokenizers import write_byte_tokenizer
 from finetuner.errors import ModelError
 from finetuner.models import gpt
+from finetuner.models.activation_checkpointing import recompute_activations
 from finetuner.models.document_isolation import require_isolation
 from finetuner.models.gpt import GPTConfig, GPTForCausalLM, rotate_half
 from finetuner.models.gpt_conversion import portable_config, portable_weights
-from finetuner.models.load import recompute_activations
 from finetuner.objectives.logits import head_is_composable
 
 GPT2 = {"norm": "layer", "activation": "gelu", "positions": "learned", "bias": True, "num_key_value_heads": 4}

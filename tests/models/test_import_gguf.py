@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging
 
 from finetuner.errors import ModelError
-from finetuner.models.gguf_import import import_gguf, read_header
+from finetuner.models.gguf_header import read_gguf_header
+from finetuner.models.gguf_import import import_gguf
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf: pip install 'finetuner[gguf]'")
 
@@ -294,7 +295,7 @@ def test_scaled_positions_that_would_be_lost_are_refused(
     extend: Callable[[Any], object], model: LlamaForCausalLM, tmp_path: Path
 ) -> None:
     file = write_gguf(tmp_path / "model.gguf", model, extend=extend)
-    assert read_header(file).scales_rope
+    assert read_gguf_header(file).scales_rope
     refuse(file, tmp_path / "out", str(file), "rotary positions", "safetensors folder")
 
 

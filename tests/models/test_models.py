@@ -9,17 +9,14 @@ from finetuner.data.batches import collate
 from finetuner.data.tokenizer import load_tokenizer
 from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.errors import ModelError
+from finetuner.models.activation_checkpointing import recompute_activations
 from finetuner.models.adapter import adapter_tensors, add_lora, read_adapter, write_adapter
 from finetuner.models.attention import choose_attention
-from finetuner.models.load import (
-    grow_embeddings,
-    length_notes,
-    load_model,
-    recompute_activations,
-    train_in_fp32,
-    trainable_parameters,
-)
+from finetuner.models.context_length import length_notes
+from finetuner.models.embeddings import grow_embeddings
+from finetuner.models.load import load_model
 from finetuner.models.lora_targets import target_modules
+from finetuner.models.trainable import train_in_fp32, trainable_parameters
 from finetuner.objectives import logits as loss_module
 from finetuner.objectives.logits import head_is_composable
 from finetuner.objectives.loss_module import LossModule

@@ -14,9 +14,14 @@ from test_models import FP32
 
 from finetuner.data.batches import collate
 from finetuner.errors import CheckpointError, ModelError, RecipeError
+from finetuner.models.activation_checkpointing import recompute_activations
 from finetuner.models.adapter import add_lora
-from finetuner.models.load import count_parameters, load_model, recompute_activations
-from finetuner.models.quantized import Format, FourBitLinear, choose_format, quantized_layers, read_record
+from finetuner.models.four_bit_linear import FourBitLinear
+from finetuner.models.load import load_model
+from finetuner.models.quant_format import QuantFormat, choose_quant_format
+from finetuner.models.quant_record import read_record
+from finetuner.models.quantized_layers import quantized_layers
+from finetuner.models.trainable import count_parameters
 from finetuner.objectives.logits import head_is_composable
 from finetuner.objectives.loss_module import LossModule
 from finetuner.objectives.next_token import NextToken
@@ -25,7 +30,7 @@ from finetuner.recipe.sections import AdapterSection, FourBitSection, Quantizati
 
 pytestmark = pytest.mark.slow
 
-NF4 = Format("nf4", torch.float32, double=True, compute_dtype=torch.float32)
+NF4 = QuantFormat("nf4", torch.float32, double=True, compute_dtype=torch.float32)
 SHAPES = [(96, 48), (7, 5), (2048, 300)]  # (in, out): whole blocks, less than one, three pieces
 
 
@@ -38,7 +43,7 @@ def pair(sizes, kind, double, dtype, bias) -> tuple[FourBitLinear, torch.nn.Modu
     theirs.weight = bnb.nn.Params4bit(weight.clone(), compress_statistics=double, quant_type=kind, module=theirs)
     if bias:
         theirs.bias = torch.nn.Parameter(offset.clone(), requires_grad=False)
-    return FourBitLinear.quantize(weight, Format(kind, dtype, double, dtype), offset), theirs.to("cpu").train()
+    return FourBitLinear.quantize(weight, QuantFormat(kind, dtype, double, dtype), offset), theirs.to("cpu").train()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -66,7 +71,7 @@ def test_a_large_layer_takes_four_bits_and_an_eighth_a_weight():
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32, torch.bfloat16])
 def test_bytes_survive_saving_moving_and_casting(storage):
-    form = Format("nf4", torch.float32, double=True, storage=storage)
+    form = QuantFormat("nf4", torch.float32, double=True, storage=storage)
     layer = FourBitLinear.quantize(torch.randn(48, 96), form)
     weight = layer.dequantized()
     fresh = FourBitLinear.quantize(torch.zeros(48, 96), form)
@@ -82,7 +87,7 @@ def test_bytes_survive_saving_moving_and_casting(storage):
 
 @pytest.fixture(scope="module")
 def four_bit(tiny_model):
-    def build(form: Format = NF4, folder=tiny_model):
+    def build(form: QuantFormat = NF4, folder=tiny_model):
         return load_model(str(folder), dtype=form.dtype, attention=("sdpa",), form=form)
 
     return build
@@ -171,13 +176,13 @@ QLORA = {"adapter": "qlora", "lora_r": 4, "learning_rate": 0.02, "micro_batch_si
     ],
 )
 def test_what_the_recipe_says_of_the_base(adapter, section, expected):
-    form = choose_format(adapter, QuantizationSection(**section), torch.bfloat16)
+    form = choose_quant_format(adapter, QuantizationSection(**section), torch.bfloat16)
     assert form is None if expected is None else str(form) == expected
 
 
 def test_products_are_in_the_compute_dtype_and_come_back_in_the_inputs():
     block = FourBitSection(bnb_4bit_compute_dtype="bfloat16", bnb_4bit_quant_storage="float16")
-    form = choose_format("qlora", QuantizationSection(bnb_config_kwargs=block), torch.float32)
+    form = choose_quant_format("qlora", QuantizationSection(bnb_config_kwargs=block), torch.float32)
     layer = FourBitLinear.quantize(torch.randn(64, 64), form)
     x = torch.randn(2, 64)
     expected = torch.nn.functional.linear(x.bfloat16(), layer.dequantized().bfloat16()).float()

@@ -21,9 +21,9 @@ from finetuner.data.new_tokenizers import train_bpe, write_byte_tokenizer, write
 from finetuner.data.token_bytes import token_bytes
 from finetuner.data.tokenizer_source import tokenizer_name
 from finetuner.errors import ModelError, PlanError, RecipeError
+from finetuner.models.empty_model import meta_model
 from finetuner.models.from_scratch import scratch_config
 from finetuner.models.gpt import GPTForCausalLM
-from finetuner.models.load import on_meta
 from finetuner.plan.run import Plan
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import GPTSection
@@ -117,7 +117,7 @@ def test_a_text_comes_back_from_its_tokens_and_each_token_from_the_disk(kind, tm
     ],
 )
 def test_presets_have_the_sizes_that_they_are_named_for(preset, vocabulary, parameters):
-    model = on_meta(
+    model = meta_model(
         scratch_config(GPTSection(preset=preset), Words(vocabulary)), dtype=torch.float32, attention=("sdpa",)
     )
     assert model.num_parameters() == parameters

@@ -8,7 +8,7 @@ from conftest import largest_difference, unfinished, weights_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from finetuner.models.neftune import document_lengths, noisy
+from finetuner.models.neftune import document_lengths, embedding_noise
 from finetuner.objectives import logits as loss_module
 from finetuner.objectives.loss_module import LossModule
 from finetuner.objectives.next_token import NextToken, Regularization, summed_loss
@@ -63,7 +63,7 @@ def test_noise_is_uniform_of_the_papers_size_by_document_and_gone_afterwards():
     ids = torch.zeros(2, 100, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[1, 25:] = 0
-    with noisy(embedding, 5.0, mask, None):
+    with embedding_noise(embedding, 5.0, mask, None):
         noise = embedding(ids) - embedding.weight[0]
     for row, length in ((0, 100), (1, 25)):
         size = 5.0 / math.sqrt(length * 64)

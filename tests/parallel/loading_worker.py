@@ -13,29 +13,37 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from finetuner.models.freed_memory import giving_back
-from finetuner.models.load import promised_model
-from finetuner.models.quantized import Format
+from finetuner.models.freed_memory import returning_freed_memory
+from finetuner.models.lazy_weights import lazy_model
+from finetuner.models.quant_format import QuantFormat
 from finetuner.objectives.loss_module import LossModule
 from finetuner.objectives.next_token import NextToken
 from finetuner.parallel.fsdp import shard_module
 from finetuner.plan.parallel import FsdpOptions, ParallelPlan
 
 CPU = torch.device("cpu")
-NF4 = Format("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)
+NF4 = QuantFormat("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)
 
 
-def count_of(name: str, file: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+)", Path(f"/proc/self/{file}").read_text())
+def count_of(name: str, text: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+)", text)
     assert found is not None
     return int(found[1])
 
 
+def read_of_self(file: str) -> str:
+    return Path(f"/proc/self/{file}").read_text()
+
+
 class Peak:
-    """The largest anonymous memory of this process while it is entered, in bytes more than at the beginning."""
+    """The largest anonymous memory of this process while it is entered, in bytes more than at the beginning.
+
+    `own_reads`: bytes that the watching itself has read from /proc, which the system counts as read by the process.
+    """
 
     def __enter__(self) -> "Peak":
-        self.start = self.most = count_of("RssAnon", "status") * 1024
+        self.start = self.most = count_of("RssAnon", read_of_self("status")) * 1024
+        self.own_reads = 0
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
@@ -43,7 +51,9 @@ class Peak:
 
     def _watch(self) -> None:
         while not self.done.is_set():
-            self.most = max(self.most, count_of("RssAnon", "status") * 1024)
+            status = read_of_self("status")
+            self.own_reads += len(status)
+            self.most = max(self.most, count_of("RssAnon", status) * 1024)
             time.sleep(0.005)
 
     def __exit__(self, *_: object) -> None:
@@ -53,16 +63,15 @@ class Peak:
 
 
 def load_and_try(folder: str) -> dict[str, int]:
-    before = count_of("rchar", "io")
-    with Peak() as loading, giving_back():
-        found = promised_model(folder, dtype=NF4.dtype, attention=("sdpa",), form=NF4, device=CPU)
+    before = count_of("rchar", read_of_self("io"))
+    with Peak() as loading, returning_freed_memory():
+        found = lazy_model(folder, dtype=NF4.dtype, attention=("sdpa",), quant_format=NF4, device=CPU)
         assert found is not None
         loss = LossModule(found[0], NextToken(), composed=True)
-        shard_module(
-            loss, ParallelPlan("fsdp2", shard=2, fsdp=FsdpOptions(pin_memory=False)), CPU, full=False, promises=found[1]
-        )
-    was_read = count_of("rchar", "io") - before
-    with torch.no_grad(), Peak() as trying, giving_back():
+        plan = ParallelPlan("fsdp2", shard=2, fsdp=FsdpOptions(pin_memory=False))
+        shard_module(loss, plan, CPU, full=False, lazy=found[1])
+    was_read = count_of("rchar", read_of_self("io")) - before - loading.own_reads
+    with torch.no_grad(), Peak() as trying, returning_freed_memory():
         assert loss(question=lambda module: module.settle(packs=False)) == 1.0
     held = sum(p.to_local().numel() * p.itemsize for p in loss.parameters())
     return {"held": held, "read": was_read, "loading": loading.most, "trying": trying.most}

@@ -12,9 +12,10 @@ from torch import distributed
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from finetuner.data.batches import collate
+from finetuner.models.activation_checkpointing import recompute_activations
 from finetuner.models.adapter import add_lora
-from finetuner.models.load import load_model, recompute_activations
-from finetuner.models.quantized import Format
+from finetuner.models.load import load_model
+from finetuner.models.quant_format import QuantFormat
 from finetuner.objectives.loss_module import LossModule
 from finetuner.objectives.next_token import NextToken
 from finetuner.recipe.sections import AdapterSection
@@ -23,7 +24,7 @@ from finetuner.recipe.sections import AdapterSection
 def qlora_loss(folder: str, storage: str, precision: str) -> LossModule:
     """The whole model with its adapter, all in one number format beside the packed bytes."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    form = Format("nf4", dtype, double=True, compute_dtype=dtype, storage=getattr(torch, storage))
+    form = QuantFormat("nf4", dtype, double=True, compute_dtype=dtype, storage=getattr(torch, storage))
     model = load_model(folder, dtype=dtype, attention=("sdpa",), form=form)
     recompute_activations(model)
     adapted = add_lora(model, AdapterSection(adapter="qlora", lora_r=4), base_model="x", seed=1)

@@ -217,7 +217,7 @@ KNOWN = {
     "llama70b_qlora_fsdp": (
         # its rows are Alpaca's, which these are not
         ["datasets.0.type={field_instruction: question, field_input: context, format: '{input} {instruction} '}"],
-        ["FSDP2 over 2 ranks, offloaded to the CPU", "4-bit nf4, double quantised: 14 linear layers"],
+        ["FSDP2 over 2 ranks, offloaded to the CPU", "4-bit nf4, double quantized: 14 linear layers"],
     ),
     "llama3_8b_zero1": (["micro_batch_size=1"], ["ZeRO-1 over 2 ranks", "train_batch_size 2, ", "bf16.enabled "]),
 }

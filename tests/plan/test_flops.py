@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from finetuner.data.batches import Layout, collate
+from finetuner.models.empty_model import meta_model
 from finetuner.models.from_scratch import scratch_config
-from finetuner.models.load import on_meta
-from finetuner.models.model_flops import work_of
+from finetuner.models.model_flops import training_flops
 from finetuner.plan.flops import Work, parts_of_shape, peak_of, work_of_shape
 from finetuner.recipe.gpt_shape import PRESETS, shape_of
 from finetuner.recipe.sections import GPTSection
@@ -29,9 +29,9 @@ class Words:
 @pytest.mark.parametrize("choices", [*({"preset": name} for name in PRESETS), LLAMA_MIX], ids=[*PRESETS, "mixed"])
 def test_the_parts_and_the_work_of_a_shape_are_those_of_its_model(choices):
     shape = shape_of(GPTSection(**choices))
-    model = on_meta(scratch_config(GPTSection(**choices), Words()), dtype=torch.float32, attention=("sdpa",))
+    model = meta_model(scratch_config(GPTSection(**choices), Words()), dtype=torch.float32, attention=("sdpa",))
     assert sum(parts_of_shape(shape, 1000).values()) == model.num_parameters()
-    assert work_of_shape(shape, 1000) == work_of(model, model, 64)
+    assert work_of_shape(shape, 1000) == training_flops(model, model, 64)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -47,7 +47,7 @@ def test_the_formula_counts_what_a_training_step_multiplies(lora, tmp_path, toke
     ids = torch.randint(512, (3, 32), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
-    work = work_of(model, bare, 32)
+    work = training_flops(model, bare, 32)
     expected = Work(work.per_token, work.per_trained, 2 * work.per_pair).flops_of_rows(3 * 32, 32)
     # the first layer's input needs no gradient under LoRA, of which the formula knows nothing
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.1 if lora else 0.002)
@@ -58,12 +58,12 @@ def test_what_the_formula_does_not_hold_for_has_no_figure(tiny_model):
         vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         intermediate_size=32, moe_intermediate_size=16, num_experts=4,
     )  # fmt: skip
-    experts = on_meta(config, dtype=torch.float32, attention=("sdpa",))
-    assert work_of(experts, experts, 8) is None
+    experts = meta_model(config, dtype=torch.float32, attention=("sdpa",))
+    assert training_flops(experts, experts, 8) is None
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    assert work_of(model, model, 16) is not None
+    assert training_flops(model, model, 16) is not None
     model.config.sliding_window = 16
-    assert work_of(model, model, 16) is not None and work_of(model, model, 17) is None
+    assert training_flops(model, model, 16) is not None and training_flops(model, model, 17) is None
 
 
 @pytest.mark.parametrize(

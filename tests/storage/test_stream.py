@@ -9,21 +9,23 @@ from conftest import ROOT, make_model, run_command
 from transformers import AutoModelForCausalLM
 
 from finetuner.errors import ModelError
-from finetuner.models.load import load_model, promised_model
-from finetuner.models.quantized import Format, record_of
+from finetuner.models.lazy_weights import lazy_model
+from finetuner.models.load import load_model
+from finetuner.models.quant_format import QuantFormat
+from finetuner.models.quant_record import record_of
 
 CPU = torch.device("cpu")
-NF4 = Format("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)
+NF4 = QuantFormat("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)
 
 
-def streamed(folder: Path, form: Format | None = None, cache: Path | None = None, **keys):
+def streamed(folder: Path, form: QuantFormat | None = None, cache: Path | None = None, **keys):
     dtype = torch.float32 if form is None else form.dtype
-    found = promised_model(
-        str(folder), dtype=dtype, attention=("sdpa",), form=form, device=CPU, cache_folder=cache, **keys
+    found = lazy_model(
+        str(folder), dtype=dtype, attention=("sdpa",), quant_format=form, device=CPU, cache_folder=cache, **keys
     )
     assert found is not None
-    model, promises = found
-    promises.keep_all(CPU)
+    model, weights = found
+    weights.materialize_all(CPU)
     return model
 
 
@@ -39,12 +41,12 @@ def assert_same_model(ours, theirs) -> None:
     assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
 
 
-@pytest.mark.parametrize("form", [None, NF4, Format("fp4", torch.float32)], ids=["whole", "nf4", "fp4"])
+@pytest.mark.parametrize("form", [None, NF4, QuantFormat("fp4", torch.float32)], ids=["whole", "nf4", "fp4"])
 @pytest.mark.parametrize("which", ["tiny_model", "tied_model"])
 def test_streamed_is_loaded(form, which, request):
     folder = request.getfixturevalue(which)
     dtype = torch.float32 if form is None else form.dtype
-    theirs = load_model(str(folder), dtype=dtype, attention=("sdpa",), form=form)
+    theirs = load_model(str(folder), dtype=dtype, attention=("sdpa",), quant_format=form)
     ours = streamed(folder, form)
     assert_same_model(ours, theirs)
     assert record_of(ours) == record_of(theirs)
@@ -60,9 +62,9 @@ def test_other_architectures_stream_or_are_loaded_whole(kind, tmp_path):
     config = AutoConfig.for_model(kind, **sizes, **more)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     theirs = load_model(str(tmp_path), dtype=torch.float32, attention=("eager",))
-    found = promised_model(str(tmp_path), dtype=torch.float32, attention=("eager",), form=None, device=CPU)
+    found = lazy_model(str(tmp_path), dtype=torch.float32, attention=("eager",), quant_format=None, device=CPU)
     assert found is not None
-    found[1].keep_all(CPU)
+    found[1].materialize_all(CPU)
     assert_same_model(found[0], theirs)
 
 
@@ -72,7 +74,7 @@ def test_a_model_whose_files_name_other_tensors_is_not_streamed(tiny_model, tmp_
     tensors = {f"old.{name}": value for name, value in load_file(tiny_model / "model.safetensors").items()}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
-    assert promised_model(str(tmp_path), dtype=torch.float32, attention=("sdpa",), form=None, device=CPU) is None
+    assert lazy_model(str(tmp_path), dtype=torch.float32, attention=("sdpa",), quant_format=None, device=CPU) is None
 
 
 def test_the_second_start_reads_the_packed_bytes_and_an_edited_model_is_packed_anew(tokenizer_folder, tmp_path):
@@ -102,11 +104,11 @@ def test_a_cache_that_lost_its_end_is_written_anew(tiny_model, tmp_path):
 
 
 def test_a_start_that_was_cut_short_leaves_nothing_that_is_used(tiny_model, tmp_path):
-    found = promised_model(
-        str(tiny_model), dtype=NF4.dtype, attention=("sdpa",), form=NF4, device=CPU, cache_folder=tmp_path
+    found = lazy_model(
+        str(tiny_model), dtype=NF4.dtype, attention=("sdpa",), quant_format=NF4, device=CPU, cache_folder=tmp_path
     )
     assert found is not None
-    found[1].keep([found[0].model.embed_tokens.weight], CPU)
+    found[1].materialize([found[0].model.embed_tokens.weight], CPU)
     assert not list(tmp_path.glob("*.safetensors"))
     streamed(tiny_model, NF4, tmp_path)
     assert not list(tmp_path.glob("*.safetensors")), "the first has the lock, and the second leaves the file to it"

@@ -143,7 +143,7 @@ def test_the_rows_of_tokens_are_found_in_a_whole_and_in_an_adapted_model(tiny_mo
     from transformers import AutoModelForCausalLM
 
     from finetuner.models.adapter import add_lora
-    from finetuner.models.load import vocabulary_parameters
+    from finetuner.models.embeddings import vocabulary_parameters
     from finetuner.recipe.sections import AdapterSection
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -162,7 +162,8 @@ def trained(adapter: dict, rates: dict, base: Path, peak_lr: float = 0.01) -> di
     from transformers import AutoModelForCausalLM
 
     from finetuner.models.adapter import add_lora
-    from finetuner.models.load import trainable_parameters, vocabulary_parameters
+    from finetuner.models.embeddings import vocabulary_parameters
+    from finetuner.models.trainable import trainable_parameters
 
     model = AutoModelForCausalLM.from_pretrained(base)
     adapted = add_lora(model, AdapterSection(adapter="lora", **adapter), base_model="x", seed=0)
