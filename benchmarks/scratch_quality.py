@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from finetuner.commands.generate import Speaker, speaker_of
+from finetuner.commands.text_model import TextModel, load_text_model
 from finetuner.models.generation import as_text, choose, context_of, ends_of, first_tokens, sampled
 from finetuner.training.metrics import read_metrics
 
@@ -62,7 +62,7 @@ def without_last_statement(text: str) -> str:
     return "".join(lines[:last])
 
 
-def write(speaker: Speaker, prompt: str, seed: int, *, count: int, temperature: float, top_p: float) -> Sample:
+def write(speaker: TextModel, prompt: str, seed: int, *, count: int, temperature: float, top_p: float) -> Sample:
     model, tokenizer = speaker.model, speaker.tokenizer
     ids, ends = first_tokens(tokenizer, prompt), ends_of(model, tokenizer)
     generator = torch.Generator().manual_seed(seed)
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="def ")
     parser.add_argument("--show", type=int, default=2, help="samples to print in full")
     arguments = parser.parse_args()
-    speaker = speaker_of(str(arguments.run), [])
+    speaker = load_text_model(str(arguments.run), [])
     manner = {"count": arguments.tokens, "temperature": arguments.temperature, "top_p": arguments.top_p}
     samples = [write(speaker, arguments.prompt, seed, **manner) for seed in range(arguments.samples)]
     for seed, sample in enumerate(samples[: arguments.show]):

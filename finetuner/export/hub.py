@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from finetuner.errors import PlanError, TrainingError
-from finetuner.export.merge import MARK
+from finetuner.export.merge_writer import MARK
 
 # What a result consists of, by how its files' names end; checkpoints, figures and logs stay here.
 RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.commands.export import export
 from finetuner.errors import ModelError
-from finetuner.export.gguf_export import SPLITS
-from finetuner.export.serving import turns_of
+from finetuner.export.gguf_source import SPLITS
+from finetuner.export.ollama_modelfile import turns_of
 from finetuner.models.gguf_import import import_gguf, read_header
 from finetuner.models.load import load_model
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.commands.merge import merge
 from finetuner.errors import ModelError
-from finetuner.export import merge as merge_module
-from finetuner.export.merge import merge_adapter
+from finetuner.export import merge_writer
+from finetuner.export.merge_writer import merge_adapter
 from finetuner.models.load import load_model
 from finetuner.models.quantized import choose_format
 from finetuner.recipe import load
@@ -97,7 +97,7 @@ def test_a_merge_that_is_cut_short_leaves_nothing_half_used(write_recipe, train,
 
     first = merge_adapter(out, str(tiny_model), out / "merged")
     before = (first.folder / "model.safetensors").read_bytes()
-    monkeypatch.setattr(merge_module, "_write_beside", full_disk)
+    monkeypatch.setattr(merge_writer, "_write_config", full_disk)
     with pytest.raises(OSError):
         merge_adapter(out, str(tiny_model), out / "merged")
     assert (out / "merged" / "model.safetensors").read_bytes() == before, "the merge before it is kept"
@@ -295,24 +295,24 @@ KEPT = [
 
 
 @pytest.mark.parametrize(("keys", "dtype", "bound"), KEPT, ids=["nf4", "fp4, one module", "nf4 in bf16", "8 bits"])
-def test_an_adapter_of_a_quantised_base_is_merged_into_what_it_was_trained_on(
+def test_an_adapter_of_a_quantized_base_is_merged_into_what_it_was_trained_on(
     keys, dtype, bound, write_recipe, train, tmp_path, tokenizer_folder, capsys
 ):
-    """Its logits are those of the adapter on the quantised base; merged into the exact base, they are not."""
+    """Its logits are those of the adapter on the quantized base; merged into the exact base, they are not."""
     base = make_model(tmp_path / "base", tokenizer_folder, dtype=dtype)
     recipe = write_recipe(base_model=str(base), **LORA | keys)
     train(recipe)
     out, number = tmp_path / "out", getattr(torch, dtype)
     merge(str(recipe), [])
-    assert "14 tensors rounded as the quantised base was" in capsys.readouterr().out
+    assert "14 tensors rounded as the quantized base was" in capsys.readouterr().out
     exact = tmp_path / "exact"
     shutil.copytree(out, exact, ignore=shutil.ignore_patterns("quantization.json", "merged"))
     merge_adapter(exact, str(base), exact / "merged")
 
     loaded = load(recipe).recipe
     form = choose_format(loaded.adapter.adapter, loaded.quantization, number)
-    quantised = load_model(str(base), dtype=number, attention=("sdpa",), form=form)
-    adapted = PeftModel.from_pretrained(quantised, str(out)).train()  # in eval, bitsandbytes may take other kernels
+    quantized = load_model(str(base), dtype=number, attention=("sdpa",), form=form)
+    adapted = PeftModel.from_pretrained(quantized, str(out)).train()  # in eval, bitsandbytes may take other kernels
     ids = torch.arange(20)[None]
     wanted = adapted(input_ids=ids).logits.detach().float()
 
