@@ -14,12 +14,12 @@ from finetuner.models.generation import as_text, choose, context_of, ends_of, sa
 from finetuner.models.generation_config import stop_ids
 
 Write = Callable[[str], None]
-COMMANDS = "/reset forgets the conversation, /system TEXT begins one with that instruction, /quit ends"
+CHAT_COMMANDS = "/reset forgets the conversation, /system TEXT begins one with that instruction, /quit ends"
 _CONTEXT_OF_DECODER = 32  # tokens before an answer: how its first characters are written depends on them
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ChatHistory:
     """Turns so far: the instruction at the head, if there is one, and questions with answers."""
 
     system: str = ""
@@ -30,17 +30,17 @@ class Conversation:
         """All turns, the instruction first, as the chat template takes them."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
-    def with_question(self, question: str) -> "Conversation":
+    def with_question(self, question: str) -> "ChatHistory":
         """Append a turn of the user."""
-        return Conversation(self.system, (*self.turns, {"role": "user", "content": question}))
+        return ChatHistory(self.system, (*self.turns, {"role": "user", "content": question}))
 
-    def with_answer(self, answer: str) -> "Conversation":
+    def with_answer(self, answer: str) -> "ChatHistory":
         """Append a turn of the model."""
-        return Conversation(self.system, (*self.turns, {"role": "assistant", "content": answer}))
+        return ChatHistory(self.system, (*self.turns, {"role": "assistant", "content": answer}))
 
-    def without_oldest(self) -> "Conversation":
+    def without_oldest(self) -> "ChatHistory":
         """Leave out the first question and its answer."""
-        return Conversation(self.system, self.turns[2:])
+        return ChatHistory(self.system, self.turns[2:])
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ChatSession:
     write: Write
     remark: Write
 
-    def answer(self, conversation: Conversation) -> Conversation:
+    def answer(self, conversation: ChatHistory) -> ChatHistory:
         """Write the answer to the last question as it comes, and return the conversation with both.
 
         Oldest questions are left out where the context has no room for them. Raises DataError if the template refuses
@@ -77,7 +77,7 @@ class ChatSession:
         self.write("\n")
         return conversation.with_answer("".join(pieces))
 
-    def _fitted(self, conversation: Conversation, context: int | None) -> tuple[Conversation, list[int]]:
+    def _fitted(self, conversation: ChatHistory, context: int | None) -> tuple[ChatHistory, list[int]]:
         """Drop oldest turns until the context has room for an answer; return what is left, and its token ids."""
         ids, left_out = self._token_ids(conversation), 0
         if context is None:
@@ -96,7 +96,7 @@ class ChatSession:
             self.remark(f"(the context of {context:,} tokens is full: the oldest {what} forgotten)")
         return conversation, ids
 
-    def _token_ids(self, conversation: Conversation) -> list[int]:
+    def _token_ids(self, conversation: ChatHistory) -> list[int]:
         text = self.template.render(conversation.messages, None, prompt=True)
         # The template writes the token that begins a text; the tokenizer must not write it again.
         ids: list[int] = self.speaker.tokenizer(text, add_special_tokens=False).input_ids
@@ -118,24 +118,24 @@ def hold_conversation(
     speaker = load_text_model(source, overrides)
     template, generator = template_of(speaker, source), torch.Generator().manual_seed(options.seed)
     session = ChatSession(speaker, template, options, generator, write, remark)
-    remark(f"({COMMANDS})")
-    conversation = Conversation(system)
+    remark(f"({CHAT_COMMANDS})")
+    conversation = ChatHistory(system)
     for line in _not_blank(lines()):
         command, _, rest = line.partition(" ")
         if command == "/quit":
             return
         if command == "/reset":
-            conversation = Conversation(conversation.system)
+            conversation = ChatHistory(conversation.system)
             remark("(the conversation begins again)")
         elif command == "/system":
-            conversation = Conversation(rest.strip())
+            conversation = ChatHistory(rest.strip())
             remark(
                 "(a new conversation, with that instruction)"
                 if conversation.system
                 else "(a new one, without instruction)"
             )
         elif line.startswith("/"):
-            remark(f"there is no command '{command}': {COMMANDS}. A blank before the / makes it text.")
+            remark(f"there is no command '{command}': {CHAT_COMMANDS}. A blank before the / makes it text.")
         else:
             try:
                 conversation = session.answer(conversation.with_question(line.strip()))

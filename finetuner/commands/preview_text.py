@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import transformers
 from rich.text import Text
@@ -19,6 +20,9 @@ from finetuner.recipe import Recipe
 from finetuner.recipe.sections import DataSection
 from finetuner.report.preview_page import Document, page
 from finetuner.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TRAINED, SPECIAL, SPECIAL_TRAINED, NUMBER = "bold green", "magenta", "bold magenta", "dim"
 
@@ -38,10 +42,7 @@ def show_preview(
 
     `ids`: each token with its id. `html`: a file to write the same to, as a page. Raises FinetunerError."""
     transformers.logging.set_verbosity_error()
-    name = tokenizer_name(recipe, World()) or recipe.model.base_model
-    ends = recipe.data.eot_tokens or ()
-    tokenizer = load_tokenizer(recipe.tokenizer, name, recipe.model.trust_remote_code, ends=ends).tokenizer
-    tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)
+    tokenizer = _tokenizer_of(recipe)
     with tempfile.TemporaryDirectory() as folder:
         views = look(recipe.data, tokenizer, recipe.output.seed, rows=rows, only=source, folder=Path(folder))
         documents = [
@@ -52,17 +53,27 @@ def show_preview(
         colored = screen.terminal and not screen.console.no_color
         for document in documents:
             pieces = shown(*document.view.store.document(document.number), tokenizer, singly=ids)
+            text = in_color(pieces, ids=ids) if colored else Text(with_marks(pieces, ids=ids))
             screen.line(heading(document.view, document.number))
-            screen.console.print(in_color(pieces, ids=ids) if colored else Text(with_marks(pieces, ids=ids)))
+            screen.console.print(text)
             screen.line()
         packed = recipe.packing.sample_packing and not _is_cut(recipe.data)
         packs = packs_of(views, recipe.data.sequence_len) if packed else None
         for line in _summary(views, recipe.data, packs, colored=colored):
             screen.line(line)
         if html is not None:
-            text = page(recipe_name, views, documents, sequence_len=recipe.data.sequence_len, packs=packs, rows=rows)
-            _write_page(html, text)
+            length = recipe.data.sequence_len
+            _write_page(html, page(recipe_name, views, documents, sequence_len=length, packs=packs, rows=rows))
             screen.line(f"done: {html}")
+
+
+def _tokenizer_of(recipe: Recipe) -> "PreTrainedTokenizerBase":
+    """Load or make the recipe's tokenizer, with the chat template that the recipe chooses."""
+    name = tokenizer_name(recipe, World()) or recipe.model.base_model
+    ends = recipe.data.eot_tokens or ()
+    tokenizer = load_tokenizer(recipe.tokenizer, name, recipe.model.trust_remote_code, ends=ends).tokenizer
+    tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)
+    return tokenizer
 
 
 def _summary(views: list[SourceView], section: DataSection, packs: Packs | None, *, colored: bool) -> Iterator[str]:

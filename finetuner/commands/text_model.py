@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel
 
 from finetuner.console import Screen, quiet_libraries
 from finetuner.data.tokenizer import load_tokenizer
 from finetuner.errors import ModelError
+from finetuner.evaluation.compared_models import ADAPTER_CONFIG
+from finetuner.models.adapter_folder import read_config
 from finetuner.models.attention import choose_attention
 from finetuner.models.load import grow_embeddings, load_model
 from finetuner.models.pickled_weights import readable_base
@@ -21,8 +22,6 @@ from finetuner.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,8 @@ def load_text_model(source: str, overrides: list[str]) -> TextModel:
         trust_remote_code=found.trust_remote_code,
     )
     if base is not None:
+        from peft import PeftModel  # behind quiet_libraries: it imports bitsandbytes, which warns
+
         grow_embeddings(model, len(tokenizer))
         model = PeftModel.from_pretrained(model, found.name)
     return TextModel(model.to(world.device).eval(), tokenizer, found.template_values)
@@ -95,7 +96,7 @@ def _trained_by(recipe_name: str, overrides: list[str]) -> _Source:
 
 
 def _base_of(adapter: Path) -> str:
-    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    base = read_config(adapter).get("base_model_name_or_path")
     if not base:
         raise ModelError(f"the adapter in '{adapter}' does not say what it was trained on. Give its recipe instead.")
     return str(base)

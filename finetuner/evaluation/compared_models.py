@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuner.errors import ModelError
-from finetuner.export.merge_writer import MARK
+from finetuner.export.merge_writer import MERGE_FILE
 from finetuner.models.adapter_folder import read_config
 from finetuner.models.load import grow_embeddings, load_model
 from finetuner.models.quantized import Format, choose_format, read_record
@@ -97,8 +97,8 @@ def models_of_folder(target: str) -> ComparedModels:
         return replace(found, merged=merged) if (merged / "config.json").exists() else found
     if not (folder / "config.json").exists():
         raise ModelError(f"'{target}' holds no model: neither config.json nor {ADAPTER_CONFIG} is there.")
-    if (folder / MARK).exists():
-        mark = json.loads((folder / MARK).read_text())
+    if (folder / MERGE_FILE).exists():
+        mark = json.loads((folder / MERGE_FILE).read_text())
         adapter = Path(mark["adapter"])
         if (adapter / ADAPTER_CONFIG).exists():
             return replace(models_of_folder(str(adapter)), base=mark["base_model"], merged=folder)

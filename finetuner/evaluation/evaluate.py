@@ -25,7 +25,7 @@ from finetuner.evaluation.compared_models import (
 )
 from finetuner.evaluation.held_out_loss import score_held_out
 from finetuner.evaluation.options import EvaluationOptions
-from finetuner.evaluation.question_answering import Question, answer_questions, find_questions
+from finetuner.evaluation.question_answering import HeldOutQuestion, answer_questions, find_questions
 from finetuner.evaluation.settings import EvaluationSettings, recipe_of_model, recipe_of_run, settings_of
 from finetuner.evaluation.tables import ModelScores
 from finetuner.models.pickled_weights import readable_base
@@ -71,7 +71,7 @@ def evaluate_target(target: str, overrides: list[str], options: EvaluationOption
         inputs = inputs_of_run(of_run.recipe, options, world, screen)
     else:
         inputs = inputs_of_model(target, settings_of(loaded.recipe, world), options, world, screen)
-    scores = evaluate(inputs, options, torch.device(world.device), screen)
+    scores = score_models(inputs, options, torch.device(world.device), screen)
     if not scores:
         raise ModelError(f"there is no model in {loaded.recipe.output.output_dir} to evaluate. Train it first.")
     return Evaluation(scores, options.out or inputs.folder)
@@ -116,11 +116,11 @@ def inputs_of_model(
     return EvaluationInputs(settings, models, tokenizer, prepared, folder if folder.is_dir() else None)
 
 
-def evaluate(
+def score_models(
     inputs: EvaluationInputs, options: EvaluationOptions, device: torch.device, screen: Screen
 ) -> list[ModelScores]:
     """Load the models one after another, base first, and score each; [] if none of them exists."""
-    questions: list[Question] = []
+    questions: list[HeldOutQuestion] = []
     if inputs.prepared is not None:
         questions = find_questions(inputs.prepared, inputs.tokenizer, options.num_questions)
     scores: list[ModelScores] = []
@@ -140,7 +140,7 @@ def evaluate(
 def score_model(
     loadable: LoadableModel,
     inputs: EvaluationInputs,
-    questions: list[Question],
+    questions: list[HeldOutQuestion],
     screen: Screen,
     tasks: BenchmarkTasks | None = None,
 ) -> ModelScores:

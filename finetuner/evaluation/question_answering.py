@@ -19,16 +19,16 @@ MAX_ANSWER_TOKENS = 32  # a longer trained text is no answer that could be the s
 
 
 @dataclass(frozen=True)
-class Question:
+class HeldOutQuestion:
     """A row with one short trained span: the token ids before it, and the text that is trained on."""
 
     prompt: Ids
     answer: str
 
 
-def find_questions(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", most: int) -> list[Question]:
+def find_questions(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", most: int) -> list[HeldOutQuestion]:
     """Return the first `most` held-out rows that ask for one short answer."""
-    found: list[Question] = []
+    found: list[HeldOutQuestion] = []
     for i in range(len(prepared.held_out)):
         if len(found) == most:
             break
@@ -36,7 +36,7 @@ def find_questions(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", mos
         (trained,) = np.nonzero(labels != IGNORE)
         # the last token of an answer ends the turn; behind it a template may have a line break
         if 0 < len(trained) <= MAX_ANSWER_TOKENS and trained[0] > 0 and np.ptp(trained) + 1 == len(trained):
-            found.append(Question(ids[: trained[0]], text_of(tokenizer, labels[trained])))
+            found.append(HeldOutQuestion(ids[: trained[0]], text_of(tokenizer, labels[trained])))
     return [one for one in found if one.answer.strip()]
 
 
@@ -44,7 +44,7 @@ def find_questions(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", mos
 def answer_questions(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    questions: list[Question],
+    questions: list[HeldOutQuestion],
     report: Callable[[int, int], None],
 ) -> Iterator[tuple[str, str]]:
     """Yield (greedy answer, reference). `report` takes (questions done, questions in all)."""

@@ -118,13 +118,7 @@ def _low_rank_update(
     """`transposed`: linear layers of this base store (in, out), as an embedding always does."""
     is_table = EMBEDDING_A in tensors or EMBEDDING_B in tensors
     halves = (EMBEDDING_A, EMBEDDING_B) if is_table else (A, B)
-    needed = [*halves, *([MAGNITUDE] if config.get("use_dora") else [])]
-    missing = next((kind for kind in needed if kind not in tensors), None)
-    if missing is not None:
-        raise ModelError(
-            f"the adapter in '{adapter}' has only a part of the update of '{module}': {missing} is missing. "
-            "Train or fetch it again."
-        )
+    _require_complete(adapter, module, tensors, (*halves, MAGNITUDE) if config.get("use_dora") else halves)
     a, b = (tensors[kind] for kind in halves)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise ModelError(
@@ -133,6 +127,15 @@ def _low_rank_update(
     if is_table and MAGNITUDE in tensors:
         raise ModelError(_unsupported(adapter, f"use_dora on the embedding '{module}'"))
     return LowRankUpdate(_scale(config, module, tensors), is_table or transposed, a, b, tensors.get(MAGNITUDE))
+
+
+def _require_complete(adapter: Path, module: str, tensors: LoraTensors, kinds: tuple[str, ...]) -> None:
+    missing = next((kind for kind in kinds if kind not in tensors), None)
+    if missing is not None:
+        raise ModelError(
+            f"the adapter in '{adapter}' has only a part of the update of '{module}': {missing} is missing. "
+            "Train or fetch it again."
+        )
 
 
 def _scale(config: dict[str, Any], module: str, tensors: LoraTensors) -> float:

@@ -27,8 +27,8 @@ from finetuner.storage.safetensors_stream import read_tensor
 
 FORMATS = ("f16", "q8_0")
 # Mean KL divergence in nats a token. q8_0 rounds each weight to one of 255 steps of its block of 32.
-BOUNDS = {"f16": 1e-4, "q8_0": 1e-2}
-BLOCK = 32
+GGUF_KL_BOUNDS = {"f16": 1e-4, "q8_0": 1e-2}
+Q8_BLOCK = 32  # weights that share a scale
 PROBE = "Naïve  text,\n\twith 2  numbers: 10, 2026!"
 
 _TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
@@ -125,7 +125,7 @@ def _storage_type(name: str, shape: tuple[int, ...], form: str) -> Any:
 
     if len(shape) == 1 or name.endswith("wpe.weight"):
         return gguf.GGMLQuantizationType.F32
-    full_blocks = shape[-1] % BLOCK == 0
+    full_blocks = shape[-1] % Q8_BLOCK == 0
     return gguf.GGMLQuantizationType.Q8_0 if form == "q8_0" and full_blocks else gguf.GGMLQuantizationType.F16
 
 
@@ -227,7 +227,7 @@ def _read_back(source: GGUFSource, file: Path, form: str) -> LogitAgreement:
                 raise ModelError(f"read back from GGUF, the tokenizer makes {found} of a text instead of {expected}.")
         rows = prompt_rows(source.folder)
         models = (load_model(str(f), dtype=torch.float32, attention=("sdpa",)) for f in (source.folder, again))
-        agreement = logit_agreement(models, rows, BOUNDS[form])
+        agreement = logit_agreement(models, rows, GGUF_KL_BOUNDS[form])
         shutil.rmtree(again)
     if not agreement.kl <= agreement.bound:
         raise ModelError(f"read back from GGUF, the model is not the one in {source.folder}: {agreement}.")

@@ -112,15 +112,12 @@ def _byte_level_name(settings: dict[str, Any]) -> str | None:
     *before, last = steps
     if last.get("type") != "ByteLevel":
         return None
-    normalizer, cuts_words = settings.get("normalizer"), last.get("use_regex", True)
-    kinds = [step.get("type") for step in before]
-    if cuts_words and normalizer is None:
-        if not before:
-            return "gpt-2"
-        return "smollm" if kinds == ["Digits"] and before[0]["individual_digits"] else None
-    if cuts_words or kinds != ["Split"]:
-        return None
-    name = SPLITS.get(before[0].get("pattern", {}).get("Regex") or "")
+    normalizer, kinds = settings.get("normalizer"), [step.get("type") for step in before]
+    if last.get("use_regex", True):  # cuts words itself
+        if normalizer is not None or kinds not in ([], ["Digits"]):
+            return None
+        return "gpt-2" if not before else "smollm" if before[0]["individual_digits"] else None
+    name = SPLITS.get(before[0].get("pattern", {}).get("Regex") or "") if kinds == ["Split"] else None
     # llama.cpp composes no characters before it cuts, as Qwen's tokenizer does: nearly all text is composed already
     composes = name == "qwen2" and normalizer == {"type": "NFC"}
     return name if normalizer is None or composes else None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from finetuner.errors import PlanError, TrainingError
-from finetuner.export.merge_writer import MARK
+from finetuner.export.merge_writer import MERGE_FILE
 
 # What a result consists of, by how its files' names end; checkpoints, figures and logs stay here.
 RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
@@ -36,7 +36,7 @@ def upload_result(folder: Path, repo_id: str, *, private: bool) -> str:
     from huggingface_hub import HfApi
 
     found = (path for path in folder.iterdir() if path.is_file() and path.suffix in RESULT_SUFFIXES)
-    names = sorted(path.name for path in found if path.name != MARK)  # it has names of folders of this machine
+    names = sorted(path.name for path in found if path.name != MERGE_FILE)  # it has names of folders of this machine
     try:
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)

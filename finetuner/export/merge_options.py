@@ -6,18 +6,18 @@ from pathlib import Path
 
 from finetuner.errors import RecipeError
 
-DTYPES = ("bfloat16", "float16", "float32")
-BASES = ("dequantized", "original")
+MERGE_DTYPES = ("bfloat16", "float16", "float32")
+MERGE_BASES = ("dequantized", "original")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 QUANTIZED = ("4bit", "8bit", "int4", "int8", "nf4", "fp4", "4", "8")
-WORDS = ("output", "dtype", "shard_size", "base", "verify")
+MERGE_KEYS = ("output", "dtype", "shard_size", "base", "verify")
 
 
 @dataclass(frozen=True)
 class MergeOptions:
     """Options of a merge; None: as the base is, in the adapter's folder `merged`.
 
-    `output`: the folder to write. `dtype`: number format of the weights, one of DTYPES. `shard_bytes`: size of a file
+    `output`: the folder to write. `dtype`: number format of the weights, one of MERGE_DTYPES. `shard_bytes`: size of a file
     of weights at most. `dequantize`: merge onto the base as it was quantized in training (True), onto the original
     weights (False), or onto what training saw, as far as that is known (None). `verify`: read the result back and
     compare. `base_model`: for an adapter's folder, another base than the one it names.
@@ -39,9 +39,9 @@ class MergeOptions:
                 "Merge into bfloat16 and let the tool that serves the model quantize it, or serve base and adapter "
                 "apart."
             )
-        if self.dtype is not None and self.dtype not in DTYPES:
+        if self.dtype is not None and self.dtype not in MERGE_DTYPES:
             raise RecipeError(
-                f"dtype={self.dtype} is not one that weights are stored in. Write one of {', '.join(DTYPES)}."
+                f"dtype={self.dtype} is not one that weights are stored in. Write one of {', '.join(MERGE_DTYPES)}."
             )
 
 
@@ -51,7 +51,7 @@ def read_merge_options(words: list[str]) -> tuple[MergeOptions, list[str]]:
     others = []
     for word in words:
         key, equals, value = word.partition("=")
-        if key not in WORDS:
+        if key not in MERGE_KEYS:
             others.append(word)
         elif not equals or not value:
             raise RecipeError(f"'{word}' has no value. Write {key}=...")
@@ -60,9 +60,9 @@ def read_merge_options(words: list[str]) -> tuple[MergeOptions, list[str]]:
     verify, base = values.get("verify", "true"), values.get("base")
     if verify not in ("true", "false"):
         raise RecipeError(f"verify={verify} is neither true nor false.")
-    if base is not None and base not in BASES:
+    if base is not None and base not in MERGE_BASES:
         raise RecipeError(
-            f"base={base}: it says onto which form of the base to merge, {' or '.join(BASES)}.\n"
+            f"base={base}: it says onto which form of the base to merge, {' or '.join(MERGE_BASES)}.\n"
             f"To name another base model: base_model={base}"
         )
     options = MergeOptions(

@@ -22,7 +22,7 @@ from finetuner.storage.safetensors_stream import write_stream
 
 ByteProgress = Callable[[int, int], None]  # bytes done, bytes in all
 
-MARK = "merge.json"
+MERGE_FILE = "merge.json"  # marks a folder that may be replaced; names base and adapter
 MOST_AHEAD = 4  # tensors in memory besides the one that is written
 # What comes from the training run (its template, its added tokens), and what from the base.
 TOKENIZER_FILES = (
@@ -75,7 +75,7 @@ def merge_adapter(
         write_generation_config(staging, token_ids or {})
         _write_index(plan, staging)
         mark = {"base_model": str(base), "adapter": str(adapter), "adapter_sha256": adapter_digest(adapter)}
-        (staging / MARK).write_text(json.dumps(mark, indent=1) + "\n")
+        (staging / MERGE_FILE).write_text(json.dumps(mark, indent=1) + "\n")
     return WrittenMerge(
         output,
         num_tensors_merged=len(plan.updates.by_name),
@@ -97,7 +97,7 @@ def _write_weights(plan: MergePlan, staging: Path, report: ByteProgress) -> int:
             done = reused
             continue
 
-        def counted(tensors: list[MergedTensor] = tensors) -> Iterator[tuple[str, torch.Tensor]]:
+        def _counted(tensors: list[MergedTensor] = tensors) -> Iterator[tuple[str, torch.Tensor]]:
             nonlocal done
             for planned, tensor in _computed_ahead(tensors):
                 yield planned.name, tensor
@@ -105,7 +105,7 @@ def _write_weights(plan: MergePlan, staging: Path, report: ByteProgress) -> int:
                 report(done, total)
 
         partial = staging / f"{file_name}.part"
-        write_stream(partial, {tensor.name: tensor.after for tensor in tensors}, counted())
+        write_stream(partial, {tensor.name: tensor.after for tensor in tensors}, _counted())
         partial.rename(staging / file_name)
     return reused
 
@@ -140,7 +140,7 @@ def _require_replaceable(output: Path, base: Path, adapter: Path) -> None:
     for what, folder in (("the base model", base), ("the adapter", adapter)):
         if output.resolve() == folder.resolve():
             raise ModelError(f"output '{output}' is the folder of {what} itself. Name another: output=...")
-    if output.exists() and not (output / MARK).exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not (output / MERGE_FILE).exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"'{output}' holds something that is not a merge of ours. Move it away first.")
 
 

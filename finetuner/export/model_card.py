@@ -13,7 +13,7 @@ from finetuner.recipe import load_recipe
 from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.recipe.sections import DatasetEntry
 
-MARK = "<!-- written by finetuner -->"
+CARD_MARK = "<!-- written by finetuner -->"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")
 
 
@@ -24,13 +24,13 @@ def write_card(folder: Path, run: Path, base_model: str, what: str, facts: Itera
     `what` says in a few words what the weights are; each of `facts` becomes a paragraph.
     """
     path = folder / "README.md"
-    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
+    if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8"):
         return
     header = ["---", "library_name: " + ("peft" if (folder / "adapter_config.json").exists() else "transformers")]
     from_scratch = base_model == FROM_SCRATCH
     if not from_scratch and not Path(base_model).exists():  # a path of this machine means nothing elsewhere
         header.append(f"base_model: {base_model}")
-    lines = [*header, "tags:", "- finetuner", "---", MARK, f"# {folder.resolve().name}", ""]
+    lines = [*header, "tags:", "- finetuner", "---", CARD_MARK, f"# {folder.resolve().name}", ""]
     origin = "scratch" if from_scratch else f"`{base_model}`"
     lines += [f"{what}, trained from {origin} with finetuner {__version__}.", *_paragraphs(facts)]
     recipe = run / "recipe.yml"

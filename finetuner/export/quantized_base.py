@@ -26,7 +26,7 @@ from finetuner.models.quantized import (
 )
 from finetuner.storage.safetensors_stream import DTYPES, read_header
 
-KINDS = ("nf4", "fp4")
+FOUR_BIT_KINDS = ("nf4", "fp4")
 
 
 def quantization_in_training(adapter: Path, base: Path, dequantize: bool | None) -> Record | None:
@@ -69,7 +69,7 @@ def _record_by_bitsandbytes_rules(base: Path, settings: dict[str, Any]) -> Recor
     eight = bool(settings.get("load_in_8bit"))
     kind = "int8" if eight else settings.get("bnb_4bit_quant_type", "nf4")
     method, block = settings.get("quant_method", "bitsandbytes"), settings.get("bnb_4bit_blocksize", BLOCK)
-    if "bitsandbytes" not in str(method) or kind not in (*KINDS, "int8") or block != BLOCK:
+    if "bitsandbytes" not in str(method) or kind not in (*FOUR_BIT_KINDS, "int8") or block != BLOCK:
         what = f"{method}, {kind}, blocks of {block}"
         raise ModelError(
             f"the adapter was trained on a base quantized by {what}; bitsandbytes' nf4, fp4 (blocks of {BLOCK}) and "

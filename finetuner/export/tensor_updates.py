@@ -12,7 +12,7 @@ import torch
 
 from finetuner.errors import ModelError
 
-BLOCK = 1 << 18  # elements of a product that are computed at once: 1 MB in fp32
+BLOCK_ELEMENTS = 1 << 18  # elements of a product that are computed at once: 1 MB in fp32
 MIN_ROWS = 16  # of a block: fewer take another path through the matrix library, which rounds differently
 
 
@@ -56,7 +56,7 @@ class LowRankUpdate:
         left, right = (self.a.t(), self.b.t()) if self.stored_in_out else (self.b, self.a)
         along = 0 if self.stored_in_out else 1
         by_column = self.magnitude is not None and self.stored_in_out
-        blocks = 1 if by_column else max(1, min(len(weight) // MIN_ROWS, weight.numel() // BLOCK))
+        blocks = 1 if by_column else max(1, min(len(weight) // MIN_ROWS, weight.numel() // BLOCK_ELEMENTS))
         lengths = [None] * blocks if self.magnitude is None else self.magnitude.float().tensor_split(blocks)
         right = right.float()
         for rows, left_rows, length in zip(

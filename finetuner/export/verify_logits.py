@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from finetuner.errors import ModelError
-from finetuner.export.merge_writer import MARK
+from finetuner.export.merge_writer import MERGE_FILE
 from finetuner.export.quantized_base import quantization_in_training, quantized_tensors
 from finetuner.models.files import find_base, weight_files
 from finetuner.models.load import load_model
@@ -31,7 +31,7 @@ PROMPTS = (
     "1, 2, 4, 8, 16,",
 )
 # Largest mean KL divergence, in nats a token, by how the merged weights are stored: rounding alone costs less.
-BOUNDS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}
+KL_BOUNDS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}
 NUM_LAST_TOKENS = 16  # the rows that an adapter may have added are the last ones
 
 
@@ -81,15 +81,15 @@ def verify_logits(
     MergeOptions. Raises ModelError beyond the bound."""
     rows = [*rows, last_tokens(merged)] if rows else prompt_rows(merged, trust_remote_code)
     stored = {info.dtype for path in weight_files(merged) for info in read_header(path).values()}
-    bound = BOUNDS["bfloat16" if "BF16" in stored else "float16" if "F16" in stored else "float32"]
+    bound = KL_BOUNDS["bfloat16" if "BF16" in stored else "float16" if "F16" in stored else "float32"]
 
     def models() -> "Iterator[PreTrainedModel]":  # one in memory at a time
         yield _adapted_model(adapter, base_model, merged, dequantize, trust_remote_code)
         yield _load(str(merged), trust_remote_code)
 
     agreement = logit_agreement(models(), rows, bound)
-    mark: dict[str, Any] = json.loads((merged / MARK).read_text())
-    (merged / MARK).write_text(json.dumps(mark | {"verified": asdict(agreement)}, indent=1) + "\n")
+    mark: dict[str, Any] = json.loads((merged / MERGE_FILE).read_text())
+    (merged / MERGE_FILE).write_text(json.dumps(mark | {"verified": asdict(agreement)}, indent=1) + "\n")
     if not agreement.kl <= bound:  # NaN too
         raise ModelError(
             f"the merged model in {merged} is not what base + adapter compute: {agreement}.\n"

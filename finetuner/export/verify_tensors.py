@@ -12,12 +12,12 @@ import torch
 
 from finetuner.errors import ModelError
 from finetuner.export.merge_plan import MergedTensor, MergeFormat, plan_merge
-from finetuner.export.merge_writer import MARK, ByteProgress
+from finetuner.export.merge_writer import MERGE_FILE, ByteProgress
 from finetuner.models.files import weight_files
 from finetuner.storage.safetensors_stream import TensorInfo, read_header, read_tensor
 
 # Most roundings that a number may be off: half a step of its format is 1. The sum in fp32 is rounded several times.
-BOUNDS = {torch.float32: 256.0, torch.float16: 1.5, torch.bfloat16: 1.5}
+ROUNDING_BOUNDS = {torch.float32: 256.0, torch.float16: 1.5, torch.bfloat16: 1.5}
 FLOOR = 2.0**-8  # numbers this far below the largest of their tensor carry the noise of larger terms
 
 
@@ -51,7 +51,7 @@ def verify_tensors(
     _require_same_shapes(merged, expected, {name: info for name, (_, info) in written.items()})
     total, done = sum(info.num_bytes for _, info in written.values()), 0
     num_changed = sum(tensor.update is not None for tensor in expected.values())
-    worst = TensorAgreement(0.0, next(iter(expected)), max(BOUNDS.values()), len(expected), num_changed)
+    worst = TensorAgreement(0.0, next(iter(expected)), max(ROUNDING_BOUNDS.values()), len(expected), num_changed)
     for name, tensor in expected.items():
         path, info = written[name]
         difference, bound = _roundings(read_tensor(path, info), tensor.compute())
@@ -59,8 +59,8 @@ def verify_tensors(
             worst = replace(worst, largest=difference, tensor=name, bound=bound)
         done += info.num_bytes
         report(done, total)
-    mark: dict[str, Any] = json.loads((merged / MARK).read_text())
-    (merged / MARK).write_text(json.dumps(mark | {"verified_by_layers": asdict(worst)}, indent=1) + "\n")
+    mark: dict[str, Any] = json.loads((merged / MERGE_FILE).read_text())
+    (merged / MERGE_FILE).write_text(json.dumps(mark | {"verified_by_layers": asdict(worst)}, indent=1) + "\n")
     if not worst.largest <= worst.bound:
         raise ModelError(f"the merged model in {merged} is not what base + adapter are: {worst}.\nDo not use it.")
     return worst
@@ -84,4 +84,4 @@ def _roundings(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, floa
     size = size.clamp_(min=float(size.max()) * FLOOR)
     step = size.mul_(form.eps / 2).clamp_(min=form.tiny * form.eps / 2)
     difference = (found.float() - expected).abs_().div_(step)
-    return float(difference.max()), BOUNDS.get(found.dtype, 1.5)
+    return float(difference.max()), ROUNDING_BOUNDS.get(found.dtype, 1.5)

@@ -22,10 +22,7 @@ def check_for_vllm(folder: Path) -> ServingCheck:
     """Check the folder of a full or merged model. Raises ModelError with all that is missing."""
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"'{folder}' holds an adapter. Merge it first: python -m finetuner.merge {folder}")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{folder}' is not a model folder: {error}") from error
+    config = _read_config(folder)
     text_config = config.get("text_config", config)
     infos = [info for path in weight_files(folder) for info in read_header(path).values()]
     number_formats = sorted({info.dtype for info in infos})
@@ -45,6 +42,14 @@ def check_for_vllm(folder: Path) -> ServingCheck:
     # vLLM computes fp32 weights in half precision unless told otherwise
     words += ["--dtype float32"] if number_formats == ["F32"] else []
     return ServingCheck(tuple(facts), " ".join(words))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{folder}' is not a model folder: {error}") from error
+    return config
 
 
 def _check_tokenizer(folder: Path, text_config: dict[str, Any]) -> tuple[str, str | None]:
