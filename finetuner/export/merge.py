@@ -136,7 +136,7 @@ def merge(
     notes = [*found.notes, *_notes_on_base(found, options.dequantize)]
     for note in notes:
         reporter.note(note)
-    output = options.output or found.adapter / "merged"
+    output = found.adapter / "merged" if options.output is None else Path(options.output)
     with reporter.progress("merging") as report:
         written = merge_adapter(found.adapter, found.base_model, output, report, found.token_ids, form)
     reporter.written(written)

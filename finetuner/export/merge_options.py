@@ -17,13 +17,13 @@ MERGE_KEYS = ("output", "dtype", "shard_size", "base", "verify")
 class MergeOptions:
     """Options of a merge; None: as the base is, in the adapter's folder `merged`.
 
-    `output`: the folder to write. `dtype`: number format of the weights, one of MERGE_DTYPES. `shard_bytes`: size of a file
-    of weights at most. `dequantize`: merge onto the base as it was quantized in training (True), onto the original
+    `output`: the folder to write. `dtype`: number format of the weights, one of MERGE_DTYPES. `shard_bytes`: size of a
+    file of weights at most. `dequantize`: merge onto the base as it was quantized in training (True), onto the original
     weights (False), or onto what training saw, as far as that is known (None). `verify`: read the result back and
     compare. `base_model`: for an adapter's folder, another base than the one it names.
     """
 
-    output: Path | None = None
+    output: str | Path | None = None
     dtype: str | None = None
     shard_bytes: int | None = None
     dequantize: bool | None = None

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.commands.merge import merge
-from finetuner.errors import ModelError
+from finetuner.errors import ModelError, RecipeError
 from finetuner.export import merge_writer
+from finetuner.export.merge import merge as merge_trained
+from finetuner.export.merge_options import MergeOptions
 from finetuner.export.merge_writer import merge_adapter
 from finetuner.models.load import load_model
 from finetuner.models.quantized import choose_format
@@ -227,6 +229,31 @@ def test_streamed_files_are_what_the_library_reads(tmp_path):
     assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "y.safetensors")
     assert read_header(tmp_path / "y.safetensors").keys() == infos.keys()
+
+
+def test_merge_is_a_function_that_returns_its_figures_and_prints_nothing(
+    write_recipe, train, tmp_path, tokenizer_folder, capsys
+):
+    base = make_model(tmp_path / "base", tokenizer_folder, tied=True)
+    recipe = write_recipe(base_model=str(base), **LORA | {"adapter": "qlora", "lora_target_modules": ["q_proj"]})
+    train(recipe)
+    capsys.readouterr()
+    found = merge_trained(load(recipe).recipe)
+    assert capsys.readouterr().out == ""
+    assert (found.folder, found.num_tensors_merged, found.num_tensors_dequantized) == (tmp_path / "out/merged", 2, 14)
+    tensors = weights_of(found.folder)
+    assert found.num_tensors == len(tensors) and found.num_bytes == 4 * sum(t.numel() for t in tensors.values())
+    assert found.verification is not None and found.verification.compared_on == "built-in prompts"
+    assert found.notes == () and found.seconds > 0 and found.num_bytes_reused == 0
+    (tmp_path / "out" / "quantization.json").unlink()  # an adapter of another tool, then
+    options = MergeOptions(output=str(tmp_path / "again"), dequantize=True, verify=False)
+    again = merge_trained(tmp_path / "out", options)
+    assert again.verification is None and "nothing says" in again.notes[0]
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in weights_of(again.folder).items())
+    with pytest.raises(RecipeError, match="Leave out base_model"):
+        merge_trained(load(recipe).recipe, MergeOptions(base_model="other"))
+    with pytest.raises(RecipeError, match="3 % of a small update"):
+        MergeOptions(dtype="int8")
 
 
 def test_merge_of_a_full_fine_tune_says_where_the_weights_are(write_recipe):
