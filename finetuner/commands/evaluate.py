@@ -10,7 +10,6 @@ from finetuner.console import Screen
 from finetuner.errors import RecipeError
 from finetuner.evaluation.benchmark_tasks import BenchmarkTasks, require_tasks
 from finetuner.evaluation.options import EvaluationOptions
-from finetuner.evaluation.tables import RESULTS, markdown, write_results
 from finetuner.recipe import load
 
 
@@ -47,13 +46,11 @@ def evaluate(
 
     screen = Screen(speaks=True)
     found = evaluate_target(target, words, options, screen)
-    table = markdown(found.scores)
-    screen.line(table)
+    screen.line(found.table)
     if found.folder is None:
         screen.line("note: written nowhere; to keep the results: --out FOLDER")
     elif out is not None or found.folder.is_dir():
-        write_results(found.folder, found.scores, table)
-        screen.line(f"written: {' and '.join(str(found.folder / name) for name in RESULTS)}")
+        screen.line(f"written: {' and '.join(str(file) for file in found.write())}")
 
 
 def _benchmark_tasks(names: str | None, folder: Path | None, limit: int | None) -> BenchmarkTasks | None:

@@ -27,7 +27,7 @@ from finetuner.evaluation.held_out_loss import score_held_out
 from finetuner.evaluation.options import EvaluationOptions
 from finetuner.evaluation.question_answering import HeldOutQuestion, answer_questions, find_questions
 from finetuner.evaluation.settings import EvaluationSettings, recipe_of_model, recipe_of_run, settings_of
-from finetuner.evaluation.tables import ModelScores
+from finetuner.evaluation.tables import ModelScores, markdown, write_results
 from finetuner.models.pickled_weights import readable_base
 from finetuner.objectives.text_score import TextScore
 from finetuner.recipe import Recipe
@@ -57,6 +57,16 @@ class Evaluation:
 
     scores: list[ModelScores]
     folder: Path | None
+
+    @property
+    def table(self) -> str:
+        """Scores as Markdown tables."""
+        return markdown(self.scores)
+
+    def write(self) -> tuple[Path, ...]:
+        """Write the results into the folder, and return the files."""
+        assert self.folder is not None
+        return write_results(self.folder, self.scores)
 
 
 def evaluate_target(target: str, overrides: list[str], options: EvaluationOptions, screen: Screen) -> Evaluation:

@@ -102,9 +102,10 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def write_results(folder: Path, scores: Sequence[ModelScores], table: str) -> None:
-    """Write evaluation.json and evaluation.md into a folder, which is made if it is missing."""
+def write_results(folder: Path, scores: Sequence[ModelScores]) -> tuple[Path, ...]:
+    """Write evaluation.json and evaluation.md into a folder, which is made if it is missing; return both files."""
     folder.mkdir(parents=True, exist_ok=True)
     as_json, as_page = (folder / name for name in RESULTS)
     as_json.write_text(json.dumps([one.as_dict() for one in scores], indent=1) + "\n")
-    as_page.write_text(table + "\n")
+    as_page.write_text(markdown(scores) + "\n")
+    return as_json, as_page
