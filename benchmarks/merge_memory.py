@@ -25,7 +25,7 @@ def resident(name):
 base, adapter, output = sys.argv[1:]
 """
 OURS = """
-from finetuner.export.merge import merge_adapter
+from finetuner.export.merge_writer import merge_adapter
 imported, started = resident("VmHWM"), time.monotonic()
 merge_adapter(Path(adapter), base, Path(output))
 """

@@ -20,11 +20,11 @@ import torch
 
 from finetuner.commands.merge import merge
 from finetuner.console import Screen, quiet_libraries
-from finetuner.evaluation.candidates import Candidate, candidates
-from finetuner.evaluation.evaluate import Result, find_questions, job_of_run, markdown, measure
-from finetuner.evaluation.evaluate import Wishes as Measures
-from finetuner.models.attention import choose_attention
-from finetuner.models.dtypes import DTYPES
+from finetuner.evaluation.compared_models import LoadableModel, loadable_models
+from finetuner.evaluation.evaluate import inputs_of_run, score_model
+from finetuner.evaluation.options import EvaluationOptions
+from finetuner.evaluation.question_answering import find_questions
+from finetuner.evaluation.tables import ModelScores, markdown
 from finetuner.models.load import load_model
 from finetuner.recipe import load
 from finetuner.run import train as run
@@ -83,36 +83,35 @@ def write_recipe(out: Path, model: str, train: list[dict], held_out: list[dict],
     return str(path)
 
 
-def measured(recipe_path: str, merged: dict[str, Path], questions: int) -> list[Result]:
+def measured(recipe_path: str, merged: dict[str, Path], questions: int) -> list[ModelScores]:
     recipe, world, screen = load(recipe_path).recipe, World.detect(), Screen(speaks=True)
     quiet_libraries(screen)
-    job = job_of_run(recipe, world, screen, Measures())
-    assert job.prepared is not None
-    asked = find_questions(job.prepared, job.tokenizer, questions)
-    dtype, device = DTYPES[job.plan.precision], torch.device(world.device)
-    attention = choose_attention("auto", world, job.plan.precision)
-    of_run = candidates(
-        replace(job.lineup, merged=None),
+    inputs = inputs_of_run(recipe, EvaluationOptions(), world, screen)
+    assert inputs.prepared is not None
+    asked = find_questions(inputs.prepared, inputs.tokenizer, questions)
+    dtype, attention, device = inputs.settings.dtype, inputs.settings.attention, torch.device(world.device)
+    of_run = loadable_models(
+        replace(inputs.models, merged=None),
         dtype=dtype,
         attention=attention,
         device=device,
-        vocab_size=len(job.tokenizer),
+        vocab_size=len(inputs.tokenizer),
         trust_remote_code=False,
     )
 
-    def whole(folder: str) -> torch.nn.Module:
+    def full(folder: str) -> torch.nn.Module:
         return load_model(folder, dtype=dtype, attention=attention).to(device)
 
     base, adapted = (one.load for one in of_run)
     chosen = [
-        Candidate("before", partial(whole, recipe.model.base_model)),
-        Candidate("before, in 4 bits", base),
-        Candidate("adapter, on 4 bits", adapted),
-        *(Candidate(name, partial(whole, str(folder))) for name, folder in merged.items()),
+        LoadableModel("before", partial(full, recipe.model.base_model)),
+        LoadableModel("before, in 4 bits", base),
+        LoadableModel("adapter, on 4 bits", adapted),
+        *(LoadableModel(name, partial(full, str(folder))) for name, folder in merged.items()),
     ]
     results = []
-    for candidate in chosen:
-        results.append(measure(candidate, job, asked, screen))
+    for model in chosen:
+        results.append(score_model(model, inputs, asked, screen))
         screen.line(markdown(results[-1:]))
         gc.collect()
     return results

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-from finetuner.commands.generate import Speaker, speaker_of
-from finetuner.models.context_length import context_length
-from finetuner.models.generation import draw_token, generate_tokens, prompt_tokens, stream_text
+from finetuner.commands.text_model import TextModel, load_text_model
+from finetuner.models.generation import context_length, draw_token, generate_tokens, prompt_tokens, stream_text
 from finetuner.models.stop_tokens import stop_token_ids
 from finetuner.training.metrics import read_metrics
 
@@ -64,9 +63,10 @@ def without_last_statement(text: str) -> str:
     return "".join(lines[:last])
 
 
-def write(speaker: Speaker, prompt: str, seed: int, *, count: int, temperature: float, top_p: float) -> Sample:
+def write(speaker: TextModel, prompt: str, seed: int, *, count: int, temperature: float, top_p: float) -> Sample:
     model, tokenizer = speaker.model, speaker.tokenizer
-    ids, stops = prompt_tokens(tokenizer, prompt), stop_token_ids(tokenizer, model.generation_config)
+    ids = prompt_tokens(tokenizer, prompt)
+    stops = stop_token_ids(tokenizer, model.generation_config)
     generator = torch.Generator().manual_seed(seed)
     choice = partial(draw_token, temperature=temperature, top_p=top_p, generator=generator)
     tokens = list(generate_tokens(model, ids, count=count, choice=choice, stops=stops, context=context_length(model)))
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="def ")
     parser.add_argument("--show", type=int, default=2, help="samples to print in full")
     arguments = parser.parse_args()
-    speaker = speaker_of(str(arguments.run), [])
+    speaker = load_text_model(str(arguments.run), [])
     manner = {"count": arguments.tokens, "temperature": arguments.temperature, "top_p": arguments.top_p}
     samples = [write(speaker, arguments.prompt, seed, **manner) for seed in range(arguments.samples)]
     for seed, sample in enumerate(samples[: arguments.show]):

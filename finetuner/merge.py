@@ -1,4 +1,4 @@
-"""`python -m finetuner.merge RECIPE [key=value ...]`: the same as `finetuner merge`."""
+"""Run `python -m finetuner.merge RECIPE [key=value ...]`: the same as `finetuner merge`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`accelerate launch -m finetuner.train RECIPE [key=value ...]`: the same as `finetuner train`."""
+"""Run `accelerate launch -m finetuner.train RECIPE [key=value ...]`: the same as `finetuner train`."""
 
 import sys
 

@@ -1,28 +1,26 @@
 """`finetuner data`: prepare the rows of a recipe ahead of training."""
 
-from typing import TYPE_CHECKING
-
+from finetuner.commands.arguments import Overrides, RecipePath
 from finetuner.console import Screen, quiet_libraries
 from finetuner.data.inputs import prepare_rows
 from finetuner.data.prepare import BY_WEIGHT
-from finetuner.recipe import Loaded
-from finetuner.run.summary import rows_line
+from finetuner.recipe import load
 from finetuner.world import World
 
-if TYPE_CHECKING:
-    pass
 
+def data(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Prepare the recipe's rows, and print how many there are and which were dropped. Raises FinetunerError."""
+    loaded = load(recipe, overrides or [])
+    from finetuner.run.summary import rows_line  # imports torch: only once the recipe is known to be right
 
-def prepare_data(loaded: Loaded, recipe_name: str) -> None:
-    """Prepare the recipe's rows, so that training finds them ready. Raises FinetunerError."""
-    recipe, screen = loaded.recipe, Screen(speaks=True)
+    values, screen = loaded.recipe, Screen(speaks=True)
     for note in loaded.notes:
         screen.line(f"note: {note}")
     quiet_libraries(screen)
-    _, prepared = prepare_rows(recipe, World(), recipe.output.seed, screen)
+    _, prepared = prepare_rows(values, World(), values.output.seed, screen)
     rows = [
-        ("recipe", recipe_name),
-        ("rows", rows_line(prepared, recipe.data)),
+        ("recipe", recipe),
+        ("rows", rows_line(prepared, values.data)),
         ("longest", f"{prepared.train.longest:,} tokens"),
     ]
     screen.table(rows)

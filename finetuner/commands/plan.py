@@ -1,137 +1,95 @@
-"""`finetuner plan`: what a run will compute, how long that takes and what it keeps in memory, before it costs anything.
+"""`finetuner plan`: tokens, FLOPs, hours and memory of a run, before it costs anything.
 
-Of a model from scratch torch is not needed for it; of another one, its config.json is read and no weight.
+For a model from scratch torch is not needed; of a base model its config.json is read, and no weight.
 """
 
 import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import typer
+
+from finetuner.commands.arguments import Overrides, RecipePath
 from finetuner.console import Screen
-from finetuner.errors import ModelError, PlanError
-from finetuner.plan.flops import CHINCHILLA, Work, known_devices, parts_of_shape, peak_of, work_of_shape
-from finetuner.plan.memory import Kept, Parts, kept_by_a_rank, trained_parts
+from finetuner.data.tokenizer import load_tokenizer
+from finetuner.data.tokenizer_source import tokenizer_name
+from finetuner.errors import ModelError
+from finetuner.estimate.training_cost import (
+    Devices,
+    ModelCost,
+    RunLength,
+    TrainingCost,
+    parse_devices,
+    run_length,
+    scratch_model_cost,
+    training_cost,
+)
+from finetuner.plan.flops import CHINCHILLA
 from finetuner.plan.run import Plan
-from finetuner.recipe import Loaded, Recipe
-from finetuner.recipe.gpt_shape import FROM_SCRATCH, shape_of
+from finetuner.recipe import Recipe, load
+from finetuner.recipe.gpt_shape import FROM_SCRATCH
 from finetuner.recipe.sections import NewTokenizer
 from finetuner.world import World
 
-_SHOWN_WITHOUT_CHOICE = ("A100", "H100", "B200")
-_BYTES = 257  # tokens of `tokenizer: byte`
+_BYTE_TOKENS = 257  # tokens of `tokenizer: byte`
 
 
-@dataclass(frozen=True)
-class Devices:
-    """What the run is planned on: `count` of a kind, whose `peak` in FLOPs a second is None if it is not known."""
-
-    count: int
-    name: str = ""
-    peak: float | None = None
-
-
-@dataclass(frozen=True)
-class Model:
-    """`work` is None where no formula holds; `bytes_kept` are of the whole model and of what trains it."""
-
-    title: str
-    parts: dict[str, int]
-    work: Work | None
-    bytes_kept: Parts
-
-    @property
-    def parameters(self) -> int:
-        return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
-class Length:
-    """Tokens of the run in all; `exact` if its rows are known to be full."""
-
-    tokens: int
-    steps: int
-    exact: bool
-
-
-def plan(loaded: Loaded, recipe_name: str, devices: Devices, utilisation: float, *, as_json: bool) -> None:
-    """Print the plan. Raises FinetunerError."""
-    recipe, screen = loaded.recipe, Screen(speaks=not as_json)
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    devices: Annotated[str, typer.Option(help="How many, of which kind: 8, or 8xH100.")] = "1",
+    flops: Annotated[
+        float | None, typer.Option(help="FLOPs a second of one device, such as 312e12.", show_default=False)
+    ] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="The share of it that training reaches.")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
+) -> None:
+    """Print the cost of a run, as a table or as JSON. Raises FinetunerError."""
+    loaded = load(recipe, overrides or [], check_files=False)
+    values, screen = loaded.recipe, Screen(speaks=not as_json)
+    chosen = parse_devices(devices, flops or values.output.device_peak_flops)
     for note in loaded.notes:
         screen.line(f"note: {note}")
-    batches = Plan.from_recipe(
-        recipe, World(size=devices.count, local_size=min(8, devices.count), device="cuda", bf16=True)
+    batches = Plan.from_recipe(values, _world_of(chosen))
+    data = values.data
+    cost = training_cost(
+        _model_cost(values, batches),
+        run_length(values.schedule, batches, sequence_len=data.sequence_len, streaming=data.streaming),
+        batches,
+        chosen,
+        sequence_len=data.sequence_len,
+        utilization=mfu,
     )
-    begun = recipe.model.base_model == FROM_SCRATCH
-    model = _begun(recipe, batches) if begun else _read(recipe, batches)
-    length = length_of(recipe, batches)
-    kept = kept_by_a_rank(model.bytes_kept, batches.parallel)
-    flops = None
-    if model.work is not None and length is not None:
-        flops = model.work.flops_of_rows(length.tokens, recipe.data.sequence_len)
-    times = _times(flops, devices, utilisation)
     if as_json:
-        print(json.dumps(_as_dict(model, length, flops, times, kept, devices), indent=1))
-        return
-    rows = [("recipe", recipe_name), ("model", model.title), *_part_rows(model)]
-    rows += [("global batch", f"{batches.batch_equation}, {recipe.data.sequence_len:,} tokens at most in each")]
-    rows += _length_rows(recipe, model, length, begun=begun)
-    rows += _flops_rows(model, length, flops, recipe.data.sequence_len)
-    rows += [
-        (f"on {devices.count} x {name}", f"{span(seconds)}, at {utilisation:.0%} of {peak / 1e12:,.4g} TFLOP/s")
-        for name, peak, seconds in times
-    ]
-    rows.append(("memory", _memory_line(model.bytes_kept, kept, batches)))
-    screen.table(rows)
-
-
-def devices_of(text: str, flops: float | None) -> Devices:
-    """ "8", "H100" or "8xH100"; `flops`: FLOPs a second of each. Raises PlanError for a device of unknown speed."""
-    number, times, name = text.partition("x")
-    if not times or not number.isdecimal():
-        number, name = (text, "") if text.isdecimal() else ("1", text)
-    if int(number) < 1:
-        raise PlanError(f"--devices {text}: a run needs one device at least.")
-    peak = flops or (peak_of(name) if name else None)
-    if name and peak is None:
-        raise PlanError(
-            f"--devices {text}: how fast {name} is, is not known here. Say it (--flops 312e12, in the number format of "
-            f"the run), or take one of: {', '.join(known_devices())}."
+        typer.echo(json.dumps(cost.as_dict(), indent=1))
+    else:
+        screen.table(
+            [
+                ("recipe", recipe),
+                ("model", cost.model.title),
+                *_parameter_rows(cost.model),
+                ("global batch", f"{batches.batch_equation}, {data.sequence_len:,} tokens at most in each"),
+                *_length_rows(cost.model, cost.length, from_scratch=values.model.base_model == FROM_SCRATCH),
+                *_flops_rows(cost, data.sequence_len),
+                *_time_rows(cost, chosen.count, mfu),
+                ("memory", _memory_line(cost, batches)),
+            ]
         )
-    return Devices(int(number), name or ("device" if flops else ""), peak)
 
 
-def length_of(recipe: Recipe, plan: Plan) -> Length | None:
-    """None where it takes the prepared rows to know."""
-    section = recipe.schedule
-    per_step = plan.global_batch * recipe.data.sequence_len
-    if section.max_tokens is not None:
-        left_out = plan.ramp.left_out * recipe.data.sequence_len
-        steps = -(-(section.max_tokens + left_out) // per_step)
-        plan.ramp.require_steps(steps)
-        return Length(section.max_tokens, steps, recipe.data.streaming)
-    if section.max_steps is not None:
-        tokens = plan.rows_before(section.max_steps) * recipe.data.sequence_len
-        return Length(tokens, section.max_steps, recipe.data.streaming)
-    return None
+def _world_of(devices: Devices) -> World:
+    """Nodes of up to eight GPUs, whatever this machine has."""
+    return World(size=devices.count, local_size=min(8, devices.count), device="cuda", bf16=True)
 
 
-def _begun(recipe: Recipe, plan: Plan) -> Model:
-    assert recipe.model.model is not None, "a rule asks for the block"
-    shape = shape_of(recipe.model.model)
-    vocabulary = shape.vocabulary or _vocabulary(recipe)
-    parts = parts_of_shape(shape, vocabulary)
-    title = (
-        f"{recipe.model.model.preset or 'from scratch'}: {shape.layers} layers, {shape.heads} heads, width "
-        f"{shape.width}, inside the MLPs {shape.mlp_width}, context {shape.context:,}, vocabulary {vocabulary:,}"
-    )
-    kept = trained_parts(
-        sum(parts.values()),
-        parallel=plan.parallel,
-        bf16=plan.precision == "bf16",
-        optimizer=recipe.optimizer.optimizer,
-    )
-    return Model(title, parts, work_of_shape(shape, vocabulary), kept)
+def _model_cost(recipe: Recipe, batches: Plan) -> ModelCost:
+    block = recipe.model.model
+    if recipe.model.base_model == FROM_SCRATCH:
+        assert block is not None, "a rule asks for the block"
+        vocabulary = block.vocabulary or _vocabulary(recipe)
+        return scratch_model_cost(block, vocabulary, batches, recipe.optimizer.optimizer)
+    from finetuner.estimate.base_model_cost import base_model_cost  # imports torch
+
+    return base_model_cost(recipe, batches)
 
 
 def _vocabulary(recipe: Recipe) -> int:
@@ -139,12 +97,9 @@ def _vocabulary(recipe: Recipe) -> int:
     section = recipe.tokenizer
     adds = bool(section.tokens or section.special_tokens.model_dump(exclude_none=True))
     if section.tokenizer == "byte" and not adds:
-        return _BYTES
+        return _BYTE_TOKENS
     if isinstance(section.tokenizer, NewTokenizer) and not adds:
         return section.tokenizer.train.vocab_size
-    from finetuner.data.tokenizer import load_tokenizer
-    from finetuner.data.tokenizer_source import tokenizer_name
-
     try:
         name = tokenizer_name(recipe, World()) or recipe.model.base_model
         return len(load_tokenizer(section, name, recipe.model.trust_remote_code).tokenizer)
@@ -152,126 +107,73 @@ def _vocabulary(recipe: Recipe) -> int:
         raise ModelError(f"{error}\nOr say how many tokens it has: model.vocabulary=50304") from error
 
 
-def _read(recipe: Recipe, plan: Plan) -> Model:
-    from finetuner.estimate.fit import model_without_weights, training_memory
-    from finetuner.models.attention import choose_attention
-    from finetuner.models.model_flops import parameters_by_part, training_flops
-    from finetuner.models.trainable import train_only
-
-    name = recipe.model.base_model
-    model = model_without_weights(
-        name, recipe.adapter, recipe.quantization, plan.precision, choose_attention("sdpa", World(), plan.precision)
-    )
-    if model is None:
-        where = (
-            "" if Path(name).is_dir() else f" (no folder of that name in {Path.cwd()}, so it was taken for a hub id)"
-        )
-        raise ModelError(
-            f"the config.json of '{name}'{where} cannot be read, or names no causal language model that transformers "
-            "knows."
-        )
-    if recipe.adapter.adapter is not None:
-        model.requires_grad_(False)
-        how = f"{recipe.adapter.adapter}, rank {recipe.adapter.lora_r}: it comes on top of these"
-    else:
-        train_only(model, recipe.adapter.unfrozen_parameters)
-        how = "all trained" if recipe.adapter.unfrozen_parameters is None else "trained as unfrozen_parameters says"
-    title = f"{name} ({type(model).__name__}), {how}"
-    work = training_flops(model, model, recipe.data.sequence_len)
-    return Model(
-        title,
-        parameters_by_part(model),
-        work,
-        training_memory(model, recipe.adapter, recipe.quantization, recipe.optimizer, plan),
-    )
-
-
-def _times(flops: float | None, devices: Devices, utilisation: float) -> list[tuple[str, float, float]]:
-    """(device, its peak, seconds)"""
-    if flops is None:
-        return []
-    if devices.peak is not None:
-        chosen = [(devices.name, devices.peak)]
-    else:
-        chosen = [(name, peak_of(name) or 0.0) for name in _SHOWN_WITHOUT_CHOICE]
-    return [(name, peak, flops / (devices.count * peak * utilisation)) for name, peak in chosen]
-
-
-def _part_rows(model: Model) -> list[tuple[str, str]]:
-    there = {name: count for name, count in model.parts.items() if count}
-    tied = " (also the head)" if "head" not in there else ""
+def _parameter_rows(model: ModelCost) -> list[tuple[str, str]]:
+    counts = {name: count for name, count in model.parameters_by_part.items() if count}
+    tied = " (also the head)" if "head" not in counts else ""
     return [
-        ("parameters", f"{model.parameters:,}"),
+        ("parameters", f"{model.num_parameters:,}"),
         *(
-            (f"  {name}", f"{count:,}  {count / model.parameters:.1%}{tied if name == 'embedding' else ''}")
-            for name, count in there.items()
+            (f"  {name}", f"{count:,}  {count / model.num_parameters:.1%}{tied if name == 'embedding' else ''}")
+            for name, count in counts.items()
         ),
     ]
 
 
-def _length_rows(recipe: Recipe, model: Model, length: Length | None, *, begun: bool) -> list[tuple[str, str]]:
+def _length_rows(model: ModelCost, length: RunLength | None, *, from_scratch: bool) -> list[tuple[str, str]]:
     if length is None:
         return [("tokens", "known when the rows are prepared; to plan with a number: max_tokens=300M")]
     about = "" if length.exact else ", if every row is full"
-    rows = [("tokens", f"{length.tokens:,} in {length.steps:,} steps{about}")]
-    if begun:
-        ratio = length.tokens / model.parameters
+    rows = [("tokens", f"{length.num_tokens:,} in {length.num_steps:,} steps{about}")]
+    if from_scratch:
+        ratio = length.num_tokens / model.num_parameters
         rows.append(
             (
                 "tokens a parameter",
-                f"{ratio:.3g}; about {CHINCHILLA}, which are {CHINCHILLA * model.parameters:,} tokens here, make the "
-                "best of a number of FLOPs (Hoffmann et al. 2022, arXiv:2203.15556)",
+                f"{ratio:.3g}; about {CHINCHILLA}, which are {CHINCHILLA * model.num_parameters:,} tokens here, make "
+                "the best of a number of FLOPs (Hoffmann et al. 2022, arXiv:2203.15556)",
             )
         )
     return rows
 
 
-def _flops_rows(model: Model, length: Length | None, flops: float | None, row: int) -> list[tuple[str, str]]:
-    if model.work is None:
+def _flops_rows(cost: TrainingCost, sequence_len: int) -> list[tuple[str, str]]:
+    work = cost.model.work
+    if work is None:
         return [("FLOPs", "no formula holds for this architecture (experts, short windows, or no attention)")]
-    if flops is None or length is None:
+    if cost.flops is None:
         return []
-    matrices, attention = model.work.per_token + model.work.per_trained, model.work.per_pair * row
+    matrices, attention = work.per_token + work.per_trained, work.per_pair * sequence_len
     return [
         (
             "FLOPs",
-            f"{flops:.3g} = tokens x ({matrices / 1e6:,.1f}M for matrices + {attention / 1e6:,.1f}M for attention): "
-            f"6 a trained weight, 4 a frozen one; 6 x layers x width x {row:,}",
+            f"{cost.flops:.3g} = tokens x ({matrices / 1e6:,.1f}M for matrices + {attention / 1e6:,.1f}M for "
+            f"attention): 6 a trained weight, 4 a frozen one; 6 x layers x width x {sequence_len:,}",
         )
     ]
 
 
-def _memory_line(parts: Parts, kept: Kept, plan: Plan) -> str:
-    whole = f"weights {_gb(parts.weights)}, gradients {_gb(parts.gradients)}, optimizer {_gb(parts.optimizer)}"
-    spread = "" if plan.parallel.is_replicated else f"; with {plan.parallel.name} each rank keeps {_gb(kept.device)}"
-    host = f" and {_gb(kept.host)} in its node's RAM" if kept.host else ""
-    return f"{whole} in all{spread}{host}; activations come on top"
+def _time_rows(cost: TrainingCost, count: int, utilization: float) -> list[tuple[str, str]]:
+    return [
+        (
+            f"on {count} x {time.device}",
+            f"{span(time.seconds)}, at {utilization:.0%} of {time.peak_flops / 1e12:,.4g} TFLOP/s",
+        )
+        for time in cost.times
+    ]
 
 
-def _as_dict(
-    model: Model,
-    length: Length | None,
-    flops: float | None,
-    times: list[tuple[str, float, float]],
-    kept: Kept,
-    devices: Devices,
-) -> dict[str, Any]:
-    return {
-        "parameters": model.parameters,
-        "parts": model.parts,
-        "tokens": length and length.tokens,
-        "steps": length and length.steps,
-        "tokens_per_parameter": length and length.tokens / model.parameters,
-        "flops": flops,
-        "devices": devices.count,
-        "seconds": {name: seconds for name, _, seconds in times},
-        "bytes": asdict(model.bytes_kept),
-        "bytes_of_a_rank": asdict(kept),
-    }
+def _memory_line(cost: TrainingCost, batches: Plan) -> str:
+    full, rank = cost.model.memory, cost.rank_memory
+    total = f"weights {_gb(full.weights)}, gradients {_gb(full.gradients)}, optimizer {_gb(full.optimizer)}"
+    sharded = (
+        "" if batches.parallel.is_replicated else f"; with {batches.parallel.name} each rank keeps {_gb(rank.device)}"
+    )
+    host = f" and {_gb(rank.host)} in its node's RAM" if rank.host else ""
+    return f"{total} in all{sharded}{host}; activations come on top"
 
 
 def span(seconds: float) -> str:
-    """In the unit that a person would take."""
+    """Return a time in the unit that a person would take, such as "2.5 days"."""
     for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

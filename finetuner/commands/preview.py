@@ -1,119 +1,30 @@
 """`finetuner preview`: rows as the model sees them, on the terminal and as a page. No model is loaded."""
 
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
-from rich.text import Text
+import typer
 
+from finetuner.commands.arguments import Overrides, RecipePath
 from finetuner.console import Screen
-from finetuner.data.preview import Shown, SourceView, look, packs_of, shown, visible
-from finetuner.data.stream import is_joined
-from finetuner.data.templates import chosen_template
-from finetuner.data.tokenizer import load_tokenizer
-from finetuner.data.tokenizer_source import tokenizer_name
-from finetuner.errors import DataError
-from finetuner.recipe import Loaded
-from finetuner.report.preview_page import Document, page
-from finetuner.world import World
-
-TRAINED, SPECIAL, SPECIAL_TRAINED, NUMBER = "bold green", "magenta", "bold magenta", "dim"
+from finetuner.recipe import load
 
 
 def preview(
-    loaded: Loaded, recipe_name: str, *, count: int, rows: int, source: int | None, ids: bool, html: Path | None
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", "--count", min=0, help="Documents to show of each source.")] = 5,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to read of each source.")] = 2000,
+    source: Annotated[
+        int | None, typer.Option("--source", "-k", help="Only this one of `datasets`, counted from 0.")
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Each token with its id.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page too: lengths, packs, dropped rows.")] = None,
 ) -> None:
     """Show `count` documents of the first `rows` rows of each source. Raises FinetunerError."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    recipe, screen = loaded.recipe, Screen(speaks=True)
+    loaded, screen = load(recipe, overrides or []), Screen(speaks=True)
     for note in loaded.notes:
         screen.line(f"note: {note}")
-    name = tokenizer_name(recipe, World()) or recipe.model.base_model
-    ends = recipe.data.eot_tokens or ()
-    tokenizer = load_tokenizer(recipe.tokenizer, name, recipe.model.trust_remote_code, ends=ends).tokenizer
-    tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)
-    with tempfile.TemporaryDirectory() as folder:
-        views = look(recipe.data, tokenizer, recipe.output.seed, rows=rows, only=source, folder=Path(folder))
-        documents = [
-            Document(view, i, list(shown(*view.store.document(i), tokenizer, singly=ids or html is not None)))
-            for view in views
-            for i in range(min(count, len(view.store)))
-        ]
-        coloured = screen.terminal and not screen.console.no_color
-        for document in documents:
-            pieces = shown(*document.view.store.document(document.number), tokenizer, singly=ids)
-            screen.line(heading(document.view, document.number))
-            screen.console.print(colours(pieces, ids=ids) if coloured else Text(marks(pieces, ids=ids)))
-            screen.line()
-        cut = recipe.data.streaming and is_joined(recipe.data)
-        packed = recipe.packing.sample_packing and not cut
-        packs = packs_of(views, recipe.data.sequence_len) if packed else None
-        screen.line(
-            "green is learned, magenta a special token"
-            if coloured
-            else "⟦ ⟧ is learned, ‹ › a special token, ⏎ a new line, ⇥ a tab"
-        )
-        for view in views:
-            screen.line(facts(view))
-        if cut:
-            screen.line(f"streamed: these texts are joined and cut into rows of {recipe.data.sequence_len:,} tokens")
-        if packs is not None:
-            screen.line(f"{len(packs):,} packs of {packs.capacity:,} tokens, {packs.fill:.1%} full")
-        if html is not None:
-            text = page(recipe_name, views, documents, sequence_len=recipe.data.sequence_len, packs=packs, rows=rows)
-            try:
-                html.write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise DataError(f"cannot write '{html}': {error.strerror}.") from error
-            screen.line(f"done: {html}")
+    from finetuner.commands.preview_text import show_preview  # imports torch: the recipe is known to be right
 
-
-def heading(view: SourceView, number: int) -> str:
-    _, labels = view.store.document(number)
-    trained = int((labels[1:] >= 0).sum())
-    share = trained / max(1, len(labels))
-    return (
-        f"── source {view.number}, document {number} of {view.path}: {len(labels):,} tokens, {trained:,} learned "
-        f"({share:.0%})"
-    )
-
-
-def facts(view: SourceView) -> str:
-    """What became of a source's rows, in a line."""
-    store = view.store
-    median = int(sorted(store.lengths)[len(store) // 2])
-    dropped = "".join(f"; {count:,} {reason}" for reason, count in sorted(view.counts.items()))
-    return (
-        f"source {view.number}, {view.path}: {view.num_rows:,} rows, {len(store):,} documents of {median:,} tokens "
-        f"(median; longest {store.longest:,}), {view.trained_share:.1%} of the tokens learned{dropped}"
-    )
-
-
-def colours(pieces: Iterator[Shown], *, ids: bool) -> Text:
-    """For a terminal: what is learned in green, special tokens in magenta."""
-    text = Text()
-    for piece in pieces:
-        style = (SPECIAL_TRAINED if piece.trained else SPECIAL) if piece.special else TRAINED if piece.trained else ""
-        text.append(visible(piece.text), style)
-        if ids:
-            text.append(f"{_number(piece)} ", NUMBER)
-    return text
-
-
-def marks(pieces: Iterator[Shown], *, ids: bool) -> str:
-    """The same without colours: ⟦learned⟧, ‹special token›."""
-    out, trained = "", False
-    for piece in pieces:
-        if piece.trained != trained:
-            out += "⟦" if piece.trained else "⟧"
-            trained = piece.trained
-        out += f"‹{visible(piece.text)}›" if piece.special else visible(piece.text)
-        if ids:
-            out += f"{_number(piece)} "
-    return out + ("⟧" if trained else "")
-
-
-def _number(piece: Shown) -> str:
-    return "".join(f"·{one}" for one in piece.ids)
+    show_preview(loaded.recipe, recipe, screen, count=count, rows=rows, source=source, ids=ids, html=html)

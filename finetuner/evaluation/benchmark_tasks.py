@@ -1,12 +1,12 @@
 """Benchmark tasks, through EleutherAI's lm-eval (https://github.com/EleutherAI/lm-evaluation-harness).
 
-Its data come through `datasets`, which honours HF_HOME, HF_DATASETS_CACHE and HF_DATASETS_OFFLINE: what an earlier run
-or a copied cache holds is used without a network.
+Its data come through `datasets`, which reads HF_HOME, HF_DATASETS_CACHE and HF_DATASETS_OFFLINE: what an earlier run
+or a copied cache has stored is used without a network.
 """
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,8 @@ BATCH = 8  # prompts at a time
 
 
 @dataclass(frozen=True)
-class Tasks:
-    """Names that lm-eval knows, or finds in a folder of YAML tasks; of each task the first `limit` rows, or all."""
+class BenchmarkTasks:
+    """Names of tasks that lm-eval knows, or finds in a folder of YAML tasks; of each the first `limit` rows, or all."""
 
     names: tuple[str, ...]
     folder: Path | None = None
@@ -39,8 +39,8 @@ class TaskScore:
     num_rows: int
 
 
-def require_tasks(tasks: Tasks) -> None:
-    """Raises RecipeError, before a model is loaded, if lm-eval is missing or does not know one of the names."""
+def require_tasks(tasks: BenchmarkTasks) -> None:
+    """Raise RecipeError, before a model is loaded, if lm-eval is missing or does not know one of the names."""
     manager = _manager(tasks)
     unknown = [name for name in tasks.names if name not in manager.all_tasks]
     if unknown:
@@ -53,7 +53,7 @@ def require_tasks(tasks: Tasks) -> None:
         )
 
 
-def _manager(tasks: Tasks) -> Any:
+def _manager(tasks: BenchmarkTasks) -> Any:
     try:
         # it logs what it does, and its imports warn of one another
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -67,8 +67,10 @@ def _manager(tasks: Tasks) -> Any:
     return TaskManager(include_path=None if tasks.folder is None else str(tasks.folder))
 
 
-def score_tasks(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tasks: Tasks) -> list[TaskScore]:
-    """What lm-eval counts, task by task. Raises DataError if a task's data cannot be had."""
+def score_tasks(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tasks: BenchmarkTasks
+) -> list[TaskScore]:
+    """Return lm-eval's figures, task by task. Raises DataError if a task's data cannot be had."""
     manager = _manager(tasks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -95,18 +97,23 @@ def score_tasks(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", 
 
 
 def scores_of(found: dict[str, Any], names: Sequence[str]) -> list[TaskScore]:
-    """lm-eval's results as a list: its keys are "metric,filter" and "metric_stderr,filter"."""
+    """List lm-eval's results in the order of `names`: its keys are "metric,filter" and "metric_stderr,filter"."""
     rows = {name: sample["effective"] for name, sample in found["n-samples"].items()}
     of_group = {name: sum(rows.get(one, 0) for one in inner) for name, inner in found["group_subtasks"].items()}
-    scores = []
-    for task, figures in found["results"].items():
-        for key, value in figures.items():
-            metric, comma, chosen = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            error = figures.get(f"{metric}_stderr,{chosen}")
-            name = metric if chosen == "none" else f"{metric} ({chosen})"
-            num_rows = rows.get(task) or of_group.get(task, 0)
-            scores.append(TaskScore(task, name, float(value), error if isinstance(error, float) else None, num_rows))
+    scores = [
+        score
+        for task, figures in found["results"].items()
+        for score in _task_scores(task, figures, rows.get(task) or of_group.get(task, 0))
+    ]
     order = {name: i for i, name in enumerate(names)}
     return sorted(scores, key=lambda score: order.get(score.task, len(order)))
+
+
+def _task_scores(task: str, figures: dict[str, Any], num_rows: int) -> Iterator[TaskScore]:
+    for key, value in figures.items():
+        metric, comma, chosen = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = figures.get(f"{metric}_stderr,{chosen}")
+        name = metric if chosen == "none" else f"{metric} ({chosen})"
+        yield TaskScore(task, name, float(value), error if isinstance(error, float) else None, num_rows)

@@ -1,17 +1,25 @@
-"""What an adapter does to each tensor of its base. Adapters of other tools too, as PEFT writes them."""
+"""Read an adapter as updates of its base's tensors. Adapters of other tools too, as PEFT writes them."""
 
 import re
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetuner.errors import ModelError
+from finetuner.export.tensor_updates import (
+    LowRankUpdate,
+    Replacement,
+    ScaledAddition,
+    TensorUpdate,
+    UpdateSequence,
+    VocabularyRows,
+    same_update,
+)
 from finetuner.models.adapter_folder import read_config
 
 # PEFT's settings under which an update is more than what is read here.
@@ -20,161 +28,74 @@ UNSUPPORTED = (
     "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
 UNSUPPORTED_NOTE = "PEFT's own merge_and_unload can do it where the model fits into memory."
-# Ways to start an adapter that leave the base as it is. The others (pissa, olora, corda, loftq, ...) move a part of
+# Ways to start an adapter that leave the base as it is. The others (pissa, olora, corda, loftq, ...) move a share of
 # each weight into the adapter.
 HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-BLOCK = 1 << 18  # elements of a product that are made at once: 1 MB in fp32
-MIN_ROWS = 16  # of a block: fewer take another path through the matrix library, which rounds differently
 
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+EMBEDDING_A, EMBEDDING_B, BIAS = "lora_embedding_A", "lora_embedding_B", "lora_B.bias"
+LORA_TENSORS = (A, B, MAGNITUDE, EMBEDDING_A, EMBEDDING_B, BIAS)
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+# Parts of names that PEFT puts around a module of the base.
+WRAPPERS = (".base_layer", ".modules_to_save.default", ".modules_to_save")
 
-class Change(Protocol):
-    """What happens to one tensor of the base."""
-
-    @abstractmethod
-    def shape_after(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Raises ModelError if the adapter does not fit the base."""
-
-    @abstractmethod
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """In fp32, rounded once at the end to the number format of `weight`, whose memory the result may take."""
+LoraTensors = dict[str, torch.Tensor]  # the tensors of one module, by kind: `A`, `B`, `MAGNITUDE`, ...
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """V = W + scale * B A; with DoRA (arXiv:2402.09353, equation 5) each row of V, one per output, is brought to the
-    length that `magnitude` says."""
-
-    scale: float
-    stored_in_out: bool  # the base stores W as (in, out)
-    a: torch.Tensor  # (rank, in)
-    b: torch.Tensor  # (out, rank)
-    magnitude: torch.Tensor | None = None  # (out,)
-
-    def shape_after(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        delta = (self.b.shape[0], self.a.shape[1])
-        delta = delta[::-1] if self.stored_in_out else delta
-        if delta != shape:
-            raise ModelError(_misfit(name, shape, delta))
-        return shape
-
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """Over blocks of rows that stay in the processor's cache: a whole product in fp32 costs more in fresh pages
-        than in arithmetic."""
-        left, right = (self.a.t(), self.b.t()) if self.stored_in_out else (self.b, self.a)
-        along = 0 if self.stored_in_out else 1
-        by_column = self.magnitude is not None and self.stored_in_out
-        blocks = 1 if by_column else max(1, min(len(weight) // MIN_ROWS, weight.numel() // BLOCK))
-        lengths = [None] * blocks if self.magnitude is None else self.magnitude.float().tensor_split(blocks)
-        right = right.float()
-        for rows, of_left, length in zip(
-            weight.tensor_split(blocks), left.float().tensor_split(blocks), lengths, strict=True
-        ):
-            merged = (of_left @ right).mul_(self.scale).add_(rows)
-            if length is not None:
-                merged.mul_((length / torch.linalg.vector_norm(merged, dim=along)).unsqueeze(along))
-            rows.copy_(merged)
-        return weight
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows `ids` of a vocabulary table are replaced, and the table grows by those it does not have."""
-
-    rows: torch.Tensor  # (len(ids), width)
-    ids: tuple[int, ...]
-
-    def shape_after(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if self.rows.shape[1] != shape[1]:
-            raise ModelError(_misfit(name, shape, tuple(self.rows.shape)))
-        return (max(shape[0], max(self.ids) + 1), shape[1])
-
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        grown = weight.new_zeros(max(weight.shape[0], max(self.ids) + 1), weight.shape[1])
-        grown[: len(weight)] = weight
-        grown[list(self.ids)] = self.rows.to(weight.dtype)
-        return grown
-
-
-@dataclass(frozen=True)
-class Whole:
-    """The tensor is replaced; a vocabulary table may have grown."""
-
-    tensor: torch.Tensor
-
-    def shape_after(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        after = tuple(self.tensor.shape)
-        grown = len(shape) == 2 and after[1:] == shape[1:] and after[0] >= shape[0]
-        if after != shape and not grown:
-            raise ModelError(_misfit(name, shape, after))
-        return after
-
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        return self.tensor.to(weight.dtype, copy=True)
-
-
-@dataclass(frozen=True)
-class Added:
-    """scale * tensor is added: a bias of the adapter's own."""
-
-    scale: float
-    tensor: torch.Tensor
-
-    def shape_after(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if tuple(self.tensor.shape) != shape:
-            raise ModelError(_misfit(name, shape, tuple(self.tensor.shape)))
-        return shape
-
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        return (self.tensor.float() * self.scale).add_(weight).to(weight.dtype)
-
-
-@dataclass(frozen=True)
-class Both:
-    """A table that came with the adapter, and an update of it."""
-
-    first: Change
-    then: Change
-
-    def shape_after(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return self.then.shape_after(name, self.first.shape_after(name, shape))
-
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        return self.then.apply(self.first.apply(weight.float())).to(weight.dtype)
-
-
-@dataclass(frozen=True)
-class Tied:
-    """Names of an embedding and of the head that is the same tensor; the files have it once."""
+class TiedPair:
+    """Names of an embedding and of the head that is the same tensor; the base's files have it once."""
 
     embedding: str
     head: str
 
 
 @dataclass(frozen=True)
-class Changes:
-    """Base tensor -> change; and the head's own, where a tied pair comes apart (`unties`): None leaves it as the
-    embedding was."""
+class AdapterUpdates:
+    """Updates by the name of the base's tensor. `unties`: embedding and head, which were one tensor, become two;
+    `head` is then the head's update, None if it stays as the embedding was."""
 
-    by_name: dict[str, Change]
+    by_name: dict[str, TensorUpdate]
     unties: bool = False
-    head: Change | None = None
+    head: TensorUpdate | None = None
 
 
-A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-EMBEDDING_A, EMBEDDING_B, BIAS = "lora_embedding_A", "lora_embedding_B", "lora_B.bias"
-LORA_PARTS = (A, B, MAGNITUDE, EMBEDDING_A, EMBEDDING_B, BIAS)
-TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
-# Parts of names that PEFT puts around a module of the base.
-WRAPPERS = (".base_layer", ".modules_to_save.default", ".modules_to_save")
-
-
-def read_changes(adapter: Path, base_shapes: Mapping[str, tuple[int, ...]], tied: Tied | None = None) -> Changes:
-    """What the adapter does to a base whose files have tensors of `base_shapes`.
+def read_adapter_updates(
+    adapter: Path, base_shapes: Mapping[str, tuple[int, ...]], tied: TiedPair | None = None
+) -> AdapterUpdates:
+    """Read the updates that the adapter makes to a base whose files have tensors of `base_shapes`.
 
     Raises ModelError for a tensor that matches none, and for whatever cannot be merged.
     """
     config = read_config(adapter)
     _require_supported(adapter, config)
+    base_names = set(base_shapes) | ({tied.head} if tied else set())
+    by_module: dict[str, LoraTensors] = {}
+    updates: dict[str, TensorUpdate] = {}
+    names: dict[str, str] = {}  # module -> its weight's name in the base
+    for key, tensor in _read_tensors(adapter).items():
+        module, kind = _split_key(key)
+        if kind in LORA_TENSORS:
+            names[module] = base_name(f"{module}.weight", key, base_names)
+            by_module.setdefault(module, {})[kind] = tensor
+        elif kind == TOKEN_ROWS:
+            ids = _token_ids(config, module)
+            updates[base_name(f"{module}.weight", key, base_names)] = VocabularyRows(tensor, ids)
+        else:
+            updates[base_name(module, key, base_names)] = Replacement(tensor)
+    transposed = _stored_in_out(adapter, config, by_module, {m: base_shapes.get(n) for m, n in names.items()})
+    for module, tensors in by_module.items():
+        update = _low_rank_update(adapter, config, module, tensors, transposed)
+        before = updates.get(names[module])
+        updates[names[module]] = UpdateSequence(before, update) if before is not None else update
+        if BIAS in tensors:
+            bias = base_name(names[module].removesuffix("weight") + "bias", f"{module}.{BIAS}", base_names)
+            updates[bias] = ScaledAddition(_scale(config, module, tensors), tensors[BIAS])
+    return _settle_tied(updates, tied, config) if tied else AdapterUpdates(updates)
+
+
+def _read_tensors(adapter: Path) -> LoraTensors:
+    """Read the adapter's safetensors file. Raises ModelError if it is damaged, pickled, or not finite."""
     weights = adapter / "adapter_model.safetensors"
     if not weights.exists() and (adapter / "adapter_model.bin").exists():
         raise ModelError(
@@ -188,52 +109,38 @@ def read_changes(adapter: Path, base_shapes: Mapping[str, tuple[int, ...]], tied
     broken = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
     if broken is not None:
         raise ModelError(f"'{broken}' of the adapter in '{adapter}' has values that are not finite: it cannot be used.")
-    known = set(base_shapes) | ({tied.head} if tied else set())
-    parts: dict[str, dict[str, torch.Tensor]] = {}  # module -> kind -> tensor
-    changes: dict[str, Change] = {}
-    names: dict[str, str] = {}
-    for key, tensor in tensors.items():
-        module, kind = _split_key(key)
-        if kind in LORA_PARTS:
-            names[module] = base_name(f"{module}.weight", key, known)
-            parts.setdefault(module, {})[kind] = tensor
-        elif kind == TOKEN_ROWS:
-            changes[base_name(f"{module}.weight", key, known)] = Rows(tensor, _token_ids(config, module))
-        else:
-            changes[base_name(module, key, known)] = Whole(tensor)
-    turned = _stored_in_out(adapter, config, parts, {m: base_shapes.get(n) for m, n in names.items()})
-    for module, part in parts.items():
-        update = _update(adapter, config, module, part, turned)
-        before = changes.get(names[module])
-        changes[names[module]] = Both(before, update) if before is not None else update
-        if BIAS in part:
-            bias = base_name(names[module].removesuffix("weight") + "bias", f"{module}.{BIAS}", known)
-            changes[bias] = Added(_scale(config, module, part), part[BIAS])
-    return _settle(changes, tied, config) if tied else Changes(changes)
+    return tensors
 
 
-def _update(adapter: Path, config: dict[str, Any], module: str, part: dict[str, torch.Tensor], turned: bool) -> LowRank:
-    is_table = EMBEDDING_A in part or EMBEDDING_B in part
-    wanted = (EMBEDDING_A, EMBEDDING_B) if is_table else (A, B)
-    missing = [kind for kind in (*wanted, *([MAGNITUDE] if config.get("use_dora") else [])) if kind not in part]
-    if missing:
-        raise ModelError(
-            f"the adapter in '{adapter}' has only a part of the update of '{module}': {missing[0]} is missing. "
-            "Train or fetch it again."
-        )
-    a, b = (part[kind] for kind in wanted)
+def _low_rank_update(
+    adapter: Path, config: dict[str, Any], module: str, tensors: LoraTensors, transposed: bool
+) -> LowRankUpdate:
+    """`transposed`: linear layers of this base store (in, out), as an embedding always does."""
+    is_table = EMBEDDING_A in tensors or EMBEDDING_B in tensors
+    halves = (EMBEDDING_A, EMBEDDING_B) if is_table else (A, B)
+    _require_complete(adapter, module, tensors, (*halves, MAGNITUDE) if config.get("use_dora") else halves)
+    a, b = (tensors[kind] for kind in halves)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise ModelError(
             _unsupported(adapter, f"an update of '{module}' of shapes {tuple(a.shape)} and {tuple(b.shape)}")
         )
-    if is_table and MAGNITUDE in part:
+    if is_table and MAGNITUDE in tensors:
         raise ModelError(_unsupported(adapter, f"use_dora on the embedding '{module}'"))
-    return LowRank(_scale(config, module, part), is_table or turned, a, b, part.get(MAGNITUDE))
+    return LowRankUpdate(_scale(config, module, tensors), is_table or transposed, a, b, tensors.get(MAGNITUDE))
 
 
-def _scale(config: dict[str, Any], module: str, part: Mapping[str, torch.Tensor]) -> float:
+def _require_complete(adapter: Path, module: str, tensors: LoraTensors, kinds: tuple[str, ...]) -> None:
+    missing = next((kind for kind in kinds if kind not in tensors), None)
+    if missing is not None:
+        raise ModelError(
+            f"the adapter in '{adapter}' has only a part of the update of '{module}': {missing} is missing. "
+            "Train or fetch it again."
+        )
+
+
+def _scale(config: dict[str, Any], module: str, tensors: LoraTensors) -> float:
     """alpha / rank, with the alpha that a pattern may give to this module; the rank is the tensors' own."""
-    first = part.get(A, part.get(EMBEDDING_A))
+    first = tensors.get(A, tensors.get(EMBEDDING_A))
     rank = config["r"] if first is None else first.shape[0]
     alphas: dict[str, float] = config.get("alpha_pattern") or {}
     alpha = next((value for key, value in alphas.items() if re.match(rf"(.*\.)?({key})$", module)), None)
@@ -244,63 +151,45 @@ def _scale(config: dict[str, Any], module: str, part: Mapping[str, torch.Tensor]
 def _stored_in_out(
     adapter: Path,
     config: dict[str, Any],
-    parts: Mapping[str, Mapping[str, torch.Tensor]],
+    by_module: Mapping[str, LoraTensors],
     shapes: Mapping[str, tuple[int, ...] | None],
 ) -> bool:
     """Whether the adapted layers store (in, out).
 
     PEFT writes down the order of the last layer that it adapted. A square matrix cannot tell, so where others
-    contradict what was written down, the update could be added turned.
+    contradict what was written down, the update could be added transposed: raises ModelError.
     """
     written = bool(config.get("fan_in_fan_out"))
-    other = []
-    for module, part in parts.items():
+    for module, tensors in by_module.items():
         shape = shapes[module]
-        if A in part and B in part and shape is not None:
-            delta = (part[B].shape[0], part[A].shape[1])
+        if A in tensors and B in tensors and shape is not None:
+            delta = (tensors[B].shape[0], tensors[A].shape[1])
             delta = delta[::-1] if written else delta
             if delta != shape and delta[::-1] == shape:
-                other.append(module)
-    if other:
-        raise ModelError(
-            _unsupported(
-                adapter, f"fan_in_fan_out: {str(written).lower()}, but '{other[0]}' stores its weights the other way"
-            )
-        )
+                what = f"fan_in_fan_out: {str(written).lower()}, but '{module}' stores its weights the other way"
+                raise ModelError(_unsupported(adapter, what))
     return written
 
 
-def _settle(changes: dict[str, Change], tied: Tied, config: dict[str, Any]) -> Changes:
-    """A base with one tensor for embedding and head: does it stay one?
+def _settle_tied(updates: dict[str, TensorUpdate], tied: TiedPair, config: dict[str, Any]) -> AdapterUpdates:
+    """Decide whether embedding and head, one tensor in the base, stay one.
 
     PEFT wraps the two apart, so the adapted model's head is the embedding of before wherever only one of them changed.
     """
-    head, embedding = changes.pop(tied.head, None), changes.get(tied.embedding)
+    head, embedding = updates.pop(tied.head, None), updates.get(tied.embedding)
     together = bool(config.get("ensure_weight_tying"))
-    if head is None and (embedding is None or isinstance(embedding, Rows) or together):
-        return Changes(changes)
+    if head is None and (embedding is None or isinstance(embedding, VocabularyRows) or together):
+        return AdapterUpdates(updates)
     if embedding is None and head is not None and together:
-        return Changes(changes | {tied.embedding: head})
-    if head is not None and embedding is not None and _same(head, embedding):
-        return Changes(changes)
+        return AdapterUpdates(updates | {tied.embedding: head})
+    if head is not None and embedding is not None and same_update(head, embedding):
+        return AdapterUpdates(updates)
     if together:
         raise ModelError(
             f"the adapter has another '{tied.head}' than '{tied.embedding}', and says that the head is tied to the "
             "embedding (ensure_weight_tying). Fetch it again."
         )
-    return Changes(changes, unties=True, head=head)
-
-
-def _same(left: Change, right: Change) -> bool:
-    if isinstance(left, Whole) and isinstance(right, Whole):
-        return torch.equal(left.tensor, right.tensor)
-    if isinstance(left, Rows) and isinstance(right, Rows):
-        return left.ids == right.ids and torch.equal(left.rows, right.rows)
-    if isinstance(left, Both) and isinstance(right, Both):
-        return _same(left.first, right.first) and _same(left.then, right.then)
-    if isinstance(left, LowRank) and isinstance(right, LowRank):  # a head's halves are an embedding's, turned
-        return left.scale == right.scale and torch.equal(left.a, right.b.t()) and torch.equal(left.b, right.a.t())
-    return False
+    return AdapterUpdates(updates, unties=True, head=head)
 
 
 def _token_ids(config: dict[str, Any], module: str) -> tuple[int, ...]:
@@ -331,20 +220,20 @@ def _require_supported(adapter: Path, config: dict[str, Any]) -> None:
 
 
 def _split_key(key: str) -> tuple[str, str]:
-    """An adapter key -> (module, kind of tensor); of a tensor trained whole: (name of the tensor, "")."""
-    bare = key.removeprefix("base_model.model.")
-    for kind in (*LORA_PARTS, TOKEN_ROWS):
+    """Split an adapter key into (module, kind of tensor); of a replaced tensor: (name of the tensor, "")."""
+    name = key.removeprefix("base_model.model.")
+    for kind in (*LORA_TENSORS, TOKEN_ROWS):
         for ending in (kind, kind.replace(".", ".default.") if kind in (A, B, BIAS) else f"{kind}.weight"):
-            if bare.endswith("." + ending):
-                return bare.removesuffix("." + ending), kind
-    module, _, tensor = bare.rpartition(".")
+            if name.endswith("." + ending):
+                return name.removesuffix("." + ending), kind
+    module, _, tensor = name.rpartition(".")
     for wrapper in WRAPPERS:
         module = module.removesuffix(wrapper)
     return f"{module}.{tensor}", ""
 
 
 def base_name(name: str, key: str, base_names: set[str]) -> str:
-    """The tensor of the base that `key` of the adapter is about. Raises ModelError if it has none."""
+    """Return the name of the base's tensor that `key` of the adapter updates. Raises ModelError if there is none."""
     # Files saved from the model without its head (older GPT-2, for one) leave out the first part of the name.
     for candidate in (name, name.partition(".")[2]):
         if candidate in base_names:
@@ -357,10 +246,3 @@ def base_name(name: str, key: str, base_names: set[str]) -> str:
 
 def _unsupported(adapter: Path, what: str) -> str:
     return f"the adapter in '{adapter}' has {what}, which cannot be merged yet. {UNSUPPORTED_NOTE}"
-
-
-def _misfit(name: str, base: tuple[int, ...], adapter: tuple[int, ...]) -> str:
-    return (
-        f"the adapter does not fit the base model: '{name}' has shape {base} in the base and {adapter} in the adapter. "
-        "Was it trained on another base?"
-    )

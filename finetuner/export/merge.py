@@ -1,332 +1,251 @@
-"""An adapter into its base, tensor by tensor: memory for a few tensors, whatever the model's size.
+"""Merge a trained adapter into its base model, and verify the result: what `finetuner merge` does, but for printing."""
 
-An adapter that was trained on a base in 4 or 8 bits corrects that base's rounding too. Modules that were quantised then
-go through the same round trip before the adapter is added, so that the merged model is the one that was trained.
-"""
-
-import hashlib
-import json
-import shutil
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from finetuner.checkpoint.folder import aside_of, written_aside
-from finetuner.errors import ModelError
-from finetuner.export.adapter_updates import Change, Changes, Tied, base_name, read_changes
-from finetuner.export.training_base import quantised_tensors, record_for
-from finetuner.models.embeddings import is_tied
-from finetuner.models.empty_model import meta_model
-from finetuner.models.files import INDEX, find_base, weight_files
-from finetuner.models.generation_config import write_generation_config
-from finetuner.models.quant_record import QuantRecord, quantization_round_trip
-from finetuner.storage.safetensors_stream import NAMES, TensorInfo, read_header, read_tensor, write_stream
+from finetuner.data.cache import prepared_already
+from finetuner.data.prepare import held_out_only
+from finetuner.data.tokenizer import special_ids
+from finetuner.errors import ModelError, RecipeError
+from finetuner.export.merge_options import MergeOptions
+from finetuner.export.merge_plan import MergeFormat
+from finetuner.export.merge_writer import ByteProgress, WrittenMerge, merge_adapter
+from finetuner.export.model_card import write_card
+from finetuner.export.quantized_base import quantization_settings
+from finetuner.export.verify_logits import LogitAgreement, memory_shortage, verify_logits
+from finetuner.export.verify_tensors import TensorAgreement, verify_tensors
+from finetuner.models.adapter_folder import read_config, require_same_base
+from finetuner.models.files import find_base
+from finetuner.models.pickled_weights import safetensors_base
+from finetuner.models.quant_record import read_record
+from finetuner.recipe import Recipe
+from finetuner.recipe.sections import DataSection, PackingSection
+from finetuner.world import World
 
-Report = Callable[[int, int], None]  # bytes done, bytes in all
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-MARK = "merge.json"
-MOST_AHEAD = 4  # tensors in memory beside the one that is written
-# What travels from the training run (its template, its added tokens), and what from the base.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
-)  # fmt: skip
-BASE_FILES = ("config.json", "generation_config.json")
-
-
-@dataclass(frozen=True)
-class Form:
-    """How the merged model is written; None: as the base is. `dequantise`: onto the base as it was quantised in
-    training, or not; None: onto what training saw, as far as that is known."""
-
-    dtype: torch.dtype | None = None
-    shard_bytes: int | None = None
-    dequantise: bool | None = None
+_HELD_OUT_ROWS, _ROW_TOKENS = 8, 512
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What was done."""
+class Verification:
+    """Comparison of the merged files, read back, with what was trained.
+
+    `compared_on`: "3 held-out rows of the recipe", "built-in prompts"; None if tensor by tensor.
+    """
+
+    agreement: LogitAgreement | TensorAgreement
+    compared_on: str | None
+
+    def __str__(self) -> str:
+        if self.compared_on is None:
+            return f"base + update in fp32: {self.agreement}"
+        return f"base + adapter on {self.compared_on}: {self.agreement}"
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged model: its folder and figures. `verification`: None if it was not asked for; `notes`: what a user
+    should know of the base and of the result."""
 
     folder: Path
-    num_merged: int
+    num_tensors_merged: int
     num_tensors: int
-    num_dequantised: int
+    num_tensors_dequantized: int
     num_bytes: int
-    num_bytes_kept: int  # of them, those that a merge which was killed had written
-    untied: bool
+    num_bytes_reused: int
     seconds: float
+    verification: Verification | None
+    notes: tuple[str, ...]
+
+
+class MergeReporter(Protocol):
+    """Listener to a merge while it runs."""
+
+    def note(self, text: str) -> None:
+        """Take a sentence that the user should know, such as onto which base is merged."""
+
+    def progress(self, stage: str) -> AbstractContextManager[ByteProgress]:
+        """Open a stage ("merging", "verifying"), which calls what is returned with (bytes done, bytes in all)."""
+
+    def written(self, written: WrittenMerge) -> None:
+        """Take the figures of the files, before they are verified."""
+
+
+class SilentReporter:
+    """Reporter that drops everything."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    @contextmanager
+    def progress(self, stage: str) -> Iterator[ByteProgress]:
+        yield lambda done, total: None
+
+    def written(self, written: WrittenMerge) -> None:
+        pass
+
+
+AS_TRAINED, SILENT = MergeOptions(), SilentReporter()
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One tensor of the result: where it comes from, and what becomes of it."""
+class MergeSource:
+    """Adapter and base to merge. `token_ids`: special tokens that the recipe chose, by role; `held_out_rows`: reads
+    token ids of some of the recipe's held-out rows, each (length,); `of_run`: trained by a recipe of ours."""
 
-    name: str
-    source: Path
-    info: TensorInfo
-    after: TensorInfo
-    change: Change | None
-    record: QuantRecord | None
+    adapter: Path
+    base_model: str
+    of_run: bool
+    token_ids: dict[str, int] = field(default_factory=dict)
+    trust_remote_code: bool = False
+    held_out_rows: Callable[[], list[torch.Tensor]] = list
+    notes: tuple[str, ...] = ()
 
 
-def merge_adapter(
-    adapter: Path,
-    base_model: str,
-    output: Path,
-    report: Report = lambda done, total: None,
-    token_ids: dict[str, int] | None = None,
-    form: Form = Form(),
-) -> Merged:
-    """Write base + adapter to `output`.
+def merge(
+    source: Recipe | str | Path,
+    options: MergeOptions = AS_TRAINED,
+    reporter: MergeReporter = SILENT,
+    *,
+    recipe_name: str = "RECIPE",
+) -> MergeResult:
+    """Merge the adapter that a recipe trained, or the one in a folder, into its base, and verify the result.
 
-    `token_ids` are special tokens by role ("eos_token_id") that the recipe changed and generation has to know.
-
-    Everything that can be wrong is looked at before the first byte is written: raises ModelError for an adapter that
-    does not fit, a base that is damaged or pickled, an output folder with other things in it, a full disk. After a
-    kill, the same merge goes on behind the last file that it had finished.
+    `recipe_name` is the recipe's file in messages. Raises FinetunerError: for a recipe that trains the full model or
+    was not trained, an adapter that cannot be merged, a result that is not what was trained.
     """
-    started = time.monotonic()
-    base = find_base(base_model)
-    _require_replaceable(output, base, adapter)
-    infos, changes, quantised, files = plan_merge(adapter, base, form)
-    num_bytes = sum(piece.after.num_bytes for pieces in files.values() for piece in pieces)
-    work = _work(adapter, infos, files)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _require_space(output, num_bytes)
-    done = kept = 0
-    with written_aside(output, work) as aside:
-        for file_name, pieces in files.items():
-            if (aside / file_name).exists():  # renamed when it was whole
-                kept += sum(piece.after.num_bytes for piece in pieces)
-                done = kept
-                continue
-
-            def counted(pieces: list[Piece] = pieces) -> Iterator[tuple[str, torch.Tensor]]:
-                nonlocal done
-                for piece, tensor in _ahead(pieces):
-                    yield piece.name, tensor
-                    done += piece.after.num_bytes
-                    report(done, num_bytes)
-
-            part = aside / f"{file_name}.part"
-            write_stream(part, {piece.name: piece.after for piece in pieces}, counted())
-            part.rename(aside / file_name)
-        _write_beside(base, adapter, aside, files, num_bytes, changes.unties, form, token_ids or {})
-    seconds = time.monotonic() - started
-    num_merged, num_tensors = len(changes.by_name), sum(map(len, files.values()))
-    return Merged(output, num_merged, num_tensors, len(quantised), num_bytes, kept, changes.unties, seconds)
-
-
-def plan_merge(
-    adapter: Path, base: Path, form: Form
-) -> tuple[dict[Path, dict[str, TensorInfo]], Changes, dict[str, QuantRecord], dict[str, list[Piece]]]:
-    """The base's files, what the adapter changes, what was quantised, and the files of the result. Raises ModelError
-    for what cannot be merged."""
-    infos = {path: read_header(path) for path in weight_files(base)}
-    if "quantization_config" in json.loads((base / "config.json").read_text()):
-        raise ModelError(f"the base model '{base}' is quantised; an adapter is merged into full weights. Name those.")
-    shapes = {name: info.shape for of_file in infos.values() for name, info in of_file.items()}
-    tied = _tied_pair(adapter, base, set(shapes))
-    changes = read_changes(adapter, shapes, tied)
-    quantised = quantised_tensors(record_for(adapter, base, form.dequantise), set(shapes))
-    return infos, changes, quantised, plan_files(infos, changes, tied, quantised, form)
+    if isinstance(source, Recipe) and options.base_model is not None:
+        raise RecipeError("the recipe says on which base its adapter was trained. Leave out base_model=...")
+    found = (
+        source_of_recipe(source, recipe_name)
+        if isinstance(source, Recipe)
+        else source_of_folder(Path(source), options.base_model)
+    )
+    form = MergeFormat(
+        None if options.dtype is None else _DTYPES[options.dtype], options.shard_bytes, options.dequantize
+    )
+    notes = [*found.notes, *_notes_on_base(found, options.dequantize)]
+    for note in notes:
+        reporter.note(note)
+    output = found.adapter / "merged" if options.output is None else Path(options.output)
+    with reporter.progress("merging") as report:
+        written = merge_adapter(found.adapter, found.base_model, output, report, found.token_ids, form)
+    reporter.written(written)
+    if written.untied:
+        notes.append("the adapter changes only one of embedding and head, which were tied: the result has both")
+        reporter.note(notes[-1])
+    verification = _verify(found, output, form, reporter) if options.verify else None
+    facts = [] if verification is None else [f"Read back and compared with {verification}."]
+    write_card(output, found.adapter, found.base_model, "An adapter merged into its base model", facts)
+    return MergeResult(
+        output,
+        num_tensors_merged=written.num_tensors_merged,
+        num_tensors=written.num_tensors,
+        num_tensors_dequantized=written.num_tensors_dequantized,
+        num_bytes=written.num_bytes,
+        num_bytes_reused=written.num_bytes_reused,
+        seconds=written.seconds,
+        verification=verification,
+        notes=tuple(notes),
+    )
 
 
-def _ahead(pieces: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """In their order, while as many as there are cores are read and merged ahead of the one that is written.
-
-    A tensor for each core, not all cores for a tensor: reading and rounding use one core only.
-    """
-    threads = torch.get_num_threads()
-    waiting: deque[tuple[Piece, Future[torch.Tensor]]] = deque()
-    with ThreadPoolExecutor(min(threads, MOST_AHEAD)) as workers:
-        torch.set_num_threads(1)
-        try:
-            for piece in pieces:
-                waiting.append((piece, workers.submit(merged_tensor, piece)))
-                if len(waiting) > min(threads, MOST_AHEAD):
-                    first, tensor = waiting.popleft()
-                    yield first, tensor.result()
-                    del tensor
-            while waiting:
-                first, tensor = waiting.popleft()
-                yield first, tensor.result()
-        finally:
-            torch.set_num_threads(threads)
-            for _, tensor in waiting:
-                tensor.cancel()
+def _notes_on_base(source: MergeSource, dequantize: bool | None) -> list[str]:
+    """Say onto which base an adapter without our record is merged."""
+    if read_record(source.adapter) is not None or dequantize is False:
+        return []
+    settings = quantization_settings(source.adapter)
+    if settings is None and dequantize is None:
+        if source.of_run:
+            return []  # ours record it: the base was not quantized
+        return [
+            "nothing says whether the base was quantized in training: merged onto the base as it is. If it was "
+            "(QLoRA): base=dequantized"
+        ]
+    rules = "as its settings say" if settings is not None else "which nothing says: bitsandbytes' nf4, double quantized"
+    return [f"the base is rounded as in training, {rules}: every linear layer but the head. Not so: base=original"]
 
 
-def merged_tensor(piece: Piece) -> torch.Tensor:
-    """In fp32 and rounded once. Raises ModelError if the number format of the result cannot hold it."""
-    weight = read_tensor(piece.source, piece.info)
-    after = next(dtype for dtype, name in NAMES.items() if name == piece.after.dtype)
-    if weight.dtype != after:
-        weight = weight.float()
-    if piece.record is not None:
-        weight = quantization_round_trip(weight, piece.record)
-    merged = (piece.change.apply(weight) if piece.change is not None else weight).to(after)
-    if after == torch.float16 and not torch.isfinite(merged).all():
-        raise ModelError(f"'{piece.name}' has values beyond 65504, the largest of float16. Write dtype=bfloat16.")
-    return merged
+def _verify(source: MergeSource, folder: Path, form: MergeFormat, reporter: MergeReporter) -> Verification:
+    """Compare the merged files with base + adapter. Raises ModelError if the result is not what was trained."""
+    shortage = memory_shortage(source.base_model)
+    if shortage is not None:
+        reporter.note(f"verifying tensor by tensor, because base + adapter cannot be held: {shortage}")
+        with reporter.progress("verifying") as report:
+            base = find_base(source.base_model)
+            return Verification(verify_tensors(source.adapter, base, folder, form, report), None)
+    rows = source.held_out_rows()
+    agreement = verify_logits(
+        source.adapter,
+        source.base_model,
+        folder,
+        dequantize=form.dequantize,
+        trust_remote_code=source.trust_remote_code,
+        rows=rows,
+    )
+    return Verification(agreement, f"{len(rows)} held-out rows of the recipe" if rows else "built-in prompts")
 
 
-def plan_files(
-    infos: dict[Path, dict[str, TensorInfo]],
-    changes: Changes,
-    tied: Tied | None,
-    quantised: dict[str, QuantRecord],
-    form: Form,
-) -> dict[str, list[Piece]]:
-    """Name of each file of the result -> its tensors: the base's own files, or files of `form.shard_bytes`."""
-    files: dict[str, list[Piece]] = {}
-    for path, of_file in infos.items():
-        files[path.name] = []
-        for name, info in of_file.items():
-            change = changes.by_name.get(name)
-            files[path.name].append(_piece(name, path, info, name, change, quantised.get(name), form))
-            if changes.unties and tied is not None and name == tied.embedding:
-                head = _piece(tied.head, path, info, name, changes.head, None, form)
-                if head.after.shape != files[path.name][-1].after.shape:
-                    raise ModelError(
-                        f"the adapter's embedding has {files[path.name][-1].after.shape[0]} rows and the head, which "
-                        f"was tied to it, {head.after.shape[0]}: the adapter has only one of the two."
-                    )
-                files[path.name].append(head)
-    if form.shard_bytes is None:
-        return files
-    shards: list[list[Piece]] = [[]]
-    room = form.shard_bytes
-    for piece in (piece for pieces in files.values() for piece in pieces):
-        if shards[-1] and piece.after.num_bytes > room:
-            shards.append([])
-            room = form.shard_bytes
-        shards[-1].append(piece)
-        room -= piece.after.num_bytes
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": pieces for i, pieces in enumerate(shards, 1)}
+def source_of_recipe(recipe: Recipe, recipe_name: str) -> MergeSource:
+    """Return the adapter that the recipe's run left in output_dir, and its base.
 
-
-def _piece(
-    name: str, path: Path, info: TensorInfo, source: str, change: Change | None, record: QuantRecord | None, form: Form
-) -> Piece:
-    shape = info.shape if change is None else change.shape_after(source, info.shape)
-    can_be_added_to = info.dtype in ("F64", "F32", "F16", "BF16")
-    if change is not None and not can_be_added_to:
+    Raises ModelError if there is none, or it was trained on another base."""
+    output_dir = Path(recipe.output.output_dir)
+    if recipe.adapter.adapter is None:
         raise ModelError(
-            f"'{name}' of the base is stored as {info.dtype}, which is too coarse to add an update to. Name a base in "
-            "bfloat16, float16 or float32."
+            "this recipe trains the whole model: there is no adapter to merge. "
+            f"The trained weights are in {output_dir} as they are."
         )
-    cast = form.dtype is not None and can_be_added_to
-    after = replace(info, shape=shape, dtype=NAMES[form.dtype] if cast and form.dtype else info.dtype)
-    return Piece(name, path, info, after, change, record)
-
-
-def _tied_pair(adapter: Path, base: Path, base_names: set[str]) -> Tied | None:
-    """Embedding and head of a base that are one tensor; looked at only for an adapter that may change one of them."""
-    weights = adapter / "adapter_model.safetensors"
-    if not weights.exists():  # said by read_changes
-        return None
-    endings = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-    modules = {key.rpartition(ending)[0] for key in read_header(weights) for ending in endings if key.endswith(ending)}
-    known = {module.removeprefix("base_model.model.") + ".weight" for module in modules}
-    plain = all(key.endswith(endings) for key in read_header(weights))
-    if plain and all(name in base_names or name.partition(".")[2] in base_names for name in known):
-        return None
-    try:
-        model = meta_model(str(base), dtype=torch.float32, attention=("sdpa", "eager"))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    if not (output_dir / "adapter_config.json").exists():
         raise ModelError(
-            f"the adapter in '{adapter}' changes tables of the vocabulary, and '{base}' does not say whether embedding "
-            f"and head are one: {str(error).strip().splitlines()[0]}"
-        ) from error
-    if not is_tied(model):
-        return None
-    names = {module: name for name, module in model.named_modules()}
-    embedding, head = f"{names[model.get_input_embeddings()]}.weight", f"{names[model.get_output_embeddings()]}.weight"
-    if head in base_names:  # the files have both
-        return None
-    return Tied(base_name(embedding, embedding, base_names), head)
-
-
-def _require_replaceable(output: Path, base: Path, adapter: Path) -> None:
-    """A folder that an earlier merge wrote may be replaced; anything else stays."""
-    for what, folder in (("the base model", base), ("the adapter", adapter)):
-        if output.resolve() == folder.resolve():
-            raise ModelError(f"output '{output}' is the folder of {what} itself. Name another: output=...")
-    if output.exists() and not (output / MARK).exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ModelError(f"'{output}' holds something that is not a merge of ours. Move it away first.")
-
-
-def _require_space(output: Path, num_bytes: int) -> None:
-    """What an interrupted merge has written counts as room: it is gone on with, or deleted."""
-    aside = aside_of(output)
-    there = sum(path.stat().st_size for path in aside.iterdir()) if aside.is_dir() else 0
-    free = shutil.disk_usage(output.parent).free + there
-    if num_bytes > free:
-        raise ModelError(
-            f"the merged model needs {num_bytes / 1e9:.2f} GB, and {output.parent} has {free / 1e9:.2f} free.\n"
-            "Make room, or name a folder on another disk: output=..."
+            f"there is no trained adapter in {output_dir}. Train it first:\n"
+            f"  accelerate launch -m finetuner.train {recipe_name}"
         )
+    base = safetensors_base(recipe.model, recipe.data.dataset_prepared_path, World())
+    require_same_base(output_dir, base)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    return MergeSource(
+        output_dir,
+        base,
+        of_run=True,
+        token_ids=special_ids(recipe.tokenizer, tokenizer),
+        trust_remote_code=recipe.model.trust_remote_code,
+        held_out_rows=partial(_held_out_rows, recipe.data, recipe.packing, tokenizer, recipe.output.seed),
+    )
 
 
-def adapter_digest(adapter: Path) -> str:
-    with (adapter / "adapter_model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def source_of_folder(folder: Path, base_model: str | None) -> MergeSource:
+    """Return an adapter by itself, of whatever tool, and `base_model` or else the base that it names.
+
+    Raises ModelError if the folder holds no adapter, or nothing names its base."""
+    recorded = read_config(folder).get("base_model_name_or_path")
+    chosen = base_model or recorded
+    if not chosen:
+        raise ModelError(f"the adapter in '{folder}' does not say what it was trained on. Name it: base_model=...")
+    if not recorded or chosen == recorded:
+        return MergeSource(folder, chosen, of_run=False)
+    note = f"the adapter says that it was trained on '{recorded}'; it is merged into '{chosen}', as you ask"
+    return MergeSource(folder, chosen, of_run=False, notes=(note,))
 
 
-def _work(adapter: Path, infos: dict[Path, dict[str, TensorInfo]], files: dict[str, list[Piece]]) -> str:
-    """All that the bytes of the result depend on."""
-    stats = {str(path.resolve()): (path.stat().st_size, path.stat().st_mtime_ns) for path in infos}
-    layout = {name: [(p.name, p.after.dtype, p.after.shape) for p in pieces] for name, pieces in files.items()}
-    settings = (adapter / "adapter_config.json").read_text()
-    kept = {p.name: str(replace(p.record, modules=())) for of_file in files.values() for p in of_file if p.record}
-    return json.dumps([stats, layout, adapter_digest(adapter), settings, kept])
-
-
-def _write_beside(
-    base: Path,
-    adapter: Path,
-    aside: Path,
-    files: dict[str, list[Piece]],
-    num_bytes: int,
-    unties: bool,
-    form: Form,
-    token_ids: dict[str, int],
-) -> None:
-    """Config, tokenizer, index and the mark."""
-    for name in BASE_FILES:
-        if (base / name).exists():
-            shutil.copyfile(base / name, aside / name)
-    config: dict[str, Any] = json.loads((aside / "config.json").read_text())
-    pieces = [piece for of_file in files.values() for piece in of_file]
-    # only tables with a row per token can grow
-    grown = [piece.after.shape[0] for piece in pieces if piece.after.shape != piece.info.shape]
-    if grown:
-        config.get("text_config", config)["vocab_size"] = max(grown)
-    if unties:
-        config["tie_word_embeddings"] = False
-    if form.dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(form.dtype).removeprefix("torch.")
-    (aside / "config.json").write_text(json.dumps(config | token_ids, indent=2) + "\n")
-    has_tokenizer = [name for name in TOKENIZER_FILES if (adapter / name).exists()]
-    for name in TOKENIZER_FILES:
-        source = adapter if has_tokenizer else base
-        if (source / name).exists():
-            shutil.copyfile(source / name, aside / name)
-    write_generation_config(aside, token_ids)
-    if len(files) > 1:
-        weight_map = {piece.name: name for name, of_file in files.items() for piece in of_file}
-        index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    mark = {"base_model": str(base), "adapter": str(adapter), "adapter_sha256": adapter_digest(adapter)}
-    (aside / MARK).write_text(json.dumps(mark, indent=1) + "\n")
+def _held_out_rows(
+    section: DataSection, packing: PackingSection, tokenizer: "PreTrainedTokenizerBase", seed: int
+) -> list[torch.Tensor]:
+    """Read the beginnings of a few held-out rows, each (length,), if the training run left them prepared."""
+    section = held_out_only(section) if section.streaming else section
+    prepared = prepared_already(section, packing, tokenizer, seed)
+    if prepared is None:
+        return []
+    documents = (prepared.held_out.document(i)[0] for i in range(min(_HELD_OUT_ROWS, len(prepared.held_out))))
+    return [torch.tensor(ids[:_ROW_TOKENS].tolist()) for ids in documents]

@@ -1,67 +1,78 @@
-"""The settings of `finetuner merge` that are no recipe's keys."""
+"""Options of a merge, and the KEY=VALUE words in which `finetuner merge` takes them."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetuner.errors import RecipeError
 
-DTYPES = ("bfloat16", "float16", "float32")
-BASES = ("dequantized", "original")
+MERGE_DTYPES = ("bfloat16", "float16", "float32")
+MERGE_BASES = ("dequantized", "original")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-QUANTISED = ("4bit", "8bit", "int4", "int8", "nf4", "fp4", "4", "8")
+QUANTIZED = ("4bit", "8bit", "int4", "int8", "nf4", "fp4", "4", "8")
+MERGE_KEYS = ("output", "dtype", "shard_size", "base", "verify")
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """None: as the base is. `dequantize`: onto the base as it was quantised, or not; None: as training saw it, as far
-    as that is known."""
+class MergeOptions:
+    """Options of a merge; None: as the base is, in the adapter's folder `merged`.
 
-    output: Path | None = None
+    `output`: the folder to write. `dtype`: number format of the weights, one of MERGE_DTYPES. `shard_bytes`: size of a
+    file of weights at most. `dequantize`: merge onto the base as it was quantized in training (True), onto the original
+    weights (False), or onto what training saw, as far as that is known (None). `verify`: read the result back and
+    compare. `base_model`: for an adapter's folder, another base than the one it names.
+    """
+
+    output: str | Path | None = None
     dtype: str | None = None
     shard_bytes: int | None = None
     dequantize: bool | None = None
     verify: bool = True
-    others: list[str] = field(default_factory=list)
+    base_model: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise RecipeError for a dtype that weights are not stored in."""
+        if self.dtype in QUANTIZED:
+            raise RecipeError(
+                f"dtype={self.dtype}: an adapter is not merged into {self.dtype} weights: their steps are wider than "
+                "most of what it changes, and 3 % of a small update's direction is left.\n"
+                "Merge into bfloat16 and let the tool that serves the model quantize it, or serve base and adapter "
+                "apart."
+            )
+        if self.dtype is not None and self.dtype not in MERGE_DTYPES:
+            raise RecipeError(
+                f"dtype={self.dtype} is not one that weights are stored in. Write one of {', '.join(MERGE_DTYPES)}."
+            )
 
 
-def read_wishes(words: list[str]) -> Wishes:
-    """`words` are KEY=VALUE; `others` are those that belong to a recipe. Raises RecipeError."""
+def read_merge_options(words: list[str]) -> tuple[MergeOptions, list[str]]:
+    """Split KEY=VALUE words into the options of a merge and those that belong to a recipe. Raises RecipeError."""
     values: dict[str, str] = {}
     others = []
     for word in words:
         key, equals, value = word.partition("=")
-        if key not in ("output", "dtype", "shard_size", "base", "verify"):
+        if key not in MERGE_KEYS:
             others.append(word)
         elif not equals or not value:
             raise RecipeError(f"'{word}' has no value. Write {key}=...")
         else:
             values[key] = value
-    verify = values.get("verify", "true")
+    verify, base = values.get("verify", "true"), values.get("base")
     if verify not in ("true", "false"):
         raise RecipeError(f"verify={verify} is neither true nor false.")
-    dtype, base = values.get("dtype"), values.get("base")
-    if dtype in QUANTISED:
+    if base is not None and base not in MERGE_BASES:
         raise RecipeError(
-            f"dtype={dtype}: an adapter is not merged into {dtype} weights: their steps are wider than most of what it "
-            "changes, and 3 % of a small update's direction is left.\n"
-            "Merge into bfloat16 and let the tool that serves the model quantise it, or serve base and adapter apart."
-        )
-    if dtype is not None and dtype not in DTYPES:
-        raise RecipeError(f"dtype={dtype} is not one that weights are stored in. Write one of {', '.join(DTYPES)}.")
-    if base is not None and base not in BASES:
-        raise RecipeError(
-            f"base={base}: it says onto which form of the base to merge, {' or '.join(BASES)}.\n"
+            f"base={base}: it says onto which form of the base to merge, {' or '.join(MERGE_BASES)}.\n"
             f"To name another base model: base_model={base}"
         )
-    return Wishes(
+    options = MergeOptions(
         output=Path(values["output"]) if "output" in values else None,
-        dtype=dtype,
+        dtype=values.get("dtype"),
         shard_bytes=_bytes(values["shard_size"]) if "shard_size" in values else None,
         dequantize=None if base is None else base == "dequantized",
         verify=verify == "true",
-        others=others,
     )
+    return options, others
 
 
 def _bytes(text: str) -> int:

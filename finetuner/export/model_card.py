@@ -1,4 +1,4 @@
-"""A page that travels with a result: from what, with which recipe and to which figures it was trained."""
+"""Model card of a result, its README.md: base, data, figures, recipe and versions."""
 
 import json
 import platform
@@ -18,20 +18,20 @@ LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "dee
 
 
 def write_card(folder: Path, run: Path, base_model: str, what: str, facts: Iterable[str] = ()) -> None:
-    """Write README.md into `folder`, unless somebody else's is there.
+    """Write README.md into `folder`, unless it has one that we did not write.
 
-    `run` is the folder of the run, of which recipe.yml (it has no secrets) and metrics.jsonl are shown if they are
-    there; `what` says in a few words what the weights are.
+    `run` is the folder of the run, whose recipe.yml (it has no secrets) and metrics.jsonl are shown if it has them;
+    `what` says in a few words what the weights are; each of `facts` becomes a paragraph.
     """
     path = folder / "README.md"
     if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8"):
         return
     header = ["---", "library_name: " + ("peft" if (folder / "adapter_config.json").exists() else "transformers")]
-    begun = base_model == FROM_SCRATCH
-    if not begun and not Path(base_model).exists():  # a path of this machine means nothing elsewhere
+    from_scratch = base_model == FROM_SCRATCH
+    if not from_scratch and not Path(base_model).exists():  # a path of this machine means nothing elsewhere
         header.append(f"base_model: {base_model}")
     lines = [*header, "tags:", "- finetuner", "---", CARD_MARK, f"# {folder.resolve().name}", ""]
-    origin = "scratch" if begun else f"`{base_model}`"
+    origin = "scratch" if from_scratch else f"`{base_model}`"
     lines += [f"{what}, trained from {origin} with finetuner {__version__}.", *_paragraphs(facts)]
     recipe = run / "recipe.yml"
     if recipe.exists():
@@ -66,12 +66,12 @@ def _figures(metrics: Path) -> list[str]:
     if not metrics.exists():
         return []
     rows: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines() if line.strip()]
-    trained, held = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
+    trained, held_out = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     lines = ["", "## Figures", "", "| | first | last |", "|---|---|---|"]
     for name, found, key in (
         ("training loss", trained, "loss"),
-        ("held-out loss", held, "eval_loss"),
-        ("held-out perplexity", held, "eval_perplexity"),
+        ("held-out loss", held_out, "eval_loss"),
+        ("held-out perplexity", held_out, "eval_perplexity"),
     ):
         if found:
             lines.append(f"| {name} | {found[0][key]:.4f} | {found[-1][key]:.4f} |")

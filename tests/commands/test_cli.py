@@ -96,6 +96,34 @@ def test_accelerate_launch_that_lost_its_ranks_is_an_error_and_several_ranks_run
     assert "2 rows = 2 ranks x 1 micro-batch x 1 accumulation" in kept.stdout
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_of_the_table_has_its_module_and_help(name, capsys):
+    assert exit_of(name, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Usage:" in shown and cli.COMMANDS[name] in shown
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert exit_of("trian") == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_help_imports_no_command_and_a_wrong_recipe_is_said_before_torch_is_imported(write_recipe):
+    recipe = write_recipe(nonsense=1)
+    for words in (["--help"], ["train", recipe], ["merge", recipe], ["evaluate", recipe], ["preview", recipe]):
+        code = (
+            "import sys; from finetuner import cli\n"
+            "try: cli.main(sys.argv[1:])\n"
+            "except SystemExit: pass\n"
+            "commands = [name for name in sys.modules if name.startswith('finetuner.commands.')]\n"
+            "heavy = {'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules); assert not heavy, heavy\n"
+            "assert not commands or '--help' not in sys.argv, commands"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert words == ["--help"] or "unknown key 'nonsense'" in done.stderr
+
+
 def test_check_imports_nothing_heavy(write_recipe):
     """Which is what keeps it under half a second (measured in benchmarks/, not here)."""
     code = (

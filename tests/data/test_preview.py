@@ -10,7 +10,7 @@ from conftest import RecipeWriter, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.cli import main
-from finetuner.commands.preview import colours, marks
+from finetuner.commands.preview_text import in_color, with_marks
 from finetuner.data.preview import shown, visible
 from finetuner.data.tokens import IGNORE
 
@@ -100,16 +100,16 @@ def test_marks_and_colours_say_what_the_labels_say(tokenizer: PreTrainedTokenize
             assert [piece.text for piece in pieces if piece.special] == [EOS]
     split = ids.index(tokenizer.eos_token_id)
     pieces = list(shown(ids, labels := [IGNORE] * split + ids[split:], tokenizer))
-    marked = marks(iter(pieces), ids=False)
+    marked = with_marks(iter(pieces), ids=False)
     learned = tokenizer.decode(ids[split:])
     assert re.sub("[⟦⟧‹›]", "", marked) == text
     assert re.sub("[‹›]", "", marked.split("⟦")[1].split("⟧")[0]) == learned
-    coloured = colours(iter(pieces), ids=False)
+    colored = in_color(iter(pieces), ids=False)
     green = "".join(
-        coloured.plain[span.start : span.end] for span in coloured.spans if str(span.style).startswith("bold")
+        colored.plain[span.start : span.end] for span in colored.spans if str(span.style).startswith("bold")
     )
-    assert (coloured.plain, green) == (text, learned)
-    numbered = marks(shown(ids, labels, tokenizer, singly=True), ids=True)
+    assert (colored.plain, green) == (text, learned)
+    numbered = with_marks(shown(ids, labels, tokenizer, singly=True), ids=True)
     assert [int(number) for number in re.findall(r"·(\d+)", numbered)] == ids
 
 

@@ -12,11 +12,11 @@ import pytest
 from conftest import ROOT, alpaca_rows, make_model, write_rows
 
 from finetuner.cli import main
+from finetuner.commands.evaluate import evaluate
 from finetuner.commands.merge import merge
 from finetuner.errors import DataError, ModelError, RecipeError
+from finetuner.evaluation.answer_scores import f1, normalized, score_answers
 from finetuner.evaluation.benchmark_tasks import TaskScore, scores_of
-from finetuner.evaluation.evaluate import Wishes, evaluate
-from finetuner.evaluation.scores import f1, normalised, score_answers
 from finetuner.objectives.text_score import TextScore, total
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ def test_overlap_is_squads(answer, reference, wanted):
 
 
 def test_answers_are_the_same_but_for_case_punctuation_and_articles():
-    assert normalised("  The  U.S. ‘a’ ") == "us ‘ ’"
+    assert normalized("  The  U.S. ‘a’ ") == "us ‘ ’"
     score = score_answers([("A cat.", "cat"), ("dog", "the cat")])
     assert (score.exact_match, score.f1, score.num_rows) == (0.5, 0.5, 2)
 
@@ -72,7 +72,7 @@ def test_the_loss_is_the_one_that_training_logged_and_merging_changes_nothing(
     logged = [row for row in train(recipe) if "eval_loss" in row]
     merge(str(recipe), ["verify=false"])
     capsys.readouterr()
-    evaluate(str(tmp_path / "out" / "merged"), [], Wishes(questions=4))
+    evaluate(str(tmp_path / "out" / "merged"), [], questions=4)
     shown = capsys.readouterr().out
     first, adapted, merged = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [one["model"] for one in (first, adapted, merged)] == ["base", "adapter", "merged"]
@@ -96,10 +96,10 @@ def _the_same_without_the_runs_folder(tmp_path, files, *wanted):
         (tmp_path / "alone").mkdir(exist_ok=True)
         shutil.copy(tmp_path / "out" / what, tmp_path / "alone")
     shutil.copytree(tmp_path / "out" / "merged", tmp_path / "moved")
-    data = Wishes(questions=0, data=tuple(map(str, files)), type="alpaca", out=tmp_path / "results")
+    data = [str(file) for file in files]
     keys = ["bf16=false", "sequence_len=256", f"dataset_prepared_path={tmp_path / 'prepared'}"]
     for target, count in (("alone", 2), ("moved", 3)):
-        evaluate(str(tmp_path / target), keys, data)
+        evaluate(str(tmp_path / target), keys, questions=0, data=data, type="alpaca", out=tmp_path / "results")
         found = json.loads((tmp_path / "results" / "evaluation.json").read_text())
         assert len(found) == count
         for one, other in zip(found, wanted, strict=False):
@@ -112,26 +112,26 @@ def test_a_model_by_itself_is_measured_on_a_file_or_on_the_held_out_rows_of_a_re
     write_recipe, tiny_model, tmp_path, capsys
 ):
     recipe = write_recipe(val_set_size=5)
-    evaluate(str(recipe), [], Wishes(questions=0, out=tmp_path / "of-run"))
-    evaluate(str(tiny_model), [], Wishes(questions=0, recipe=str(recipe), out=tmp_path / "of-recipe"))
+    evaluate(str(recipe), [], questions=0, out=tmp_path / "of-run")
+    evaluate(str(tiny_model), [], questions=0, recipe=str(recipe), out=tmp_path / "of-recipe")
     (base,), (alone,) = (json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("of-run", "of-recipe"))
     assert base | {"model": "model"} == alone and alone["num_tokens"] > 0
     rows = write_rows(tmp_path / "own.jsonl", alpaca_rows(3))
     keys = ["bf16=false", f"dataset_prepared_path={tmp_path / 'prepared'}"]
-    evaluate(str(tiny_model), keys, Wishes(0, (str(rows),), "alpaca", out=tmp_path / "of-file"))
+    evaluate(str(tiny_model), keys, questions=0, data=[str(rows)], type="alpaca", out=tmp_path / "of-file")
     (found,) = json.loads((tmp_path / "of-file" / "evaluation.json").read_text())
     assert list(found["sources"]) == ["own.jsonl"]
     assert "| model | all |" in capsys.readouterr().out
-    for wishes, message in (
-        (Wishes(data=("a.jsonl",)), "needs --type beside it"),
-        (Wishes(data=("a.jsonl",), type="alpaca"), "there is no file 'a.jsonl'"),
-        (Wishes(data=("a.jsonl",), type="alpaca", recipe="r.yml"), "Remove one of the two"),
-        (Wishes(type="alpaca"), "Give --data FILE"),
+    for options, message in (
+        ({"data": ["a.jsonl"]}, "needs --type beside it"),
+        ({"data": ["a.jsonl"], "type": "alpaca"}, "there is no file 'a.jsonl'"),
+        ({"data": ["a.jsonl"], "type": "alpaca", "recipe": "r.yml"}, "Remove one of the two"),
+        ({"type": "alpaca"}, "Give --data FILE"),
     ):
         with pytest.raises(RecipeError, match=message):
-            evaluate(str(tiny_model), [], wishes)
+            evaluate(str(tiny_model), [], **options)
     with pytest.raises(ModelError, match="holds no model"):
-        evaluate(str(tmp_path), keys, Wishes(data=(str(rows),), type="alpaca"))
+        evaluate(str(tmp_path), keys, data=[str(rows)], type="alpaca")
 
 
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
@@ -171,7 +171,7 @@ def run_evaluate(*words: object) -> subprocess.CompletedProcess:
 
 
 TASK = """
-task: colours
+task: colors
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {rows}}}}}
 test_split: test
@@ -197,19 +197,19 @@ def test_a_task_of_ones_own_is_run_by_lm_eval_on_every_model_without_a_network(
     asked = [{"question": prompt, "choices": ["the quick brown fox", "blue"], "answer": 1}] * 6
     folder = tmp_path / "tasks"
     folder.mkdir()
-    (folder / "colours.yaml").write_text(TASK.format(rows=write_rows(tmp_path / "asked.jsonl", asked)))
+    (folder / "colors.yaml").write_text(TASK.format(rows=write_rows(tmp_path / "asked.jsonl", asked)))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     out = tmp_path / "out"
-    words = ("--tasks", "colours", "--include-path", folder, "--limit", 4)
+    words = ("--tasks", "colors", "--include-path", folder, "--limit", 4)
     done = run_evaluate(out, *words)
     assert done.returncode == 0, done.stderr
     base, trained = json.loads((out / "evaluation.json").read_text())
-    assert (base["tasks"]["colours"]["num_rows"], trained["tasks"]["colours"]["acc"]) == (4, 1.0)
-    assert "| colours | 4 | acc |" in (out / "evaluation.md").read_text()
+    assert (base["tasks"]["colors"]["num_rows"], trained["tasks"]["colors"]["acc"]) == (4, 1.0)
+    assert "| colors | 4 | acc |" in (out / "evaluation.md").read_text()
     assert (tmp_path / "hf" / "datasets").is_dir(), "the data are where HF_HOME says"
-    lost = run_evaluate(out, "--tasks", "colors,arc_easy", "--include-path", folder)
-    assert lost.returncode == 2 and "has no task 'colors'" in lost.stderr and "colours" in lost.stderr
+    lost = run_evaluate(out, "--tasks", "colorz,arc_easy", "--include-path", folder)
+    assert lost.returncode == 2 and "has no task 'colorz'" in lost.stderr and "colors" in lost.stderr
     away = run_evaluate(out, "--tasks", "arc_easy", "--limit", 1)
     assert away.returncode == 2 and "HF_HOME, HF_DATASETS_CACHE" in away.stderr and "Traceback" not in away.stderr
 
@@ -220,7 +220,7 @@ def test_a_model_that_learned_the_answers_scores_full_marks(write_recipe, train,
         datasets=[{"path": str(rows), "type": "alpaca"}], val_set_size=2, max_steps=25, learning_rate=0.01
     )
     train(recipe)
-    evaluate(str(recipe), [], Wishes(questions=10))
+    evaluate(str(recipe), [], questions=10)
     before, after = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert (after["model"], after["exact_match"], after["f1"]) == ("trained", 1.0, 1.0)
     assert before["exact_match"] == 0 and before["bits_per_byte"] > after["bits_per_byte"]

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.commands.merge import merge
-from finetuner.errors import ModelError
-from finetuner.export import merge as merge_module
-from finetuner.export.merge import merge_adapter
+from finetuner.errors import ModelError, RecipeError
+from finetuner.export import merge_writer
+from finetuner.export.merge import merge as merge_trained
+from finetuner.export.merge_options import MergeOptions
+from finetuner.export.merge_writer import merge_adapter
 from finetuner.models.load import load_model
 from finetuner.models.quant_format import choose_quant_format
 from finetuner.recipe import load
@@ -97,7 +99,7 @@ def test_a_merge_that_is_cut_short_leaves_nothing_half_used(write_recipe, train,
 
     first = merge_adapter(out, str(tiny_model), out / "merged")
     before = (first.folder / "model.safetensors").read_bytes()
-    monkeypatch.setattr(merge_module, "_write_beside", full_disk)
+    monkeypatch.setattr(merge_writer, "_write_config", full_disk)
     with pytest.raises(OSError):
         merge_adapter(out, str(tiny_model), out / "merged")
     assert (out / "merged" / "model.safetensors").read_bytes() == before, "the merge before it is kept"
@@ -229,6 +231,31 @@ def test_streamed_files_are_what_the_library_reads(tmp_path):
     assert read_header(tmp_path / "y.safetensors").keys() == infos.keys()
 
 
+def test_merge_is_a_function_that_returns_its_figures_and_prints_nothing(
+    write_recipe, train, tmp_path, tokenizer_folder, capsys
+):
+    base = make_model(tmp_path / "base", tokenizer_folder, tied=True)
+    recipe = write_recipe(base_model=str(base), **LORA | {"adapter": "qlora", "lora_target_modules": ["q_proj"]})
+    train(recipe)
+    capsys.readouterr()
+    found = merge_trained(load(recipe).recipe)
+    assert capsys.readouterr().out == ""
+    assert (found.folder, found.num_tensors_merged, found.num_tensors_dequantized) == (tmp_path / "out/merged", 2, 14)
+    tensors = weights_of(found.folder)
+    assert found.num_tensors == len(tensors) and found.num_bytes == 4 * sum(t.numel() for t in tensors.values())
+    assert found.verification is not None and found.verification.compared_on == "built-in prompts"
+    assert found.notes == () and found.seconds > 0 and found.num_bytes_reused == 0
+    (tmp_path / "out" / "quantization.json").unlink()  # an adapter of another tool, then
+    options = MergeOptions(output=str(tmp_path / "again"), dequantize=True, verify=False)
+    again = merge_trained(tmp_path / "out", options)
+    assert again.verification is None and "nothing says" in again.notes[0]
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in weights_of(again.folder).items())
+    with pytest.raises(RecipeError, match="Leave out base_model"):
+        merge_trained(load(recipe).recipe, MergeOptions(base_model="other"))
+    with pytest.raises(RecipeError, match="3 % of a small update"):
+        MergeOptions(dtype="int8")
+
+
 def test_merge_of_a_full_fine_tune_says_where_the_weights_are(write_recipe):
     recipe = write_recipe()
     with pytest.raises(ModelError, match="there is no adapter to merge"):
@@ -295,24 +322,24 @@ KEPT = [
 
 
 @pytest.mark.parametrize(("keys", "dtype", "bound"), KEPT, ids=["nf4", "fp4, one module", "nf4 in bf16", "8 bits"])
-def test_an_adapter_of_a_quantised_base_is_merged_into_what_it_was_trained_on(
+def test_an_adapter_of_a_quantized_base_is_merged_into_what_it_was_trained_on(
     keys, dtype, bound, write_recipe, train, tmp_path, tokenizer_folder, capsys
 ):
-    """Its logits are those of the adapter on the quantised base; merged into the exact base, they are not."""
+    """Its logits are those of the adapter on the quantized base; merged into the exact base, they are not."""
     base = make_model(tmp_path / "base", tokenizer_folder, dtype=dtype)
     recipe = write_recipe(base_model=str(base), **LORA | keys)
     train(recipe)
     out, number = tmp_path / "out", getattr(torch, dtype)
     merge(str(recipe), [])
-    assert "14 tensors rounded as the quantised base was" in capsys.readouterr().out
+    assert "14 tensors rounded as the quantized base was" in capsys.readouterr().out
     exact = tmp_path / "exact"
     shutil.copytree(out, exact, ignore=shutil.ignore_patterns("quantization.json", "merged"))
     merge_adapter(exact, str(base), exact / "merged")
 
     loaded = load(recipe).recipe
     form = choose_quant_format(loaded.adapter.adapter, loaded.quantization, number)
-    quantised = load_model(str(base), dtype=number, attention=("sdpa",), quant_format=form)
-    adapted = PeftModel.from_pretrained(quantised, str(out)).train()  # in eval, bitsandbytes may take other kernels
+    quantized = load_model(str(base), dtype=number, attention=("sdpa",), form=form)
+    adapted = PeftModel.from_pretrained(quantized, str(out)).train()  # in eval, bitsandbytes may take other kernels
     ids = torch.arange(20)[None]
     wanted = adapted(input_ids=ids).logits.detach().float()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetuner.export.adapter_updates import BLOCK, MIN_ROWS, LowRank
+from finetuner.export.tensor_updates import BLOCK_ELEMENTS, MIN_ROWS, LowRankUpdate
 
 SHAPES = [(3001, 701, 1), (1537, 2049, 64), (9000, 333, 256), (33, 90_001, 4), (2048, 2048, 16), (5, 300_001, 2)]
 
@@ -24,11 +24,11 @@ def test_blocks_of_a_product_have_the_bits_of_the_whole(
         along = 0 if stored_in_out else 1
         whole.mul_((magnitude / torch.linalg.vector_norm(whole, dim=along)).unsqueeze(along))
 
-    merged = LowRank(0.7, stored_in_out, a, b, magnitude).apply(weight.clone())
+    merged = LowRankUpdate(0.7, stored_in_out, a, b, magnitude).apply(weight.clone())
 
     assert torch.equal(merged, whole.bfloat16())
 
 
 def test_the_shapes_above_are_cut_into_blocks() -> None:
-    cut = [outs * ins > 2 * BLOCK and outs > 2 * MIN_ROWS for outs, ins, _ in SHAPES]
+    cut = [outs * ins > 2 * BLOCK_ELEMENTS and outs > 2 * MIN_ROWS for outs, ins, _ in SHAPES]
     assert sum(cut) == len(SHAPES) - 1  # the last is too flat: one block

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.commands.merge import merge
 from finetuner.errors import ModelError, RecipeError
-from finetuner.export.merge import Form, merge_adapter
-from finetuner.export.merge_options import read_wishes
+from finetuner.export.merge_options import read_merge_options
+from finetuner.export.merge_plan import MergeFormat
+from finetuner.export.merge_writer import merge_adapter
 from finetuner.export.model_card import write_card
-from finetuner.export.verify_logits import verify_merged
+from finetuner.export.verify_logits import verify_logits
 from finetuner.storage.atomic import staging_of
 
 pytestmark = pytest.mark.slow
@@ -148,7 +149,7 @@ def test_an_adapter_that_changed_its_base_at_the_start_or_is_broken_is_refused(t
     assert not (tmp_path / "merged").exists()
 
 
-def test_number_format_and_shards_are_as_wished(tmp_path, tied_model):
+def test_number_format_and_shards_are_as_asked(tmp_path, tied_model):
     folder = tmp_path / "adapter"
     adapt(tied_model, folder, target_modules=["q_proj", "lm_head"])
     merge(str(folder), [f"output={tmp_path / 'whole'}", "dtype=bfloat16"])
@@ -176,9 +177,9 @@ def test_number_format_and_shards_are_as_wished(tmp_path, tied_model):
         (["output="], "output=..."),
     ],
 )
-def test_a_wrong_wish_is_answered_with_what_to_write(words, message):
+def test_a_wrong_option_is_answered_with_what_to_write(words, message):
     with pytest.raises(RecipeError, match=message):
-        read_wishes(words)
+        read_merge_options(words)
 
 
 def test_a_folder_is_not_merged_onto_itself_and_takes_no_recipe_keys(tmp_path, tiny_model):
@@ -201,7 +202,7 @@ def test_a_value_beyond_float16_is_an_error_and_nothing_is_left(tmp_path, tokeni
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     adapt(base, tmp_path / "adapter", target_modules=["q_proj"])
     with pytest.raises(ModelError, match=r"model\.norm\.weight.*Write dtype=bfloat16"):
-        merge_adapter(tmp_path / "adapter", str(base), tmp_path / "merged", form=Form(torch.float16))
+        merge_adapter(tmp_path / "adapter", str(base), tmp_path / "merged", form=MergeFormat(torch.float16))
     assert not list(tmp_path.glob("*merged*"))
 
 
@@ -222,36 +223,37 @@ def test_a_killed_merge_goes_on_behind_the_files_it_had_finished(tmp_path, token
     base = make_model(tmp_path / "base", tokenizer_folder, hidden_size=256, intermediate_size=2048, num_hidden_layers=6)
     folder, output = tmp_path / "adapter", tmp_path / "merged"
     adapt(base, folder, target_modules="all-linear")
-    form = "Form(shard_bytes=2_000_000)"
+    form = "MergeFormat(shard_bytes=2_000_000)"
     code = f"""
 import time
 from pathlib import Path
 from finetuner.export.model_card import write_card
-from finetuner.export.merge import Form, merge_adapter
-from finetuner.export.verify_logits import verify_merged
+from finetuner.export.merge_plan import MergeFormat
+from finetuner.export.merge_writer import merge_adapter
+from finetuner.export.verify_logits import verify_logits
 merge_adapter(Path({str(folder)!r}), {str(base)!r}, Path({str(output)!r}), lambda *a: time.sleep(0.02), form={form})
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    staging = staging_of(output)
+    aside = staging_of(output)
     deadline = time.monotonic() + 60
-    while len(list(staging.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
+    while len(list(aside.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finished = {path.name: path.stat().st_mtime_ns for path in staging.glob("*.safetensors")}
+    finished = {path.name: path.stat().st_mtime_ns for path in aside.glob("*.safetensors")}
     assert len(finished) >= 3 and not output.exists()
-    result = merge_adapter(folder, str(base), output, form=Form(shard_bytes=2_000_000))
+    result = merge_adapter(folder, str(base), output, form=MergeFormat(shard_bytes=2_000_000))
     assert all((output / name).stat().st_mtime_ns == when for name, when in finished.items())
-    assert 0 < result.num_bytes_kept < result.num_bytes
+    assert 0 < result.num_bytes_reused < result.num_bytes
     fresh = merge_adapter(folder, str(base), tmp_path / "fresh")
     left, right = weights_of(output), weights_of(fresh.folder)
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     assert {path.suffix for path in output.iterdir()} <= {".safetensors", ".json", ".jinja"}
     # Another adapter is another piece of work: nothing that an earlier one left is used.
     (tmp_path / "killed").mkdir()
-    output.rename(staging)
-    (staging / "work.json").write_text("of something else")
-    assert merge_adapter(folder, str(base), output, form=Form(shard_bytes=2_000_000)).num_bytes_kept == 0
+    output.rename(aside)
+    (aside / "work.json").write_text("of something else")
+    assert merge_adapter(folder, str(base), output, form=MergeFormat(shard_bytes=2_000_000)).num_bytes_reused == 0
 
 
 def test_the_merged_files_are_read_back_and_compared_with_what_was_trained(tmp_path, tiny_model, capsys):
@@ -270,7 +272,7 @@ def test_the_merged_files_are_read_back_and_compared_with_what_was_trained(tmp_p
     lost = "model.layers.1.mlp.down_proj.weight"  # one layer in which the update is missing
     save_file(tensors | {lost: base[lost]}, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="is not what base \\+ adapter compute"):
-        verify_merged(folder, str(tiny_model), out)
+        verify_logits(folder, str(tiny_model), out)
 
 
 def test_the_card_says_what_the_result_was_made_of(write_recipe, train, tmp_path):

@@ -13,8 +13,9 @@ from test_merge_kinds import KINDS, adapt
 
 from finetuner.commands.merge import merge
 from finetuner.errors import ModelError
-from finetuner.export.merge import Form, merge_adapter
-from finetuner.export.verify_tensors import verify_layers
+from finetuner.export.merge_plan import MergeFormat
+from finetuner.export.merge_writer import merge_adapter
+from finetuner.export.verify_tensors import verify_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -36,18 +37,18 @@ def test_tensor_by_tensor_a_sound_merge_is_within_one_rounding_and_a_lost_update
     base = make_model(tmp_path / "base", tokenizer_folder, tied=True, dtype=dtype)
     adapt(base, tmp_path / "adapter", **KINDS[kind])
     out = merge_adapter(tmp_path / "adapter", str(base), tmp_path / "merged").folder
-    found = verify_layers(tmp_path / "adapter", base, out, Form())
+    found = verify_tensors(tmp_path / "adapter", base, out, MergeFormat())
     assert found.largest <= (0 if dtype == "float32" else 1) and found.num_changed > 0
     assert json.loads((out / "merge.json").read_text())["verified_by_layers"]["num_tensors"] == found.num_tensors
     tensors, before = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
     changed = next(name for name in sorted(before) if not torch.equal(tensors[name], before[name]))
     save_file(tensors | {changed: before[changed]}, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=rf"not what base \+ adapter are: .*in {changed}"):
-        verify_layers(tmp_path / "adapter", base, out, Form())
+        verify_tensors(tmp_path / "adapter", base, out, MergeFormat())
     del tensors[changed]
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=f"'{changed}' is missing"):
-        verify_layers(tmp_path / "adapter", base, out, Form())
+        verify_tensors(tmp_path / "adapter", base, out, MergeFormat())
 
 
 def test_a_number_that_is_not_one_is_no_rounding(tmp_path, tiny_model):
@@ -57,7 +58,7 @@ def test_a_number_that_is_not_one_is_no_rounding(tmp_path, tiny_model):
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"nan roundings .*in model\.norm\.weight"):
-        verify_layers(tmp_path / "adapter", tiny_model, out, Form())
+        verify_tensors(tmp_path / "adapter", tiny_model, out, MergeFormat())
 
 
 def test_a_merge_is_verified_on_held_out_rows_or_prompts_or_by_tensors_and_says_which(
@@ -73,7 +74,7 @@ def test_a_merge_is_verified_on_held_out_rows_or_prompts_or_by_tensors_and_says_
     merge(str(recipe), [])
     assert "on built-in prompts: largest logit difference" in capsys.readouterr().out
     monkeypatch.setattr(
-        "finetuner.commands.merge.room_to_verify", lambda base: "it takes 99.0 GB of memory, and 1.0 are free"
+        "finetuner.export.merge.memory_shortage", lambda base: "it takes 99.0 GB of memory, and 1.0 are free"
     )
     merge(str(recipe), ["dtype=bfloat16"])
     shown = capsys.readouterr().out
@@ -112,7 +113,7 @@ def test_an_adapter_of_another_tool_is_merged_onto_what_bitsandbytes_makes_of_th
     assert "base=dequantized" in capsys.readouterr().out, "nothing says how it was trained"
     assert all(torch.equal(as_it_is[name], tensor) for name, tensor in weights_of(plain.folder).items())
     rounded = merged("base=dequantized")
-    assert "nf4, double quantised" in capsys.readouterr().out
+    assert "nf4, double quantized" in capsys.readouterr().out
     for name, tensor in rounded.items():
         if name in linear and not update[name].any():
             assert torch.equal(tensor, roundtrip(before[name])), name
@@ -130,7 +131,7 @@ def test_an_adapter_of_another_tool_is_merged_onto_what_bitsandbytes_makes_of_th
     assert torch.equal(merged()[name], before[name])
     assert torch.equal(merged("base=original")[name], before[name])
     (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    with pytest.raises(ModelError, match=r"quantised by gptq.*\n.*base=original"):
+    with pytest.raises(ModelError, match=r"quantized by gptq.*\n.*base=original"):
         merged()
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from finetuner.commands.merge import merge
 from finetuner.errors import ModelError, RecipeError
-from finetuner.export.merge import merge_adapter
+from finetuner.export.merge_writer import merge_adapter
 from finetuner.models.adapter import adapter_tensors, add_lora
 from finetuner.models.load import load_model
 from finetuner.models.lora_targets import modules_to_save, target_modules

@@ -10,8 +10,9 @@ from test_gpt import GPT2, IDS, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.cli import main
-from finetuner.commands.chat import chat
-from finetuner.commands.generate import Manner, generate
+from finetuner.commands.conversation import hold_conversation
+from finetuner.commands.generate import generate_text
+from finetuner.commands.text_model import SamplingOptions
 from finetuner.data.new_tokenizers import write_byte_tokenizer
 from finetuner.errors import ModelError
 from finetuner.models.generation import draw_token, generate_tokens, stream_text
@@ -60,12 +61,14 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole(tmp_path):
 def test_a_recipe_speaks_with_its_adapter_and_a_seed_says_the_same_again(write_recipe, train, tmp_path, tiny_model):
     recipe = write_recipe(adapter="lora", max_steps=8, learning_rate=0.02, micro_batch_size=8)
     with pytest.raises(ModelError, match=r"nothing is trained in .*out yet"):
-        generate(str(recipe), [], "a", Manner(4, 0.0, 1.0, 0), print)
+        generate_text(str(recipe), [], "a", SamplingOptions(4, 0.0, 1.0, 0), print)
     train(recipe)
 
     def text(source: object, temperature: float, seed: int = 0) -> str:
         parts: list[str] = []
-        generate(str(source), [], "### Instruction:\na b", Manner(12, temperature, 1.0, seed), parts.append)
+        generate_text(
+            str(source), [], "### Instruction:\na b", SamplingOptions(12, temperature, 1.0, seed), parts.append
+        )
         return "".join(parts)
 
     from peft import PeftModel
@@ -102,8 +105,10 @@ def talk(tiny_model, capsys):
     def talk(*lines: str, source: object = None, system: str = "", count: int = 6, write=None) -> tuple[str, list[str]]:
         parts: list[str] = []
         said: list[str] = []
-        manner = Manner(count, 1.0, 1.0, 3)
-        chat(str(source or tiny_model), [], system, manner, lambda: lines, write or parts.append, said.append)
+        options = SamplingOptions(count, 1.0, 1.0, 3)
+        hold_conversation(
+            str(source or tiny_model), [], system, options, lambda: lines, write or parts.append, said.append
+        )
         return "".join(parts), said
 
     return talk
@@ -127,7 +132,7 @@ def test_a_conversation_is_remembered_until_it_is_reset(talk, tiny_model):
     assert talk("hello there", "and again")[0] != expected  # the instruction counts
     # after a reset the first answer does not depend on what was said before it
     alone, first = talk("hello there", count=1)[0], talk("unlike", "/reset", "hello there", count=1)
-    assert "(the conversation begins anew)" in first[1] and "unlike" not in alone
+    assert "(the conversation begins again)" in first[1] and "unlike" not in alone
     wrote, said = talk("/rest", "/system", "hello there")
     assert "there is no command '/rest'" in said[1] and "without instruction" in said[2] and wrote.endswith("\n")
 

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from finetuner.cli import main
-from finetuner.commands.chat import chat
-from finetuner.commands.generate import Manner
+from finetuner.commands.conversation import hold_conversation
+from finetuner.commands.text_model import SamplingOptions
 from finetuner.data.new_tokenizers import train_bpe, write_byte_tokenizer, write_char_tokenizer
 from finetuner.data.token_bytes import token_bytes
 from finetuner.data.tokenizer_source import tokenizer_name
@@ -344,7 +344,7 @@ def test_the_whole_life_of_a_model_by_the_examples(train, write_rows_of, tmp_pat
     assert losses[-1] < 0.1 < 3 < losses[0]
     capsys.readouterr()
     heard: list[str] = []
-    chat(str(recipe), ours, "", Manner(20, 0.0, 1.0, 0), lambda: [question], heard.append, print)
+    hold_conversation(str(recipe), ours, "", SamplingOptions(20, 0.0, 1.0, 0), lambda: [question], heard.append, print)
     assert "".join(heard) == "Return it.\n"
 
 

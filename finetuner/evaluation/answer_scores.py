@@ -1,4 +1,4 @@
-"""What a model is measured by: loss on held-out tokens, and answers as SQuAD scores them."""
+"""Exact match and F1 of short answers, as SQuAD's evaluation counts them (arXiv:1606.05250, section 6.1)."""
 
 import re
 import string
@@ -20,21 +20,20 @@ class AnswerScore:
 
 
 def score_answers(pairs: Iterable[tuple[str, str]]) -> AnswerScore:
-    """Of (answer, reference)."""
-    scores = [(float(normalised(a) == normalised(b)), f1(a, b)) for a, b in pairs]
+    """Score pairs of (answer, reference)."""
+    scores = [(float(normalized(a) == normalized(b)), f1(a, b)) for a, b in pairs]
     count = max(1, len(scores))
     return AnswerScore(sum(e for e, _ in scores) / count, sum(f for _, f in scores) / count, len(scores))
 
 
-def normalised(text: str) -> str:
-    """As SQuAD's evaluation compares answers (arXiv:1606.05250, section 6.1): lower case, without punctuation and
-    articles, one space between words."""
+def normalized(text: str) -> str:
+    """Return the text in lower case, without punctuation and articles, one space between words."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def f1(answer: str, reference: str) -> float:
     """Harmonic mean of precision and recall over the words of both, as bags; 1 where both have none."""
-    left, right = normalised(answer).split(), normalised(reference).split()
+    left, right = normalized(answer).split(), normalized(reference).split()
     if not left or not right:
         return float(left == right)
     common = sum((Counter(left) & Counter(right)).values())

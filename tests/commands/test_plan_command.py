@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 from test_cli import exit_of
 
-from finetuner.commands.plan import devices_of, span
+from finetuner.commands.plan import span
 from finetuner.errors import PlanError
+from finetuner.estimate.training_cost import parse_devices
 
 
 def planned(capsys, *arguments: object) -> dict:
@@ -46,10 +47,10 @@ def test_without_a_device_those_are_shown_that_are_known_and_an_unknown_one_is_a
     assert own["seconds"] == {"device": pytest.approx(own["flops"] / 0.4e11)}
     assert planned(capsys, recipe, "--flops", "2e11")["seconds"]["device"] == pytest.approx(own["flops"] / 0.8e11)
     with pytest.raises(PlanError, match=r"how fast T4 is, is not known here(.|\n)*--flops 312e12(.|\n)*A100"):
-        devices_of("2xT4", None)
-    assert devices_of("2xT4", 65e12).peak == 65e12
+        parse_devices("2xT4", None)
+    assert parse_devices("2xT4", 65e12).peak_flops == 65e12
     with pytest.raises(PlanError, match="one device at least"):
-        devices_of("0", None)
+        parse_devices("0", None)
 
 
 def test_a_model_that_is_there_is_counted_from_its_config(capsys, write_recipe, tiny_model, tmp_path):

@@ -1,14 +1,15 @@
-"""What else the tools want that serve a model: a Modelfile for Ollama, a folder that vLLM can open."""
+"""Modelfile for Ollama: the weights, the chat template in Go's language, and where to stop.
+
+The chat template is read by rendering it: what stands around each role's text is found, and the result is accepted only
+if it renders some conversations as the template does.
+"""
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuner.errors import ModelError
-from finetuner.models.files import weight_files
 from finetuner.models.stop_tokens import stop_token_ids
-from finetuner.storage.safetensors_stream import read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,22 +20,24 @@ HOLDER = "\x00{}\x00"
 
 @dataclass(frozen=True)
 class Turns:
-    """A chat template as what stands around each role's text, what stands before all, before all where no system turn
-    begins, and before an answer."""
+    """A chat template as the texts around each turn."""
 
-    before: str
-    without_system: str
-    around: dict[str, tuple[str, str]]
-    answer: str
+    before: str  # at the head of every conversation
+    without_system: str  # behind it, where no system turn begins
+    around: dict[str, tuple[str, str]]  # role -> the texts before and behind its content
+    answer: str  # before an answer that is asked for
 
     def render(self, messages: list[dict[str, str]], *, asks: bool) -> str:
+        """Render a conversation as the template would. `asks`: an answer is to follow."""
         text = "".join(self.around[m["role"]][0] + m["content"] + self.around[m["role"]][1] for m in messages)
         before = self.before + ("" if messages[0]["role"] == "system" else self.without_system)
         return before + text + (self.answer if asks else "")
 
 
 def turns_of(tokenizer: "PreTrainedTokenizerBase") -> Turns:
-    """Raises ModelError for a template that does more than put text around each turn: Ollama's language is another."""
+    """Find the texts around each turn.
+
+    Raises ModelError for a template that does more than put text around each turn: Ollama's language is another."""
     if tokenizer.chat_template is None:
         raise ModelError("the tokenizer has no chat template. Train with one (chat_template: ...), or export to gguf.")
 
@@ -45,11 +48,11 @@ def turns_of(tokenizer: "PreTrainedTokenizerBase") -> Turns:
     from jinja2 import TemplateError
 
     try:
-        whole = rendered(dialog)
-        ends = [whole.index(m["content"]) + len(m["content"]) for m in dialog]
-        starts = [whole.index(m["content"]) for m in dialog]
-        between = [whole[end:start] for end, start in zip(ends, starts[1:], strict=False)]
-        head, tail = whole[: starts[0]], whole[ends[-1] :]
+        full = rendered(dialog)
+        ends = [full.index(m["content"]) + len(m["content"]) for m in dialog]
+        starts = [full.index(m["content"]) for m in dialog]
+        between = [full[end:start] for end, start in zip(ends, starts[1:], strict=False)]
+        head, tail = full[: starts[0]], full[ends[-1] :]
         # between = what ends a turn + what begins the next: the tail is what ends an answer
         user_begins = between[2].removeprefix(tail)
         user_ends = rendered(dialog[:2]).partition(dialog[1]["content"])[2]
@@ -76,7 +79,7 @@ def turns_of(tokenizer: "PreTrainedTokenizerBase") -> Turns:
 
 
 def modelfile(gguf_name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """For `ollama create`: the weights, the template in Go's language, and where to stop."""
+    """Return the Modelfile for `ollama create`. Raises ModelError if the chat template cannot be written in it."""
     turns = turns_of(tokenizer)
     branches = "".join(
         f"{{{{ {'if' if i == 0 else 'else if'} eq .Role {json.dumps(role)} }}}}"
@@ -93,38 +96,5 @@ def modelfile(gguf_name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _quoted(text: str) -> str:
-    """As a template's own string where it holds what the template or the Modelfile would take for theirs."""
+    """Quote text that holds what the template or the Modelfile would take for theirs; else return it."""
     return f"{{{{ {json.dumps(text)} }}}}" if "{{" in text or '"' in text else text
-
-
-def check_for_vllm(folder: Path) -> tuple[list[str], str]:
-    """What was found good, and the command to serve it. Raises ModelError with all that is missing."""
-    wrong, good = [], []
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(f"'{folder}' holds an adapter. Merge it first: python -m finetuner.merge {folder}")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{folder}' is not a model folder: {error}") from error
-    if not config.get("architectures"):
-        wrong.append("config.json names no architectures")
-    infos = [info for path in weight_files(folder) for info in read_header(path).values()]
-    kinds = sorted({info.dtype for info in infos})
-    good.append(f"weights: {len(infos)} tensors, {sum(info.num_bytes for info in infos) / 1e9:.2f} GB, {kinds}")
-    if not (folder / "tokenizer_config.json").exists():
-        wrong.append("there is no tokenizer")
-    else:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        text = config.get("text_config", config)
-        if len(tokenizer) > text["vocab_size"]:
-            wrong.append(f"the tokenizer has {len(tokenizer)} tokens, and the model rows for {text['vocab_size']}")
-        has = "has a chat template" if tokenizer.chat_template else "has no chat template: completions only"
-        good.append(f"tokenizer: {len(tokenizer):,} tokens, {has}")
-    if wrong:
-        raise ModelError(f"vLLM cannot serve '{folder}':\n" + "\n".join(f"  {one}" for one in wrong))
-    length = config.get("text_config", config).get("max_position_embeddings")
-    words = ["vllm serve", str(folder), *([f"--max-model-len {length}"] if length else [])]
-    # vLLM computes fp32 weights in half precision unless told otherwise
-    return good, " ".join([*words, *(["--dtype float32"] if kinds == ["F32"] else [])])

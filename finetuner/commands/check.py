@@ -1,0 +1,18 @@
+"""`finetuner check`: name every mistake in a recipe."""
+
+from typing import Annotated
+
+import typer
+
+from finetuner.commands.arguments import Overrides, RecipePath
+from finetuner.recipe.convert import check as check_recipe
+
+
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also what is accepted without effect.")] = False,
+) -> None:
+    """Print what is found in the recipe. Raises RecipeError with every mistake."""
+    for line in check_recipe(recipe, overrides or [], verbose=verbose):
+        typer.echo(line)

@@ -1,0 +1,22 @@
+"""`finetuner convert`: another tool's recipe as one of ours."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetuner.recipe.convert import convert as converted
+from finetuner.recipe.convert import write_new
+
+
+def convert(
+    foreign: Annotated[str, typer.Argument(help="A recipe of Axolotl, LLaMA-Factory or TRL.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; default: the screen.")] = None,
+) -> None:
+    """Print the converted recipe, or write it to a new file. Raises RecipeError."""
+    result = converted(foreign)
+    if out is None:
+        typer.echo(result.text.rstrip())
+    else:
+        write_new(out, result.text)
+        typer.echo(f"{foreign}, a recipe of {result.tool}, is now {out}. Next: finetuner check {out}")
