@@ -4,36 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetuner.errors import CheckpointError
+from finetuner.recipe.schema import keys_where
 
-# Without these equal, the weights would not fit or the order of the rows would not be the same.
-MUST_MATCH = (
-    "base_model", "model", "tokenizer", "special_tokens", "tokens", "datasets", "test_datasets", "val_set_size",
-    "sequence_len", "mix_by", "dataset_exact_deduplication", "streaming", "streaming_multipack_buffer_size",
-    "excess_length_strategy", "train_on_inputs", "adapter", "lora_r", "lora_alpha", "lora_target_linear",
-    "lora_target_modules", "lora_modules_to_save", "lora_fan_in_fan_out", "lora_model_dir", "peft_use_rslora",
-    "peft_use_dora", "peft_init_lora_weights", "peft_layers_to_transform", "peft_layers_pattern",
-    "unfrozen_parameters", "load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "seed",
-    "sample_packing", "pretrain_multipack_attn", "group_by_length",
-    "chat_template", "chat_template_jinja", "chat_template_kwargs", "eot_tokens",
-    "min_sample_len", "rampup_batch_size",
-)  # fmt: skip
-
-# These have no part in what is learned; micro-batches and ranks are compared through the global batch.
-NO_MATTER = (
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "saves_per_epoch", "save_total_limit",
-    "logging_steps", "eval_steps", "evals_per_epoch", "eval_on_start", "eval_batch_size",
-    "generate_samples", "generate_prompt", "micro_batch_size",
-    "gradient_accumulation_steps", "trust_remote_code", "fsdp", "fsdp_config", "fsdp_version", "deepspeed",
-    "dp_replicate_size", "dp_shard_size", "dataset_prepared_path", "max_dropped_fraction", "pad_to_sequence_len",
-    "eval_sample_packing", "quantized_cache", "ddp_timeout",
-    "eval_strategy", "save_strategy", "save_first_step", "save_only_model", "max_skipped_steps",
-    "loss_watchdog_threshold", "loss_watchdog_patience", "early_stopping_patience", "early_stopping_threshold",
-    "load_best_model_at_end", "torch_compile", "torch_compile_backend", "torch_compile_mode",
-    "hub_model_id", "hub_strategy", "hub_private_repo", "use_tensorboard", "logging_dir",
-    "use_wandb", "wandb_project", "wandb_entity",
-    "wandb_name", "wandb_run_id", "wandb_mode", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name",
-    "mlflow_run_name",
-)  # fmt: skip
+# Which keys must match and which are free stands beside each key, in recipe/sections; every other one is noted.
+MUST_MATCH = keys_where(lambda facts: facts.resume == "must_match")
+NOT_NOTED = {*MUST_MATCH, *keys_where(lambda facts: facts.resume == "free")}
 
 
 def resume_facts(
@@ -78,6 +53,5 @@ def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             + "\n  ".join(refused)
             + "\nSet them back, or start anew with another output_dir."
         )
-    free = [*MUST_MATCH, *NO_MATTER]
-    changed = [key for key in sorted({*before, *after}) if key not in free and before.get(key) != after.get(key)]
+    changed = [key for key in sorted({*before, *after}) if key not in NOT_NOTED and before.get(key) != after.get(key)]
     return [f"changed since the checkpoint: {key} {before.get(key)} -> {after.get(key)}" for key in changed]

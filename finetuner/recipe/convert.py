@@ -14,6 +14,7 @@ from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, Tool, tool_of
 from finetuner.recipe.foreign.translate import translate
 from finetuner.recipe.load import load, read_text, resolve
 from finetuner.recipe.problems import Note, render_problems
+from finetuner.recipe.schema import FACTS
 
 SCHEMA_LINE = "# yaml-language-server: $schema=recipe.schema.json"  # finetuner schema > recipe.schema.json
 
@@ -79,7 +80,7 @@ def _shape_adapter(values: dict[str, Any]) -> None:
 
 
 def _counts(key: str, said: Mapping[str, Any]) -> bool:
-    return not key.startswith("lora_") or said.get("adapter") is not None
+    return FACTS[key].has_effect(said.get("adapter"))
 
 
 def _written(

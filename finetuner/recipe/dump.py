@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from finetuner.recipe.schema import Recipe
+from finetuner.recipe.schema import FACTS, Recipe
 from finetuner.redaction import without_secrets
 
 
@@ -17,9 +17,9 @@ def flat_values(recipe: Recipe) -> dict[str, Any]:
     for name in type(recipe).model_fields:
         section: BaseModel = getattr(recipe, name)
         out |= section.model_dump(mode="json", exclude_none=True)
-    # keys that would be refused as without effect
-    unused = {None: ("lora_", "peft_", "bnb_", "loraplus_"), "lora": ("bnb_",), "qlora": ()}[recipe.adapter.adapter]
-    return {key: value for key, value in out.items() if value != {} and not key.startswith(unused)}
+    # a key without effect would be refused when the dump is loaded
+    adapter = recipe.adapter.adapter
+    return {key: value for key, value in out.items() if value != {} and FACTS[key].has_effect(adapter)}
 
 
 def dump_recipe(recipe: Recipe, heading: str) -> str:

@@ -8,12 +8,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from finetuner.errors import RecipeError
-from finetuner.recipe.foreign.axolotl import DIFFERENT
 from finetuner.recipe.foreign.base import Foreign
 from finetuner.recipe.foreign.translate import MEANINGS
 from finetuner.recipe.load import Loaded
 from finetuner.recipe.problems import meant, near_words
-from finetuner.recipe.schema import KEYS, SECTIONS
+from finetuner.recipe.schema import FACTS, KEYS, SECTIONS
 from finetuner.recipe.sections.base import unit_of
 from finetuner.redaction import without_secrets
 
@@ -33,7 +32,7 @@ def explain(key: str, loaded: Loaded | None = None) -> str:
     lines = [key, f"  {info.description}", f"  type      {type_of(info)}", f"  default   {default_of(info)}"]
     if not rest:
         lines.append(f"  section   {section}: {SECTIONS[section].__doc__}")
-        lines.append(f"  Axolotl   {axolotl_meaning(name)}")
+        lines.append(f"  Axolotl   {FACTS[name].axolotl}")
     nested = nested_model(info)
     if nested is not None:
         lines.append("  its keys")
@@ -145,20 +144,6 @@ def foreign_meaning(meaning: Foreign) -> str:
     return f"read as {made}" if made else "left out"
 
 
-def axolotl_meaning(key: str) -> str:
-    return DIFFERENT.get(key) or ("only here" if key in OURS_ALONE else "the same")
-
-
-# Keys of ours that Axolotl 0.19 does not have.
-OURS_ALONE = frozenset(
-    (
-        "early_stopping_threshold", "eval_on_start", "generate_prompt", "hub_private_repo", "label_smoothing_factor",
-        "logging_dir", "max_dropped_fraction", "max_skipped_steps", "max_tokens", "mix_by", "model", "on_bad_row",
-        "overwrite_output_dir", "quantized_cache", "rampup_batch_size", "tokenizer", "z_loss_coefficient",
-    )
-)  # fmt: skip
-
-
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe, as editors read it. Keys may be left empty, which means the default."""
     definitions: dict[str, Any] = {}
@@ -230,7 +215,7 @@ def _table(section: type[BaseModel], *, axolotl: bool = True) -> list[str]:
     rows = [head[0], "|---" * (5 if axolotl else 4) + "|"]
     for key, info in section.model_fields.items():
         cells = [f"`{key}`", _cell(type_of(info)), _cell(default_of(info)), _cell(info.description or "")]
-        rows.append("| " + " | ".join([*cells, axolotl_meaning(key)] if axolotl else cells) + " |")
+        rows.append("| " + " | ".join([*cells, FACTS[key].axolotl] if axolotl else cells) + " |")
     return [*rows, ""]
 
 

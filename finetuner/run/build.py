@@ -31,7 +31,7 @@ from finetuner.objectives.next_token import Regularisers, TokenLoss
 from finetuner.plan.parallel import FsdpPlan, ZeroPlan
 from finetuner.plan.run import Plan
 from finetuner.recipe import Recipe
-from finetuner.recipe.sections import AdapterSection, RegularisationSection
+from finetuner.recipe.sections import AdapterSection, RegularizationSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +73,7 @@ def build_model(
         if checkpoint is not None and in_parts:
             read_parts(model, checkpoint, trained_only=False)
         _compile(recipe, plan, model, accelerator)
-        return Assembled(TokenLoss(model, regularisers=regularisers_of(recipe.regularisation)), promises)
+        return Assembled(TokenLoss(model, regularisers=regularisers_of(recipe.regularization)), promises)
     adapted = add_lora(
         model,
         recipe.adapter,
@@ -92,7 +92,7 @@ def build_model(
         require_same_base(Path(recipe.adapter.lora_model_dir), base)
         start_from_adapter(adapted, Path(recipe.adapter.lora_model_dir))
     _compile(recipe, plan, model, accelerator)
-    return Assembled(TokenLoss(adapted, regularisers=regularisers_of(recipe.regularisation)), promises)
+    return Assembled(TokenLoss(adapted, regularisers=regularisers_of(recipe.regularization)), promises)
 
 
 def _compile(recipe: Recipe, plan: Plan, model: "PreTrainedModel", accelerator: Accelerator) -> None:
@@ -103,7 +103,7 @@ def _compile(recipe: Recipe, plan: Plan, model: "PreTrainedModel", accelerator: 
         compile_layers(model, recipe.compilation)
 
 
-def regularisers_of(section: RegularisationSection) -> Regularisers:
+def regularisers_of(section: RegularizationSection) -> Regularisers:
     return Regularisers(
         label_smoothing=section.label_smoothing_factor,
         z_loss=section.z_loss_coefficient,

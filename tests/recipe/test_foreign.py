@@ -12,7 +12,7 @@ from finetuner.cli import main
 from finetuner.errors import RecipeError
 from finetuner.recipe import KEYS, dump_recipe, load
 from finetuner.recipe.convert import convert
-from finetuner.recipe.foreign.axolotl import DIFFERENT, PLUGINS, UNSUPPORTED_VALUES
+from finetuner.recipe.foreign.axolotl import PLUGINS, UNSUPPORTED_VALUES
 from finetuner.recipe.foreign.tools import ELSEWHERE, LLAMA_FACTORY_TOOL, TRL_TOOL
 from finetuner.recipe.foreign.translate import MEANINGS, VALUES
 
@@ -264,7 +264,6 @@ def test_convert_writes_nothing_when_a_key_blocks_and_never_over_a_file(recipe, 
 
 def test_no_key_of_ours_stands_in_another_tools_table() -> None:
     assert sorted(set(MEANINGS) & set(KEYS)) == []
-    assert sorted(set(DIFFERENT) - set(KEYS)) == []
     assert sorted(set(VALUES) - set(KEYS)) == []
 
 

@@ -1,13 +1,14 @@
-"""Axolotl's keys that are not ours by the same name: what each means here.
+"""Axolotl's keys that are not ours by the same name, and their meaning here.
 
-Most of Axolotl's keys are ours, with its meaning; those are in the sections. Where ours means something else, DIFFERENT
-says so. Names and meanings: axolotl-ai-cloud/axolotl, src/axolotl/utils/schemas, 2025 to 2026.
+Most of Axolotl's keys are ours, with its meaning. Those are in the sections, whose KeyFacts say its other names for a
+key and where ours means something else. Names and meanings: axolotl-ai-cloud/axolotl, src/axolotl/utils/schemas, 2025
+to 2026.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from finetuner.recipe.foreign.base import Foreign, blocked, ignored, renamed, spread, translated
+from finetuner.recipe.foreign.base import Foreign, blocked, ignored, spread, translated
 from finetuner.redaction import SECRET_KEYS
 
 _LOSS_HEAD = (
@@ -51,16 +52,9 @@ def _plain_precision(key: str) -> Foreign:
 
 
 AXOLOTL: dict[str, Foreign] = {
-    # other spellings
-    "sequence_length": renamed("sequence_len"),
-    "max_seq_length": renamed("sequence_len"),
-    "tokenizer_config": renamed("tokenizer"),
-    "evaluation_strategy": renamed("eval_strategy"),
-    "gradient_checkpoint": renamed("gradient_checkpointing"),
     "auto_resume_from_checkpoints": translated(lambda on: {"resume_from_checkpoint": True} if on else {}),
     "metric_for_best_model": blocked("a metric other than eval_loss", says_nothing=("eval_loss", "loss")),
     "greater_is_better": blocked("a metric other than eval_loss, which is better when lower"),
-    "bnb_config": renamed("bnb_config_kwargs"),
     # what the model's own files say
     **spread("model_type type_of_model", ignored("the model's own config says which class it is")),
     **spread(
@@ -71,7 +65,6 @@ AXOLOTL: dict[str, Foreign] = {
     "push_to_hub": ignored("the result is uploaded if hub_model_id is given", loud=True),
     **spread("revision_of_model model_revision", blocked("a revision of the model", "Give its downloaded folder.")),
     **spread("overrides_of_model_config model_config", blocked("changing the model's config", "Change config.json.")),
-    "noisy_embedding_alpha": renamed("neftune_noise_alpha"),
     **spread("resize_token_embeddings_to_32x", blocked("a vocabulary of a multiple of 32", "Remove it.")),
     "gradient_checkpointing_kwargs": ignored("recomputing is never reentrant: the gradient is the same either way"),
     **spread(
@@ -277,7 +270,6 @@ AXOLOTL: dict[str, Foreign] = {
     **spread(
         "gptq_groupsize gptq_model_v1", blocked("GPTQ and AWQ bases", "Take the unquantised base and adapter: qlora.")
     ),
-    "adam_eps": renamed("adam_epsilon"),
     "eta_min": blocked("the schedule's end as a rate", "Write cosine_min_lr_ratio, as a fraction of learning_rate."),
     "torch_dtype": ignored("bf16 and fp16 say what is computed in"),
     **spread(
@@ -408,21 +400,4 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
 PLUGINS = {
     "axolotl.integrations.liger.LigerPlugin": _LOSS_HEAD,
     "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin": _LOSS_HEAD,
-}
-
-# Where our key has Axolotl's name and not quite its meaning.
-DIFFERENT = {
-    "sequence_len": "there the default is 512",
-    "generate_samples": "there true or false, and with each evaluation",
-    "excess_length_strategy": "there only drop and truncate",
-    "weight_decay": "there also on embeddings of some models; here on matrices only",
-    "adapter": "there qlora needs load_in_4bit as well; here it says it by itself",
-    "warmup_ratio": "there rounded down in some versions; here up",
-    "learning_rate": "the same peak; the first warmup step has rate 0, as in transformers",
-    "bf16": "there `full` loads the trained weights in bf16 too; here trained weights are always fp32",
-    "resume_from_checkpoint": "there a path only; here also true for the newest one",
-    "save_total_limit": "there no limit by default; here 3",
-    "seed": "there not set by default in some versions; here 42",
-    "logging_steps": "there 500 by default in some versions; here 1",
-    "attn_implementation": "there chosen by transformers when left out; here flash attention where it can run",
 }

@@ -7,6 +7,7 @@ from typing import Any
 from finetuner.recipe.foreign.base import Foreign
 from finetuner.recipe.foreign.trainers import LLAMA_FACTORY, LLAMA_FACTORY_DEFAULTS, TRL, TRL_DEFAULTS
 from finetuner.recipe.foreign.translate import MEANINGS
+from finetuner.recipe.schema import FACTS
 
 
 @dataclass(frozen=True)
@@ -26,20 +27,7 @@ TRL_TOOL = Tool("TRL", {**MEANINGS, **TRL}, TRL_DEFAULTS)
 # What other tools and libraries call a key of ours, where one of their words stands in a recipe of ours.
 ELSEWHERE: dict[str, str] = {
     **{key: meaning.becomes for table in (LLAMA_FACTORY, TRL) for key, meaning in table.items() if meaning.becomes},
-    "alpha": "lora_alpha",
-    "batch_size": "micro_batch_size",
-    "dropout": "lora_dropout",
-    "epochs": "num_epochs",
-    "grad_accum": "gradient_accumulation_steps",
-    "lr": "learning_rate",
-    "max_length": "sequence_len",
-    "r": "lora_r",
-    "rank": "lora_r",
-    "scheduler": "lr_scheduler",
-    "target_modules": "lora_target_modules",
-    "train_batch_size": "micro_batch_size",
-    "val_split": "val_set_size",
-    "val_size": "val_set_size",
+    **{word: key for key, facts in FACTS.items() for word in facts.known_as},
 }
 
 

@@ -6,16 +6,16 @@ from typing import Any
 
 from finetuner.recipe.document import Document
 from finetuner.recipe.foreign.axolotl import AXOLOTL, DATASET, PLUGINS, ROW_TYPES, UNSUPPORTED_VALUES
-from finetuner.recipe.foreign.base import Foreign, blocked
+from finetuner.recipe.foreign.base import Foreign, blocked, renamed
 from finetuner.recipe.problems import KeyPath, Note, Problem, did_you_mean
-from finetuner.recipe.schema import KEYS, NOT_YET
+from finetuner.recipe.schema import FACTS, KEYS, NOT_YET
 
 # Every key that is not ours and still understood.
 MEANINGS: dict[str, Foreign] = {
     key: meaning
     for key, meaning in (AXOLOTL | {key: blocked(capability) for key, capability in NOT_YET.items()}).items()
     if key not in KEYS
-}
+} | {alias: renamed(key) for key, facts in FACTS.items() for alias in facts.aliases}
 ALIASES: dict[str, str] = {key: meaning.becomes for key, meaning in MEANINGS.items() if meaning.becomes}
 
 # Axolotl's older or longer names of values that are ours.

@@ -9,8 +9,9 @@ from typing import Any
 
 from finetuner.recipe.problems import KeyPath
 from finetuner.recipe.rules.base import Finding
+from finetuner.recipe.schema import keys_where
 
-_ADAPTER_PREFIXES = ("lora_", "peft_", "loraplus_")
+_ADAPTER_KEYS = frozenset(keys_where(lambda facts: facts.needs == "lora"))
 _EVALUATION_KEYS = ("eval_steps", "evals_per_epoch", "eval_on_start")
 
 
@@ -36,7 +37,7 @@ def given_notes(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _adapter_keys(raw: Mapping[str, Any]) -> list[str]:
-    return [key for key, value in raw.items() if key.startswith(_ADAPTER_PREFIXES) and value not in (None, False)]
+    return [key for key, value in raw.items() if key in _ADAPTER_KEYS and value not in (None, False)]
 
 
 def _evaluation_keys(raw: Mapping[str, Any]) -> list[str]:

@@ -74,6 +74,7 @@ TokenBudget = Annotated[
 Seconds = Annotated[float, Field(gt=0.0), Unit("seconds")]
 Share = Annotated[float, Field(ge=0.0, le=1.0), Unit("fraction of 1")]
 Chance = Annotated[float, Field(ge=0.0, lt=1.0), Unit("probability")]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a moving average, for each step
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Rate = Annotated[float, Field(gt=0.0), Unit("per step")]

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from finetuner.recipe.sections.base import Chance, Count, DiskName, Names, Positive, Section, TokenCount
+from finetuner.recipe.sections.facts import FREE, MUST_MATCH, NOTED, ONLY_HERE, KeyFacts
 
 
 class GPTSection(Section):
@@ -43,20 +44,25 @@ class GPTSection(Section):
 class ModelSection(Section):
     """Which model, and how its attention is computed."""
 
-    base_model: DiskName = Field(
+    base_model: Annotated[DiskName, MUST_MATCH] = Field(
         min_length=1,
         description="Hub id or folder of the model to start from; from-scratch: random weights, as `model` says.",
     )
-    model: GPTSection | None = Field(None, description="The shape of a model from scratch.")
-    pickled_weights: bool = Field(
+    model: Annotated[GPTSection | None, KeyFacts(resume="must_match", axolotl=ONLY_HERE)] = Field(
+        None, description="The shape of a model from scratch."
+    )
+    pickled_weights: Annotated[bool, NOTED] = Field(
         False,
         description="Read weights that are pickled (.bin), which other readers may run code from: turned into "
         "safetensors once, in dataset_prepared_path.",
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
-        "auto", description="auto: flash attention where it is installed and the device is a GPU, else SDPA."
-    )
+    trust_remote_code: Annotated[bool, FREE] = Field(False, description="Run Python code that comes with the model.")
+    attn_implementation: Annotated[
+        Literal["auto", "eager", "sdpa", "flash_attention_2"],
+        KeyFacts(
+            resume="noted", axolotl="there chosen by transformers when left out; here flash attention where it can run"
+        ),
+    ] = Field("auto", description="auto: flash attention where it is installed and the device is a GPU, else SDPA.")
 
 
 class SpecialTokens(Section):
@@ -89,11 +95,16 @@ class TokenizerSection(Section):
     """Which tokenizer, and the tokens added to it."""
 
     tokenizer: Annotated[
-        Annotated[DiskName | None, Tag("name")] | Annotated[NewTokenizer, Tag("block")], Discriminator(_is_block)
+        Annotated[
+            Annotated[DiskName | None, Tag("name")] | Annotated[NewTokenizer, Tag("block")], Discriminator(_is_block)
+        ],
+        KeyFacts(resume="must_match", axolotl=ONLY_HERE, aliases=("tokenizer_config",)),
     ] = Field(
         None,
         description="Hub id or folder of the tokenizer; default: base_model's own. For a model from scratch also byte "
         "(256 of them), char (the characters of the datasets), or a block `train` that learns one.",
     )
-    special_tokens: SpecialTokens = Field(SpecialTokens(), description="Tokens with a role, by role.")
-    tokens: Names = Field((), description="Tokens added to the vocabulary.")
+    special_tokens: Annotated[SpecialTokens, MUST_MATCH] = Field(
+        SpecialTokens(), description="Tokens with a role, by role."
+    )
+    tokens: Annotated[Names, MUST_MATCH] = Field((), description="Tokens added to the vocabulary.")
