@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetuner.errors import CheckpointError
+from finetuner.recipe.optimizers import state_kind
 from finetuner.recipe.schema import keys_where
 
 # Which keys must match and which are free stands beside each key, in recipe/sections; every other one is noted.
@@ -23,19 +24,13 @@ def resume_facts(
     }
 
 
-def _kind_of_state(recipe: Mapping[str, Any]) -> str:
-    """Optimizers of one kind differ in where the same state lies."""
-    name = str(recipe.get("optimizer", "")).removeprefix("paged_").removesuffix("_fused")
-    return {"adamw_8bit": "adamw_bnb_8bit"}.get(name, name)
-
-
 def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Notes on keys that changed and may. Raises CheckpointError for those that may not."""
     before, after = saved["recipe"], now["recipe"]
     refused = [
         f"{key}: {before.get(key)} -> {after.get(key)}" for key in MUST_MATCH if before.get(key) != after.get(key)
     ]
-    optimizers = [_kind_of_state(recipe) for recipe in (before, after)]
+    optimizers = [state_kind(str(recipe.get("optimizer", ""))) for recipe in (before, after)]
     if optimizers[0] != optimizers[1]:
         refused.append(f"optimizer: {optimizers[0]} -> {optimizers[1]} (its state would not fit)")
     if saved["num_rows"] != now["num_rows"]:

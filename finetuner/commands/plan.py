@@ -11,10 +11,10 @@ from typing import Any
 from finetuner.console import Screen
 from finetuner.errors import ModelError, PlanError
 from finetuner.plan.flops import CHINCHILLA, Work, known_devices, parts_of_shape, peak_of, work_of_shape
-from finetuner.plan.memory import Kept, Parts, kept_by_a_rank, trained_parts
+from finetuner.plan.memory import ModelBytes, RankBytes, bytes_of_a_rank, bytes_of_training
 from finetuner.plan.run import Plan
 from finetuner.recipe import Loaded, Recipe
-from finetuner.recipe.gpt_shape import FROM_SCRATCH, shape_of
+from finetuner.recipe.gpt_shape import FROM_SCRATCH, shape_of, tensors_of_shape
 from finetuner.recipe.sections import NewTokenizer
 from finetuner.world import World
 
@@ -38,7 +38,7 @@ class Model:
     title: str
     parts: dict[str, int]
     work: Work | None
-    bytes_kept: Parts
+    bytes_kept: ModelBytes
 
     @property
     def parameters(self) -> int:
@@ -65,7 +65,7 @@ def plan(loaded: Loaded, recipe_name: str, devices: Devices, utilisation: float,
     begun = recipe.model.base_model == FROM_SCRATCH
     model = _begun(recipe, batches) if begun else _read(recipe, batches)
     length = length_of(recipe, batches)
-    kept = kept_by_a_rank(model.bytes_kept, batches.engine)
+    kept = bytes_of_a_rank(model.bytes_kept, batches.engine)
     flops = None
     if model.work is not None and length is not None:
         flops = model.work.flops_of_rows(length.tokens, recipe.data.sequence_len)
@@ -125,11 +125,8 @@ def _begun(recipe: Recipe, plan: Plan) -> Model:
         f"{recipe.model.model.preset or 'from scratch'}: {shape.layers} layers, {shape.heads} heads, width "
         f"{shape.width}, inside the MLPs {shape.mlp_width}, context {shape.context:,}, vocabulary {vocabulary:,}"
     )
-    kept = trained_parts(
-        sum(parts.values()),
-        engine=plan.engine,
-        bf16=plan.precision == "bf16",
-        optimizer=recipe.optimizer.optimizer,
+    kept = bytes_of_training(
+        tensors_of_shape(shape, vocabulary), recipe.optimizer, engine=plan.engine, bf16=plan.precision == "bf16"
     )
     return Model(title, parts, work_of_shape(shape, vocabulary), kept)
 
@@ -234,7 +231,7 @@ def _flops_rows(model: Model, length: Length | None, flops: float | None, row: i
     ]
 
 
-def _memory_line(parts: Parts, kept: Kept, plan: Plan) -> str:
+def _memory_line(parts: ModelBytes, kept: RankBytes, plan: Plan) -> str:
     whole = f"weights {_gb(parts.weights)}, gradients {_gb(parts.gradients)}, optimizer {_gb(parts.optimizer)}"
     spread = "" if plan.engine is None else f"; with {plan.engine.name} each rank keeps {_gb(kept.device)}"
     host = f" and {_gb(kept.host)} in its node's RAM" if kept.host else ""
@@ -246,7 +243,7 @@ def _as_dict(
     length: Length | None,
     flops: float | None,
     times: list[tuple[str, float, float]],
-    kept: Kept,
+    kept: RankBytes,
     devices: Devices,
 ) -> dict[str, Any]:
     return {

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetuner.errors import PlanError
-from finetuner.models.load import bare_bones
+from finetuner.models.load import bare_bones, vocabulary_parameters
 from finetuner.models.quantized import choose_format
-from finetuner.plan.memory import Parts, kept_by_a_rank, trained_parts
+from finetuner.plan.memory import ModelBytes, bytes_of_a_rank, bytes_of_training, without_paged_state
 from finetuner.plan.parallel import ZeroPlan
 from finetuner.plan.run import Plan
 from finetuner.recipe import Recipe
+from finetuner.recipe.optimizers import TrainedTensor
 from finetuner.world import World
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def require_fit(
     if model is None:
         return
     parts = parts_to_keep(recipe, plan, model)
-    kept = kept_by_a_rank(parts, plan.engine)
+    kept = bytes_of_a_rank(without_paged_state(parts, recipe.optimizer, world.device), plan.engine)
     on_cpu = world.device == "cpu"
     checks = [
         (kept.device, world.device_memory, f"this rank's share of the RAM is {{}} (the device is {world.device})")
@@ -65,13 +66,20 @@ def model_without_weights(
     return bare_bones(config or recipe.model.base_model, dtype=dtype, attention=attention, form=form)
 
 
-def parts_to_keep(recipe: Recipe, plan: Plan, model: "PreTrainedModel") -> Parts:
+def parts_to_keep(recipe: Recipe, plan: Plan, model: "PreTrainedModel") -> ModelBytes:
     """Of a `model` without weights; an adapter is too small to count."""
-    count, weights = (sum(p.numel() * size(p) for p in model.parameters()) for size in (lambda p: 1, _itemsize))
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
     if recipe.adapter.adapter is None and recipe.adapter.unfrozen_parameters is None:
-        name = recipe.optimizer.optimizer
-        return trained_parts(count, engine=plan.engine, bf16=plan.precision == "bf16", optimizer=name)
-    return Parts(weights // 2 if recipe.quantization.load_in_8bit else weights)
+        return bytes_of_training(
+            trained_tensors(model), recipe.optimizer, engine=plan.engine, bf16=plan.precision == "bf16"
+        )
+    return ModelBytes(weights // 2 if recipe.quantization.load_in_8bit else weights)
+
+
+def trained_tensors(model: "PreTrainedModel") -> list[TrainedTensor]:
+    """Shapes of all parameters of a `model`; a tied head is the embedding's."""
+    tables = vocabulary_parameters(model, model)
+    return [TrainedTensor(tuple(p.shape), name in tables) for name, p in model.named_parameters()]
 
 
 def advice(recipe: Recipe, plan: Plan, world: World, times: float, *, in_ram: bool) -> list[str]:
@@ -102,10 +110,6 @@ def advice(recipe: Recipe, plan: Plan, world: World, times: float, *, in_ram: bo
 
 def _engine_name(plan: Plan) -> str:
     return "on each rank" if plan.engine is None else f"with {plan.engine.name}"
-
-
-def _itemsize(parameter: torch.Tensor) -> int:
-    return parameter.itemsize
 
 
 def _gb(num_bytes: float) -> str:

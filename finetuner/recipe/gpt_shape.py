@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetuner.recipe.optimizers import TrainedTensor
+
 if TYPE_CHECKING:
     from finetuner.recipe.sections import GPTSection
 
@@ -27,7 +29,7 @@ NEEDED = ("layers", "heads", "width", "context")  # of a shape that no preset gi
 
 
 @dataclass(frozen=True)
-class Shape:
+class GPTShape:
     """Every choice made. `vocabulary`: rows of the embedding, None for as many as the tokenizer has tokens."""
 
     layers: int
@@ -52,7 +54,7 @@ def choices_of(section: "GPTSection") -> Mapping[str, Any]:
     return {**_LLAMA, **preset, **section.model_dump(exclude={"preset"}, exclude_none=True)}
 
 
-def shape_of(section: "GPTSection") -> Shape:
+def shape_of(section: "GPTSection") -> GPTShape:
     """The rules have seen to it that nothing is missing.
 
     The width inside an MLP, if it is not given: 4 x width, and of swiglu, which has three matrices in place of two,
@@ -61,7 +63,7 @@ def shape_of(section: "GPTSection") -> Shape:
     choices = dict(choices_of(section))
     wide = 4 * choices["width"]
     usual = -(-2 * wide // (3 * 32)) * 32 if choices["activation"] == "swiglu" else wide
-    return Shape(
+    return GPTShape(
         layers=choices["layers"],
         heads=choices["heads"],
         key_value_heads=choices.get("key_value_heads", choices["heads"]),
@@ -77,3 +79,22 @@ def shape_of(section: "GPTSection") -> Shape:
         dropout=choices.get("dropout", 0.0),
         rope_theta=choices.get("rope_theta", _LLAMA["rope_theta"]),
     )
+
+
+def tensors_of_shape(shape: GPTShape, vocabulary: int) -> list[TrainedTensor]:
+    """Every weight tensor of a model from scratch, in no order; a tied head is the embedding's."""
+    width, inner = shape.width, shape.mlp_width
+    narrow = width // shape.heads * shape.key_value_heads
+    matrices = [(width, width), (narrow, width), (narrow, width), (width, width), (inner, width), (width, inner)]
+    matrices += [(inner, width)] * (shape.activation == "swiglu")
+    norms = 2 if shape.norm == "layer" and shape.bias else 1  # a scale, and a bias where there is one
+    of_layer: list[tuple[int, ...]] = [*matrices, *[(width,)] * (2 * norms)]
+    if shape.bias:
+        of_layer += [(outputs,) for outputs, _ in matrices]
+    tables = [(vocabulary, width)] * (1 if shape.tie_embeddings else 2)
+    tables += [(shape.context, width)] * (shape.positions == "learned")
+    return [
+        *(TrainedTensor(table, is_table=True) for table in tables),
+        *(TrainedTensor(tensor) for tensor in of_layer * shape.layers),
+        *(TrainedTensor((width,)) for _ in range(norms)),
+    ]

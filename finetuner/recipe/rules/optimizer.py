@@ -1,4 +1,4 @@
-"""Rules about the update rule: its arguments, and the engines that can spread it."""
+"""Rules about the optimizer: its arguments, and the engines that can shard its state."""
 
 from collections.abc import Iterator
 
@@ -35,7 +35,7 @@ def _betas_are_used(values: Values) -> Iterator[Finding]:
             yield Finding((key,), message, (("optimizer",),))
 
 
-def _state_can_be_spread(values: Values) -> Iterator[Finding]:
+def _engine_can_shard_the_state(values: Values) -> Iterator[Finding]:
     name = values["optimizer"]
     engines = {"fsdp": "FSDP", "fsdp_config": "FSDP", "deepspeed": "DeepSpeed"}
     for key, engine in engines.items():
@@ -51,5 +51,5 @@ def _state_can_be_spread(values: Values) -> Iterator[Finding]:
 RULES: tuple[Rule, ...] = (
     (("optimizer", "optim_args"), _arguments_are_known),
     (("optimizer", "adam_beta1", "adam_beta2", "adam_epsilon"), _betas_are_used),
-    (("optimizer", "fsdp", "fsdp_config", "deepspeed"), _state_can_be_spread),
+    (("optimizer", "fsdp", "fsdp_config", "deepspeed"), _engine_can_shard_the_state),
 )
