@@ -26,7 +26,7 @@ def make_tokenizer(loaded: Loaded) -> None:
     tokenizer = load_tokenizer(recipe.tokenizer, name, recipe.model.trust_remote_code).tokenizer
     rows = [("tokenizer", name), ("vocabulary", f"{len(tokenizer):,} tokens")]
     texts, num_bytes = [], 0
-    plain = tuple(entry for entry in recipe.data.datasets if entry.type == "completion")
+    plain = tuple(entry for entry in recipe.data.datasets if entry.is_plain_text)
     for text in texts_of(plain, recipe):
         texts.append(text[:_SAMPLE_BYTES])
         num_bytes += len(texts[-1].encode())

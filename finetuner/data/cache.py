@@ -210,9 +210,9 @@ def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
     ]
 
 
-def _code_facts() -> list[str]:
+def _code_facts(folder: Path = Path(__file__).parent) -> list[str]:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         digest.update(path.read_bytes())
     # not by importing `datasets`, which is most of what a start costs that finds its rows prepared
     return [digest.hexdigest(), *(_version(name) for name in ("datasets", "fastokens", "tokenizers", "transformers"))]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetuner.data.files import Row
-from finetuner.data.formats import cell_of, kind_of
+from finetuner.data.formats.base import cell_of, kind_of
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DatasetEntry
 

@@ -318,7 +318,7 @@ _AO = "torchao's optimizers. Write adamw_bnb_8bit"
 _KERNEL_HUB = "attention kernels from the hub. Write flash_attention_2"
 
 # Axolotl's row types that are not ours, by how they begin.
-ROW_TYPES: dict[str, str] = {
+UNSUPPORTED_ROW_TYPES: dict[str, str] = {
     **dict.fromkeys(
         ("ebft", "bradley_terry", "stepwise_supervised", "chatml.", "llama3.", "user_defined.", "orpo.", "gsm8k",
          "chat_template.argilla", "passthrough"), _RL),

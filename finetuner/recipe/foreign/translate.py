@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetuner.recipe.document import Document
-from finetuner.recipe.foreign.axolotl import AXOLOTL, DATASET, PLUGINS, ROW_TYPES, UNSUPPORTED_VALUES
+from finetuner.recipe.foreign.axolotl import AXOLOTL, DATASET, PLUGINS, UNSUPPORTED_ROW_TYPES, UNSUPPORTED_VALUES
 from finetuner.recipe.foreign.base import Foreign, blocked, renamed
 from finetuner.recipe.problems import KeyPath, Note, Problem, did_you_mean
 from finetuner.recipe.schema import FACTS, KEYS, NOT_YET
@@ -75,7 +75,7 @@ def translate(document: Document, meanings: Mapping[str, Foreign] = MEANINGS) ->
 
 def _unsupported_rows(kind: str) -> str | None:
     """What the row type stands for, where it is Axolotl's and not ours."""
-    for start, capability in ROW_TYPES.items():
+    for start, capability in UNSUPPORTED_ROW_TYPES.items():
         if kind.startswith(start):
             return capability
     module = kind != "chat_template.default" and len(kind.split(".")) > 1 and kind.replace(".", "_").isidentifier()

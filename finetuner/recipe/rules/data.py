@@ -152,7 +152,7 @@ def _only_texts_see_each_other(values: Values) -> Iterator[Finding]:
         message = f"{_SEEN_APART} is about the documents of a pack. Write `sample_packing: true`, or remove it."
         yield Finding((_SEEN_APART,), message, (("sample_packing",),))
     for i, entry in enumerate(values["datasets"]):
-        if entry.type != "completion":
+        if not entry.is_plain_text:
             message = (
                 f"{_SEEN_APART}: false is for plain texts, and these rows are `type: {entry.type}`: an answer would be "
                 "learned from other rows' words. Remove it."

@@ -75,7 +75,7 @@ def _text_to_make_it_from(values: Values) -> Iterator[Finding]:
         message = f"{what}, and a stream is not read before training. {instead}"
         yield Finding(("tokenizer",), message, (("streaming",),))
     for i, entry in enumerate(values["datasets"]):
-        if entry.type != "completion":
+        if not entry.is_plain_text:
             message = f"{what}, which must be plain text (`type: completion`). {instead}"
             yield Finding(("tokenizer",), message, (("datasets", i),))
             return

@@ -27,7 +27,7 @@ def _known_length(values: Values) -> Iterator[Finding]:
 
 
 def _full_rows_are_counted(values: Values) -> Iterator[Finding]:
-    plain = all(entry.type == "completion" for entry in values["datasets"])
+    plain = all(entry.is_plain_text for entry in values["datasets"])
     if values["streaming"] and values["max_tokens"] is not None and not (plain or values["sample_packing"]):
         message = (
             "nobody knows how many tokens the rows of this stream have. Write max_steps, or `sample_packing: true`."
