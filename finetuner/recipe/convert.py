@@ -9,12 +9,12 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from finetuner.errors import RecipeError
-from finetuner.recipe.document import Document, parse_yaml
 from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, Tool, tool_of
 from finetuner.recipe.foreign.translate import translate
 from finetuner.recipe.load import load, read_text, resolve
 from finetuner.recipe.problems import Note, render_problems
 from finetuner.recipe.schema import FACTS
+from finetuner.recipe.yaml_document import YamlDocument, parse_yaml
 
 SCHEMA_LINE = "# yaml-language-server: $schema=recipe.schema.json"  # finetuner schema > recipe.schema.json
 
@@ -84,7 +84,7 @@ def _counts(key: str, said: Mapping[str, Any]) -> bool:
 
 
 def _written(
-    document: Document, name: str, tool: Tool, given: list[str], notes: list[Note], defaults: Mapping[str, Any]
+    document: YamlDocument, name: str, tool: Tool, given: list[str], notes: list[Note], defaults: Mapping[str, Any]
 ) -> str:
     lines = [SCHEMA_LINE, f"# {name}, a recipe of {tool.name}, converted. Check it: finetuner check THIS_FILE", ""]
     of_key = {key: note for note in notes for key in note.keys}

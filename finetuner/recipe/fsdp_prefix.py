@@ -1,12 +1,12 @@
 """`fsdp_config: {fsdp_offload_params: true}` and `{offload_params: true}` are the same."""
 
-from finetuner.recipe.document import Document
 from finetuner.recipe.problems import Problem
+from finetuner.recipe.yaml_document import YamlDocument
 
 BLOCK, PREFIX = "fsdp_config", "fsdp_"
 
 
-def drop_fsdp_prefix(document: Document, *, overrides: bool = False) -> None:
+def drop_fsdp_prefix(document: YamlDocument, *, overrides: bool = False) -> None:
     """Rename the keys in place. A key that is there in both spellings is a problem, unless `overrides` were applied:
     then the prefixed one is the override, and wins."""
     block = document.values.get(BLOCK)

@@ -1,19 +1,16 @@
 """File and overrides -> Recipe, with every mistake reported at once."""
 
 import json
-import re
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from finetuner.errors import RecipeError
-from finetuner.recipe.document import MAX_RECIPE_BYTES, Document, parse_value, parse_yaml
 from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, tool_of
-from finetuner.recipe.foreign.translate import ALIASES, translate
+from finetuner.recipe.foreign.translate import translate
 from finetuner.recipe.fsdp_prefix import drop_fsdp_prefix
+from finetuner.recipe.overrides import apply_override
 from finetuner.recipe.problems import (
-    KeyPath,
     Note,
     Origin,
     Problem,
@@ -24,6 +21,7 @@ from finetuner.recipe.problems import (
 from finetuner.recipe.rules import deepspeed_findings, file_findings, given_findings, given_notes, rule_findings
 from finetuner.recipe.schema import Recipe
 from finetuner.recipe.validate import validate
+from finetuner.recipe.yaml_document import MAX_RECIPE_BYTES, YamlDocument, parse_yaml
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def _load_text(text: str, source: str, overrides: tuple[str, ...] | list[str], *
     document = parse_yaml(text, source)
     drop_fsdp_prefix(document)
     for number, override in enumerate(overrides, 1):
-        _apply_override(document, number, override)
+        apply_override(document, number, override)
     drop_fsdp_prefix(document, overrides=True)
     if not document.is_whole:
         raise RecipeError(render_problems(source, document.problems))
@@ -67,7 +65,7 @@ def _load_text(text: str, source: str, overrides: tuple[str, ...] | list[str], *
     return resolve(document, translate(document), check_files=check_files)
 
 
-def resolve(document: Document, notes: list[Note], *, check_files: bool) -> Loaded:
+def resolve(document: YamlDocument, notes: list[Note], *, check_files: bool) -> Loaded:
     """Validate a document whose keys are ours. Raises RecipeError that lists every mistake."""
     values, recipe = validate(document)
     findings = [*rule_findings(values), *given_findings(document.values)]
@@ -104,54 +102,3 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"'{path}' cannot be read as UTF-8 text: {error}") from error
-
-
-def _our_name(key: Any) -> Any:
-    return ALIASES.get(key, key)
-
-
-_INDEX = re.compile("[0-9]{1,6}")
-
-
-def _apply_override(document: Document, number: int, override: str) -> None:
-    key, equals, text = override.partition("=")
-    origin = Origin(f"override {number}", text=override)
-    if not equals or not key.strip():
-        document.problems.append(Problem("an override is written key=value, such as learning_rate=1e-4.", origin))
-        return
-    try:
-        value = parse_value(text)
-    except ValueError as error:
-        document.problems.append(Problem(f"the value is not YAML: {error}", origin))
-        return
-    path: KeyPath = tuple(int(part) if _INDEX.fullmatch(part) else part for part in key.strip().split("."))
-    if len(path) == 1:  # it also replaces what the file says under another name of the same key
-        ours = _our_name(path[0])
-        for name in [name for name in document.values if name != path[0] and _our_name(name) == ours]:
-            del document.values[name]
-    target: Any = document.values
-    for step, following in pairwise(path):
-        if isinstance(target, dict) and isinstance(step, str):
-            if target.get(step) is None:
-                target[step] = [] if isinstance(following, int) else {}
-            target = target[step]
-        elif isinstance(target, list) and isinstance(step, int) and step < len(target):
-            target = target[step]
-        else:
-            target = None
-            break
-    last = path[-1]
-    if isinstance(target, dict) and isinstance(last, str):
-        target[last] = value
-    elif isinstance(target, list) and isinstance(last, int) and last <= len(target):
-        target[last:] = [value, *target[last + 1 :]]
-    else:
-        document.problems.append(Problem(f"the recipe has no place '{key}' to write to.", origin))
-        return
-    for end in range(1, len(path) + 1):
-        document.keys.setdefault(path[:end], origin)
-        document.places.setdefault(path[:end], origin)
-    document.keys[path] = document.places[path] = origin
-    for table in (document.keys, document.places):  # what stood below the overridden place is gone
-        for stale in [k for k in table if len(k) > len(path) and k[: len(path)] == path]:
-            del table[stale]

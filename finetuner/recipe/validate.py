@@ -6,15 +6,15 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from finetuner.recipe.document import Document
 from finetuner.recipe.foreign.tools import ELSEWHERE
 from finetuner.recipe.foreign.translate import MEANINGS
 from finetuner.recipe.problems import KeyPath, Problem, did_you_mean, edit_distance, meant, near_words
 from finetuner.recipe.schema import KEYS, SECTIONS, Recipe
 from finetuner.recipe.sections import Section
+from finetuner.recipe.yaml_document import YamlDocument
 
 
-def validate(document: Document) -> tuple[dict[str, Any], Recipe | None]:
+def validate(document: YamlDocument) -> tuple[dict[str, Any], Recipe | None]:
     """Validate section by section; returns all keys that are valid, and the Recipe if every one is."""
     given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for key, value in document.values.items():
@@ -65,7 +65,7 @@ def _unknown_key(key: str) -> str:
 
 
 def _problems_of(
-    error: ValidationError, section_type: type[Section], document: Document, meant: set[str]
+    error: ValidationError, section_type: type[Section], document: YamlDocument, meant: set[str]
 ) -> list[Problem]:
     """One problem per place; a union reports each of its members, of which the most telling is kept.
 

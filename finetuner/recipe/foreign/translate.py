@@ -4,11 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from finetuner.recipe.document import Document
 from finetuner.recipe.foreign.axolotl import AXOLOTL, DATASET, PLUGINS, UNSUPPORTED_ROW_TYPES, UNSUPPORTED_VALUES
 from finetuner.recipe.foreign.base import Foreign, blocked, renamed
 from finetuner.recipe.problems import KeyPath, Note, Problem, did_you_mean
 from finetuner.recipe.schema import FACTS, KEYS, NOT_YET
+from finetuner.recipe.yaml_document import YamlDocument
 
 # Every key that is not ours and still understood.
 MEANINGS: dict[str, Foreign] = {
@@ -51,7 +51,7 @@ _CHATS = {  # ShareGPT's rows: what `type: sharegpt` stood for
 }
 
 
-def translate(document: Document, meanings: Mapping[str, Foreign] = MEANINGS) -> list[Note]:
+def translate(document: YamlDocument, meanings: Mapping[str, Foreign] = MEANINGS) -> list[Note]:
     """Rewrite the document's values in place, so that only our keys and unknown ones are left."""
     translation = Translation(document)
     translation.blocks()
@@ -85,7 +85,7 @@ def _unsupported_rows(kind: str) -> str | None:
 class Translation:
     """The rewriting of one document; `notes` grows as it goes."""
 
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: YamlDocument) -> None:
         self.document = document
         self.notes: list[Note] = []
 

@@ -27,7 +27,7 @@ TOO_MUCH = (
 
 
 @dataclass
-class Document:
+class YamlDocument:
     """A parsed recipe: its values, and where each key and each value stands."""
 
     source: str
@@ -48,9 +48,9 @@ class Document:
         return None
 
 
-def parse_yaml(text: str, source: str) -> Document:
+def parse_yaml(text: str, source: str) -> YamlDocument:
     """Parse one YAML mapping; problems are collected in the result, never raised."""
-    document = Document(source)
+    document = YamlDocument(source)
     try:
         excess = _first_excess(text, source)
         if excess is not None:
@@ -88,7 +88,7 @@ def parse_value(text: str) -> Any:
 class _Builder:
     """Walks the node tree once, counting as it goes."""
 
-    def __init__(self, document: Document, lines: list[str]) -> None:
+    def __init__(self, document: YamlDocument, lines: list[str]) -> None:
         self.document, self.lines, self.num_nodes = document, lines, 0
         self.constructor = YAML(typ="safe", pure=True).constructor
 
