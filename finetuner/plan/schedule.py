@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from finetuner.errors import PlanError
 from finetuner.plan.ramp import NO_RAMP, Ramp
-from finetuner.recipe.schedules import Shape, multiplier
+from finetuner.recipe.schedules import ScheduleShape, multiplier
 from finetuner.recipe.sections import (
     EvaluationSection,
     OutputSection,
@@ -32,7 +32,7 @@ class Schedule:
     total_steps: int
     warmup_steps: int
     peak_lr: float
-    shape: Shape
+    shape: ScheduleShape
     min_lr_ratio: float
     logging_steps: int
     eval_steps: int | None

@@ -86,27 +86,33 @@ def _counts(key: str, said: Mapping[str, Any]) -> bool:
 def _written(
     document: YamlDocument, name: str, tool: Tool, given: list[str], notes: list[Note], defaults: Mapping[str, Any]
 ) -> str:
+    """The text of the converted recipe. `given`: the keys of the file; `defaults`: what the tool does in silence."""
     lines = [SCHEMA_LINE, f"# {name}, a recipe of {tool.name}, converted. Check it: finetuner check THIS_FILE", ""]
+    lines += _lines_of_the_file(document, given, defaults)
+    if defaults:
+        lines += ["", f"# what {tool.name} does when nothing is said"]
+        for key, value in defaults.items():
+            lines += _yaml({key: value})
     of_key = {key: note for note in notes for key in note.keys}
+    dropped = [(key, of_key[key].message) for key in given if key in of_key and key not in document.values]
+    dropped = [(key, message) for key, message in dropped if not message.startswith("is read as")]
+    if dropped:
+        lines += ["", "# left out", *(f"# {key}: {message}" for key, message in dropped)]
+    return "\n".join(lines) + "\n"
+
+
+def _lines_of_the_file(document: YamlDocument, given: list[str], defaults: Mapping[str, Any]) -> Iterator[str]:
+    """Our lines in the file's order, each under the file's own line as a comment where that had another key."""
     places = {key: document.origin((key,), of_key=True) for key in document.values if key not in defaults}
     for key, origin in sorted(places.items(), key=lambda item: item[1].line if item[1] else 0):
         value = document.values[key]
         if value is None:
             continue
-        written = origin.text.strip().partition(":")[0] if origin is not None and origin.line else key
+        line = origin.text.strip() if origin is not None else key
+        written = line.partition(":")[0] if origin is not None and origin.line else key
         if key not in given or written != key:
-            lines.append(f"# {origin.text.strip() if origin is not None else written}")
-        lines += _yaml({key: value})
-    if defaults:
-        lines += ["", f"# what {tool.name} does when nothing is said"]
-        for key, value in defaults.items():
-            lines += _yaml({key: value})
-    dropped = [(key, of_key[key]) for key in given if key in of_key and key not in document.values]
-    dropped = [(key, note) for key, note in dropped if not note.message.startswith("is read as")]
-    if dropped:
-        lines += ["", "# left out"]
-        lines += [f"# {key}: {note.message}" for key, note in dropped]
-    return "\n".join(lines) + "\n"
+            yield f"# {line}"
+        yield from _yaml({key: value})
 
 
 def _yaml(value: dict[str, Any]) -> list[str]:

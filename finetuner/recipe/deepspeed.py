@@ -89,28 +89,30 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def deepspeed_mistakes(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(path of the key, what is wrong) for every mistake that can be seen without a world."""
+    """Yield (path of the key, what is wrong) for every mistake that can be seen without a world."""
     for key in config:
         if key in REFUSED:
             yield (key,), f"DeepSpeed's block '{key}' is not used here: {REFUSED[key]}. Remove it."
         elif key not in RESOLVED and key not in PASSED:
             yield (key,), _unknown(str(key), (*RESOLVED, *PASSED), "block")
     zero = config.get("zero_optimization")
-    if zero is None:
-        if not any(str(key).lower() == "zero_optimization" for key in config):
-            message = 'nothing would be sharded: add {"zero_optimization": {"stage": 1}}, or remove `deepspeed`.'
-            yield (), message
-        return
-    if not isinstance(zero, Mapping):
+    if isinstance(zero, Mapping):
+        yield from _zero_mistakes(zero)
+    elif zero is not None:
         yield ("zero_optimization",), 'zero_optimization is a block such as {"stage": 2}.'
-        return
+    elif not any(str(key).lower() == "zero_optimization" for key in config):
+        yield (), 'nothing would be sharded: add {"zero_optimization": {"stage": 1}}, or remove `deepspeed`.'
+
+
+def _zero_mistakes(zero: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     for key in zero:
         if key not in ZERO_KEYS:
             yield ("zero_optimization", key), _unknown(str(key), ZERO_KEYS, "key of zero_optimization")
-    if zero.get("stage") not in (1, 2, 3) or isinstance(zero.get("stage"), bool):
-        shown = json.dumps(zero.get("stage"))
+    stage = zero.get("stage")
+    if stage not in (1, 2, 3) or isinstance(stage, bool):
+        shown = json.dumps(stage)
         yield ("zero_optimization", "stage"), f"the stage is {shown}, but must be 1, 2 or 3 (0 would shard nothing)."
-    if zero.get("offload_param") and zero.get("stage") in (1, 2) and _device(zero["offload_param"]) != "none":
+    if zero.get("offload_param") and stage in (1, 2) and _device(zero["offload_param"]) != "none":
         yield ("zero_optimization", "offload_param"), "only stage 3 can offload parameters. Remove offload_param."
 
 

@@ -18,9 +18,9 @@ from finetuner.redaction import without_secrets
 
 
 def explain(key: str, loaded: Loaded | None = None) -> str:
-    """Meaning, type, default, and in a recipe: where it was set and what it came to. Raises RecipeError for no key.
+    """Return meaning, type and default of a key, and for a recipe where it was set and what it came to.
 
-    Dotted names reach into blocks: `special_tokens.pad_token`, `datasets.type`.
+    Dotted names reach into blocks: `special_tokens.pad_token`, `datasets.type`. Raises RecipeError for no key.
     """
     if key in MEANINGS and key not in KEYS:
         return f"{key}\n  {foreign_meaning(MEANINGS[key])}"
@@ -33,16 +33,22 @@ def explain(key: str, loaded: Loaded | None = None) -> str:
     if not rest:
         lines.append(f"  section   {section}: {SECTIONS[section].__doc__}")
         lines.append(f"  Axolotl   {FACTS[name].axolotl}")
-    nested = nested_model(info)
-    if nested is not None:
-        lines.append("  its keys")
-        width = max(map(len, nested.model_fields))
-        lines += [f"    {field:<{width}}  {inner.description}" for field, inner in nested.model_fields.items()]
+    lines += _block_lines(info)
     if loaded is not None and not rest:
         value = getattr(getattr(loaded.recipe, section), name)
         origin = loaded.origins.get(name)
         lines.append(f"  here      {_plain(value)}, set at {origin}" if origin else "  here      not set: the default")
     return "\n".join(lines)
+
+
+def _block_lines(info: FieldInfo) -> list[str]:
+    """The keys of the block that a key holds, a line each."""
+    nested = nested_model(info)
+    if nested is None:
+        return []
+    width = max(map(len, nested.model_fields))
+    keys = [f"    {field:<{width}}  {inner.description}" for field, inner in nested.model_fields.items()]
+    return ["  its keys", *keys]
 
 
 def _inner(info: FieldInfo, name: str, path: list[str]) -> FieldInfo:
@@ -73,19 +79,24 @@ def type_of(info: FieldInfo) -> str:
     return " ".join(part for part in (_words(info.annotation), bounds, f"({unit})" if unit else "") if part)
 
 
+_PLAIN_TYPES: dict[type, str] = {
+    int: "whole number", float: "number", bool: "true | false", str: "text", dict: "a block", type(None): "",
+}  # fmt: skip
+
+
 def _words(annotation: Any) -> str:
+    """A type in words."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(_plain(value) for value in arguments)
     if origin is tuple:
         return f"a list of {_words(arguments[0])}"
     if origin is dict:
-        return f"a block of {_words(arguments[1])}" if arguments else "a block"
+        return f"a block of {_words(arguments[1])}"
     if isinstance(annotation, type):
-        plain = {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): ""}
-        return plain.get(annotation, "a block") if not issubclass(annotation, dict) else "a block"
-    words = [_words(part) for part in arguments if part is not type(None) and not _is_metadata(part)]
-    return " | ".join(dict.fromkeys(word for word in words if word)) or "anything"
+        return _PLAIN_TYPES.get(annotation, "a block")
+    members = [member for member in arguments if member is not type(None) and not _is_metadata(member)]
+    return " | ".join(dict.fromkeys(filter(None, map(_words, members)))) or "anything"
 
 
 def _is_metadata(part: Any) -> bool:

@@ -17,7 +17,7 @@ def _shape_and_name(values: Values) -> Iterator[Finding]:
         yield Finding(("model",), message + "write `base_model: from-scratch`.", (("base_model",),))
 
 
-def _whole_shape(values: Values) -> Iterator[Finding]:
+def _complete_shape(values: Values) -> Iterator[Finding]:
     if values["model"] is None:
         return
     choices = choices_of(values["model"])
@@ -25,6 +25,12 @@ def _whole_shape(values: Values) -> Iterator[Finding]:
     if missing:
         message = f"model has no {', '.join(missing)}. Write them, or a preset (`preset: gpt-nano`)."
         yield Finding(("model",), message)
+    if "rope_theta" in values["model"].model_fields_set and choices["positions"] == "learned":
+        yield Finding(("model", "rope_theta"), "rope_theta has no effect with learned positions. Remove it.")
+
+
+def _heads_divide_the_width(values: Values) -> Iterator[Finding]:
+    choices = choices_of(values["model"]) if values["model"] is not None else {}
     width, heads = choices.get("width"), choices.get("heads")
     shared = choices.get("key_value_heads", heads)
     if width and heads and width % heads:
@@ -36,8 +42,6 @@ def _whole_shape(values: Values) -> Iterator[Finding]:
     if heads and shared and heads % shared:
         message = f"{heads} heads cannot share {shared} key_value_heads evenly. Write a divisor of {heads}."
         yield Finding(("model",), message)
-    if "rope_theta" in values["model"].model_fields_set and choices["positions"] == "learned":
-        yield Finding(("model", "rope_theta"), "rope_theta has no effect with learned positions. Remove it.")
 
 
 def _rows_fit_the_context(values: Values) -> Iterator[Finding]:
@@ -83,7 +87,8 @@ def _text_to_make_it_from(values: Values) -> Iterator[Finding]:
 
 RULES: tuple[Rule, ...] = (
     (("base_model", "model"), _shape_and_name),
-    (("model",), _whole_shape),
+    (("model",), _complete_shape),
+    (("model",), _heads_divide_the_width),
     (("model", "sequence_len"), _rows_fit_the_context),
     (("base_model", "adapter"), _whole_and_unadapted),
     (("base_model", "tokenizer"), _tokenizer_of_its_own),

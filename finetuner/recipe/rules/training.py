@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from finetuner.recipe.optimizers import WORDS, fits
 from finetuner.recipe.problems import did_you_mean
 from finetuner.recipe.rules.base import Finding, Rule, Values, one_of
-from finetuner.recipe.schedules import ARGUMENTS, option_mistakes
+from finetuner.recipe.schedules import SCHEDULES, option_mistakes
 
 
 def _one_precision(values: Values) -> Iterator[Finding]:
@@ -34,7 +34,7 @@ def _floor_is_cosines(values: Values) -> Iterator[Finding]:
 
 def _shape_takes_its_options(values: Values) -> Iterator[Finding]:
     shape, given = values["lr_scheduler"], values["lr_scheduler_kwargs"]
-    known, sound = ARGUMENTS[shape], True
+    known, sound = SCHEDULES[shape].options, True
     for key, value in given.items():
         where = ("lr_scheduler_kwargs", key)
         sound = sound and key in known and fits(value, known[key])

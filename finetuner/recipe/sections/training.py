@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Strict
 
 from finetuner.recipe.optimizers import OptimizerName
-from finetuner.recipe.schedules import Shape
+from finetuner.recipe.schedules import ScheduleShape
 from finetuner.recipe.sections.base import (
     Chance,
     Count,
@@ -68,7 +68,7 @@ class ScheduleSection(Section):
             known_as=("lr",),
         ),
     ] = Field(description="Peak learning rate.")
-    lr_scheduler: Annotated[Shape, KeyFacts(resume="noted", known_as=("scheduler",))] = Field(
+    lr_scheduler: Annotated[ScheduleShape, KeyFacts(resume="noted", known_as=("scheduler",))] = Field(
         "cosine", description="Shape after the warmup, by transformers' names."
     )
     lr_scheduler_kwargs: Annotated[dict[str, int | float | str], NOTED] = Field(
