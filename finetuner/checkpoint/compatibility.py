@@ -1,6 +1,6 @@
-"""May a run go on from a checkpoint of that recipe? What must be equal, what may change, and what is said."""
+"""Whether a run may go on from a checkpoint: keys and rows that must be equal, and keys whose change is noted."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from finetuner.errors import CheckpointError
@@ -15,7 +15,7 @@ NOT_NOTED = {*MUST_MATCH, *keys_where(lambda facts: facts.resume == "free")}
 def resume_facts(
     recipe_values: Mapping[str, Any], *, num_rows: int, rows_sha256: str, global_batch: int
 ) -> dict[str, Any]:
-    """What a checkpoint records, to be compared with what a later run would do."""
+    """Return what a checkpoint stores of its run, for a later run to be compared with (check_resume)."""
     return {
         "recipe": dict(recipe_values),
         "num_rows": num_rows,
@@ -25,23 +25,12 @@ def resume_facts(
 
 
 def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Notes on keys that changed and may. Raises CheckpointError for those that may not."""
+    """Return notes on keys that changed and may, given the facts of both runs.
+
+    Raises CheckpointError with every difference under which the run cannot go on.
+    """
     before, after = saved["recipe"], now["recipe"]
-    refused = [
-        f"{key}: {before.get(key)} -> {after.get(key)}" for key in MUST_MATCH if before.get(key) != after.get(key)
-    ]
-    optimizers = [state_kind(str(recipe.get("optimizer", ""))) for recipe in (before, after)]
-    if optimizers[0] != optimizers[1]:
-        refused.append(f"optimizer: {optimizers[0]} -> {optimizers[1]} (its state would not fit)")
-    if saved["num_rows"] != now["num_rows"]:
-        refused.append(f"training rows: {saved['num_rows']} -> {now['num_rows']} (a data file has changed)")
-    elif saved["rows_sha256"] != now["rows_sha256"]:
-        refused.append("the tokens of the training rows (a data file, the tokenizer or its chat template has changed)")
-    if saved["global_batch"] != now["global_batch"]:
-        refused.append(
-            f"rows per step: {saved['global_batch']} -> {now['global_batch']} (keep ranks x micro_batch_size x "
-            "gradient_accumulation_steps equal)"
-        )
+    refused = [*_recipe_differences(before, after), *_row_differences(saved, now)]
     if refused:
         raise CheckpointError(
             "the checkpoint is of another run; these differ:\n  "
@@ -50,3 +39,24 @@ def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         )
     changed = [key for key in sorted({*before, *after}) if key not in NOT_NOTED and before.get(key) != after.get(key)]
     return [f"changed since the checkpoint: {key} {before.get(key)} -> {after.get(key)}" for key in changed]
+
+
+def _recipe_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    for key in MUST_MATCH:
+        if before.get(key) != after.get(key):
+            yield f"{key}: {before.get(key)} -> {after.get(key)}"
+    old, new = (state_kind(str(recipe.get("optimizer", ""))) for recipe in (before, after))
+    if old != new:
+        yield f"optimizer: {old} -> {new} (its state would not fit)"
+
+
+def _row_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if saved["num_rows"] != now["num_rows"]:
+        yield f"training rows: {saved['num_rows']} -> {now['num_rows']} (a data file has changed)"
+    elif saved["rows_sha256"] != now["rows_sha256"]:
+        yield "the tokens of the training rows (a data file, the tokenizer or its chat template has changed)"
+    if saved["global_batch"] != now["global_batch"]:
+        yield (
+            f"rows per step: {saved['global_batch']} -> {now['global_batch']} (keep ranks x micro_batch_size x "
+            "gradient_accumulation_steps equal)"
+        )

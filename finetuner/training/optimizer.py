@@ -17,7 +17,7 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class OptimizerRequest:
-    """What a builder is given. Its optimizer starts at lr 0: the loop sets the rate before each step.
+    """The arguments of a builder, whose optimizer starts at lr 0: the loop sets the rate before each step.
 
     arguments: optim_args, as a block. rates: name -> learning rate as a multiple of the schedule's. tables: names of
     the parameters with a row for each token. device: where the update is computed.
@@ -80,19 +80,11 @@ def own_rates(
 
     Raises ModelError for a key that is about weights that are not trained.
     """
-    tables = [name for name in parameters if name in vocabulary and "lora_" not in name]
     rates: dict[str, float] = {}
     ratio = section.loraplus_lr_ratio
     if ratio is not None:  # as PEFT's create_loraplus_optimizer groups them
         rates |= {name: ratio for name, p in parameters.items() if "lora_B" in name or p.ndim == 1}
-    scale = section.embedding_lr / peak_lr if section.embedding_lr is not None else section.embedding_lr_scale
-    if scale is not None and not tables:
-        key = "embedding_lr" if section.embedding_lr is not None else "embedding_lr_scale"
-        raise ModelError(
-            f"{key} is given, but no embedding is trained. Remove it, or train them beside the adapter:\n"
-            "lora_modules_to_save: [embed_tokens, lm_head]"
-        )
-    rates |= dict.fromkeys(tables, scale) if scale is not None else {}
+    rates |= _table_rates(parameters, section, peak_lr, vocabulary)
     for group in section.lr_groups:
         for text in group.modules:
             named = [name for name in parameters if text in name]
@@ -103,6 +95,23 @@ def own_rates(
                 )
             rates |= dict.fromkeys(named, group.lr / peak_lr)
     return rates
+
+
+def _table_rates(
+    parameters: Mapping[str, nn.Parameter], section: RatesSection, peak_lr: float, vocabulary: frozenset[str]
+) -> dict[str, float]:
+    """The rates of embeddings and head. Raises ModelError if a rate is given and none of them is trained."""
+    key = "embedding_lr" if section.embedding_lr is not None else "embedding_lr_scale"
+    scale = section.embedding_lr / peak_lr if section.embedding_lr is not None else section.embedding_lr_scale
+    if scale is None:
+        return {}
+    tables = [name for name in parameters if name in vocabulary and "lora_" not in name]
+    if not tables:
+        raise ModelError(
+            f"{key} is given, but no embedding is trained. Remove it, or train them beside the adapter:\n"
+            "lora_modules_to_save: [embed_tokens, lm_head]"
+        )
+    return dict.fromkeys(tables, scale)
 
 
 def _adamw(request: OptimizerRequest) -> torch.optim.Optimizer:

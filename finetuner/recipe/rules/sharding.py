@@ -69,7 +69,7 @@ def _sizes_are_of_shards(values: Values) -> Iterator[Finding]:
 
 
 def deepspeed_findings(raw: Mapping[str, Any], *, check_files: bool) -> Iterator[Finding]:
-    """Yield the mistakes in DeepSpeed's configuration: the recipe's block, or the file it names if files are checked."""
+    """Yield the mistakes in DeepSpeed's configuration: the recipe's block, or its file if files are checked."""
     given = raw.get("deepspeed")
     if isinstance(given, str) and not check_files:
         return
