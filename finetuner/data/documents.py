@@ -169,17 +169,17 @@ def fit(document: Document, section: DataSection, outcomes: list[Outcome], place
         return []
     pieces = [document]
     if length > limit:
-        if section.excess_length_strategy == "raise":
+        strategy = section.excess_length_strategy
+        if strategy == "raise":
             raise DataError(
                 f"{placed.file}: row {placed.number}: {length} tokens, but sequence_len is {limit}.\n"
                 "Raise sequence_len, or write `excess_length_strategy: drop`, `truncate` or `split`."
             )
-        if section.excess_length_strategy == "drop":
-            outcome(TOO_LONG)
+        outcome({"drop": TOO_LONG, "truncate": CUT, "split": SPLIT}[strategy])
+        stop = {"drop": 0, "truncate": 1, "split": length}[strategy]
+        pieces = [(ids[at : at + limit], labels[at : at + limit]) for at in range(0, stop, limit)]
+        if not pieces:
             return []
-        split = section.excess_length_strategy == "split"
-        outcome(SPLIT if split else CUT)
-        pieces = [(ids[at : at + limit], labels[at : at + limit]) for at in range(0, length if split else 1, limit)]
     trained = [(ids, labels) for ids, labels in pieces if (labels[1:] != IGNORE).any()]
     taken = [(ids, labels) for ids, labels in trained if len(ids) >= section.min_sample_len]
     if not taken:

@@ -1,4 +1,4 @@
-"""A recipe of Axolotl, LLaMA-Factory or TRL -> the equivalent one of ours, with a comment where something changed."""
+"""Converts a recipe of Axolotl, LLaMA-Factory or TRL into one of ours, with a comment where something changed."""
 
 import io
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ SCHEMA_LINE = "# yaml-language-server: $schema=recipe.schema.json"  # finetuner 
 
 @dataclass(frozen=True)
 class Converted:
-    """Our recipe as text, and what was made of each key."""
+    """Our recipe as text, and a note on each key that changed."""
 
     tool: str
     text: str
@@ -29,14 +29,14 @@ class Converted:
 
 
 def convert(path: str | Path) -> Converted:
-    """Raises RecipeError, with every key that blocks, and then writes nothing."""
+    """Return our recipe for the one at `path`. Raises RecipeError with every key that blocks."""
     document = parse_yaml(read_text(Path(path)), str(path))
-    if not document.is_whole:
+    if not document.is_complete:
         raise RecipeError(render_problems(str(path), document.problems))
     tool = tool_of(document.values)
     given = list(document.values)
     notes = translate(document, tool.meanings)
-    _shape_adapter(document.values)
+    _join_adapter_keys(document.values)
     said = dict(document.values)
     defaults = {key: value for key, value in tool.defaults.items() if said.get(key) is None and _counts(key, said)}
     document.values |= defaults
@@ -45,7 +45,10 @@ def convert(path: str | Path) -> Converted:
 
 
 def check(path: str, overrides: list[str], *, verbose: bool) -> Iterator[str]:
-    """What `finetuner check` prints. Raises RecipeError with every mistake, or every foreign key that blocks."""
+    """Yield the lines of `finetuner check`.
+
+    Raises RecipeError with every mistake, or every foreign key that blocks.
+    """
     tool = tool_of(parse_yaml(read_text(Path(path)), path).values)
     if tool is not AXOLOTL_TOOL:
         converted = convert(path)
@@ -63,7 +66,7 @@ def check(path: str, overrides: list[str], *, verbose: bool) -> Iterator[str]:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Raises RecipeError rather than write over a file, or into a folder that cannot be written."""
+    """Write a file that is not there yet. Raises RecipeError if it is, or cannot be written."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -73,8 +76,8 @@ def write_new(path: Path, text: str) -> None:
         raise RecipeError(f"'{path}' cannot be written: {error.strerror}.") from error
 
 
-def _shape_adapter(values: dict[str, Any]) -> None:
-    """LoRA and a 4-bit base are said in two keys elsewhere, in either order; together they are QLoRA."""
+def _join_adapter_keys(values: dict[str, Any]) -> None:
+    """Write QLoRA for LoRA and a 4-bit base, which other tools say in two keys."""
     if values.get("load_in_4bit") and values.get("adapter") == "lora":
         values["adapter"] = "qlora"
 

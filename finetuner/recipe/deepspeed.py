@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: read from a file or a recipe's block, and its mistakes found.
+"""Reads DeepSpeed's JSON from a file or a recipe's block, and finds its mistakes.
 
 DeepSpeed itself passes over a top-level block that it does not know, `ZeRO_optimization` for one, and then shards
 nothing.
@@ -12,13 +12,13 @@ from typing import Any
 from finetuner.errors import RecipeError
 from finetuner.recipe.problems import did_you_mean
 
-# Resolved and checked against the recipe by us.
+# Blocks that plan/parallel.py fills in and checks against the recipe.
 RESOLVED = (
     "bf16", "bfloat16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size",
     "train_micro_batch_size_per_gpu", "zero_optimization", "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 )  # fmt: skip
-# Handed to DeepSpeed as they are.
+# Blocks that DeepSpeed gets as they are.
 PASSED = (
     "aio", "comms_logger", "communication_data_type", "data_types", "dump_state", "flops_profiler",
     "gradient_predivide_factor", "keep_in_fp32_modules", "memory_breakdown", "prescale_gradients", "steps_per_print",
@@ -57,7 +57,7 @@ MAX_BYTES = 1_000_000
 
 
 def read_deepspeed(given: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that a recipe's `deepspeed` names or holds. Raises RecipeError if the file cannot be read."""
+    """Return the configuration of a recipe's `deepspeed`. Raises RecipeError if the file cannot be read."""
     if not isinstance(given, str):
         return dict(given)
     path = Path(given).expanduser()

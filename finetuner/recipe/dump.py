@@ -1,4 +1,4 @@
-"""Recipe -> YAML that loads to the same Recipe."""
+"""Writes a Recipe as YAML that loads to the same Recipe."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from finetuner.redaction import without_secrets
 
 
 def flat_values(recipe: Recipe) -> dict[str, Any]:
-    """key -> plain value (bool, number, text, list or dict), for every key that is set."""
+    """Return key -> plain value (bool, number, text, list or dict), for every key that is set and has an effect."""
     out: dict[str, Any] = {}
     for name in type(recipe).model_fields:
         section: BaseModel = getattr(recipe, name)
@@ -23,7 +23,7 @@ def flat_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def dump_recipe(recipe: Recipe, heading: str) -> str:
-    """The resolved recipe as YAML text under a comment; every default is written out."""
+    """Return the recipe as YAML text under a comment, with every default written out."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.width = 1_000_000_000  # a text that is wrapped does not always come back as it was

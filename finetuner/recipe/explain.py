@@ -1,4 +1,4 @@
-"""What a key means: for a person (`finetuner explain`), for an editor (`finetuner schema`), and as docs/recipe.md."""
+"""Explains keys: to a person (`finetuner explain`), to an editor (`finetuner schema`), and as docs/recipe.md."""
 
 import json
 from typing import Any, Literal, get_args, get_origin
@@ -62,7 +62,7 @@ def _inner(info: FieldInfo, name: str, path: list[str]) -> FieldInfo:
 
 
 def nested_model(info: FieldInfo) -> type[BaseModel] | None:
-    """The block that a key holds, itself or as entries of a list."""
+    """Return the block that is a key's value, or an entry of its list."""
     waiting: list[Any] = [info.annotation]
     while waiting:
         annotation = waiting.pop()
@@ -73,7 +73,7 @@ def nested_model(info: FieldInfo) -> type[BaseModel] | None:
 
 
 def type_of(info: FieldInfo) -> str:
-    """The values a key takes, in words, with bounds and unit."""
+    """Return the values that a key takes, in words, with bounds and unit."""
     unit = unit_of(info)
     bounds = _bounds([*info.metadata, *_metadata(info.annotation)])
     return " ".join(part for part in (_words(info.annotation), bounds, f"({unit})" if unit else "") if part)
@@ -125,6 +125,7 @@ def _bounds(metadata: list[Any]) -> str:
 
 
 def default_of(info: FieldInfo) -> str:
+    """Return the default of a key as it would be written in YAML."""
     if info.is_required():
         return "none: it must be given"
     value = info.get_default(call_default_factory=False)
@@ -143,7 +144,7 @@ def _plain(value: Any) -> str:
 
 
 def foreign_meaning(meaning: Foreign) -> str:
-    """One line for a key that is another tool's."""
+    """Return one line on a key that is another tool's."""
     if meaning.becomes is not None:
         return f"another name of {meaning.becomes}"
     if meaning.without_effect is not None:
@@ -156,7 +157,7 @@ def foreign_meaning(meaning: Foreign) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a recipe, as editors read it. Keys may be left empty, which means the default."""
+    """Return the JSON Schema (draft 2020-12) of a recipe, in which an empty key means its default."""
     definitions: dict[str, Any] = {}
     properties: dict[str, Any] = {}
     required: list[str] = []
@@ -187,7 +188,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _kind(schema: dict[str, Any]) -> dict[str, Any]:
-    """Takes the type out of a schema, and leaves what describes it."""
+    """Move the type out of a schema, whose description stays."""
     return {key: schema.pop(key) for key in list(schema) if key not in ("description", "default", "title")}
 
 
@@ -198,12 +199,12 @@ def _or_empty(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def reference() -> str:
-    """docs/recipe.md."""
+    """Return the text of docs/recipe.md."""
     lines = [
         "# The recipe",
         "",
         "Every key a recipe may have, by section. In YAML all keys are flat. This page is made by",
-        "`finetuner schema --markdown` and kept current by a test; `finetuner explain KEY [RECIPE]` says the same of",
+        "`finetuner schema --markdown` and held current by a test; `finetuner explain KEY [RECIPE]` says the same of",
         "one key, and what it came to in a recipe. A key with nothing behind it means its default. YAML 1.2: `2e-5`",
         "is a number, `no` is text.",
         "",

@@ -1,4 +1,4 @@
-"""The shape of a model from scratch: what a `model:` block comes to, in plain numbers."""
+"""The shape of a model from scratch, in plain numbers, from a `model:` block and its preset."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from finetuner.recipe.optimizers import TrainedTensor
 if TYPE_CHECKING:
     from finetuner.recipe.sections import GPTSection
 
-FROM_SCRATCH = "from-scratch"  # the base_model of a model that a `model:` block describes
-MADE_TOKENIZERS = ("byte", "char")  # tokenizers that are made from nothing, or from the characters of the rows
+FROM_SCRATCH = "from-scratch"  # base_model of a recipe with a `model:` block
+MADE_TOKENIZERS = ("byte", "char")  # built without training: of the bytes, or of the characters of the rows
 
 _LLAMA = {"norm": "rms", "activation": "swiglu", "positions": "rotary", "bias": False, "rope_theta": 10_000.0}
 _GPT2 = {"norm": "layer", "activation": "gelu", "positions": "learned", "bias": True, "context": 1024}
@@ -25,12 +25,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_theta": 500_000.0,
     },
 }  # fmt: skip
-NEEDED = ("layers", "heads", "width", "context")  # of a shape that no preset gives
+NEEDED = ("layers", "heads", "width", "context")  # without a preset
 
 
 @dataclass(frozen=True)
 class GPTShape:
-    """Every choice made. `vocabulary`: rows of the embedding, None for as many as the tokenizer has tokens."""
+    """A shape with every choice made. `vocabulary`: rows of the embedding; None: as the tokenizer has tokens."""
 
     layers: int
     heads: int
@@ -49,13 +49,13 @@ class GPTShape:
 
 
 def choices_of(section: "GPTSection") -> Mapping[str, Any]:
-    """What the preset and the keys beside it say; a key stands above the preset."""
+    """Return the choices of the block's preset and of its other keys; a key wins over the preset."""
     preset: Mapping[str, Any] = PRESETS.get(section.preset, {}) if section.preset else {}
     return {**_LLAMA, **preset, **section.model_dump(exclude={"preset"}, exclude_none=True)}
 
 
 def shape_of(section: "GPTSection") -> GPTShape:
-    """The rules have seen to it that nothing is missing.
+    """Return the shape of a block that the rules have found complete.
 
     The width inside an MLP, if it is not given: 4 x width, and of swiglu, which has three matrices in place of two,
     two thirds of it (arXiv:2002.05202), up to the next multiple of 32.

@@ -1,4 +1,4 @@
-"""File and overrides -> Recipe, with every mistake reported at once."""
+"""Reads a recipe's file and overrides, and reports every mistake at once."""
 
 import json
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from finetuner.recipe.problems import (
     Origin,
     Problem,
     did_you_mean,
-    once,
+    grouped,
     render_problems,
 )
 from finetuner.recipe.rules import deepspeed_findings, file_findings, given_findings, given_notes, rule_findings
@@ -26,7 +26,7 @@ from finetuner.recipe.yaml_document import MAX_RECIPE_BYTES, YamlDocument, parse
 
 @dataclass(frozen=True)
 class Loaded:
-    """A valid recipe, and what the user should know about how it was read."""
+    """A valid recipe, and notes to the user on how it was read."""
 
     recipe: Recipe
     notes: tuple[Note, ...] = ()
@@ -39,12 +39,15 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *
 
 
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check_files: bool = True) -> Loaded:
-    """As load_recipe, with the notes. `check_files=False` leaves out whether named files exist."""
+    """Read a recipe as load_recipe does, and return the notes too.
+
+    `check_files=False` does not look whether named files exist.
+    """
     return _load_text(read_text(Path(path)), str(path), overrides, check_files=check_files)
 
 
 def load_values(values: dict[str, Any], source: str, overrides: tuple[str, ...] | list[str] = ()) -> Loaded:
-    """As load, of keys that a command makes for itself; `source` names it in messages."""
+    """Read keys that a command puts together as `load` reads a file's; `source` names them in messages."""
     return _load_text(json.dumps(values, indent=0), source, overrides, check_files=True)
 
 
@@ -54,7 +57,7 @@ def _load_text(text: str, source: str, overrides: tuple[str, ...] | list[str], *
     for number, override in enumerate(overrides, 1):
         apply_override(document, number, override)
     drop_fsdp_prefix(document, overrides=True)
-    if not document.is_whole:
+    if not document.is_complete:
         raise RecipeError(render_problems(source, document.problems))
     tool = tool_of(document.values)
     if tool is not AXOLOTL_TOOL:
@@ -66,7 +69,7 @@ def _load_text(text: str, source: str, overrides: tuple[str, ...] | list[str], *
 
 
 def resolve(document: YamlDocument, notes: list[Note], *, check_files: bool) -> Loaded:
-    """Validate a document whose keys are ours. Raises RecipeError that lists every mistake."""
+    """Validate a document whose keys are ours. Raises RecipeError that lists every mistake, the document's own too."""
     values, recipe = validate(document)
     findings = [*rule_findings(values), *given_findings(document.values)]
     findings += file_findings(document.values) if check_files else ()
@@ -82,11 +85,11 @@ def resolve(document: YamlDocument, notes: list[Note], *, check_files: bool) -> 
         for where, message in given_notes(document.values)
     ]
     given = {key: document.keys.get((key,)) for key, value in document.values.items() if value is not None}
-    return Loaded(recipe, once([*notes, *boilerplate]), {key: place for key, place in given.items() if place})
+    return Loaded(recipe, grouped([*notes, *boilerplate]), {key: place for key, place in given.items() if place})
 
 
 def read_text(path: Path) -> str:
-    """The recipe's text. Raises RecipeError, also for a file too large to be a recipe."""
+    """Return the text of a recipe's file. Raises RecipeError, also for a file too large to be a recipe."""
     try:
         if path.is_dir():
             raise RecipeError(f"'{path}' is a folder; name the recipe's YAML file in it.")

@@ -29,7 +29,7 @@ from finetuner.recipe.sections.facts import KeyFacts, facts_of
 
 
 class Recipe(Section):
-    """What the user said. Frozen; what it means on a machine is the Plan's business."""
+    """The user's recipe, frozen. Its meaning for a number of ranks is the Plan (plan/run.py)."""
 
     model: ModelSection
     tokenizer: TokenizerSection

@@ -25,7 +25,7 @@ _SP = "splitting one sequence over several GPUs"
 
 
 def _attention(name: str) -> Foreign:
-    """`sdp_attention: true` and its kind: each was a switch of its own before attn_implementation."""
+    """The meaning of `sdp_attention: true` and its kind, from before attn_implementation."""
     return translated(lambda on: {"attn_implementation": name} if on else {})
 
 
@@ -35,7 +35,7 @@ def _flash(on: Any) -> Mapping[str, Any]:
 
 
 def _pretraining(given: Any) -> Mapping[str, Any]:
-    """Plain texts that are read while training; one entry, a list of them, or a path alone."""
+    """Streamed datasets for pretraining_dataset: one entry, a list of them, or a path alone."""
     entries: list[Any] = []
     for entry in given if isinstance(given, list) else [given]:
         values = {"path": entry} if isinstance(entry, str) else entry
@@ -71,9 +71,9 @@ AXOLOTL: dict[str, Foreign] = {
         "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers",
         ignored("every trained weight is used in each step; buckets are those of PyTorch"),
     ),
-    "shuffle_merged_datasets": ignored("the order of all rows is drawn anew in each epoch"),
+    "shuffle_merged_datasets": ignored("all rows are shuffled again in each epoch"),
     "data_seed": blocked("a seed of the data's own", "Set seed."),
-    "loraplus_lr_embedding": ignored("LoRA adapts linear layers alone; embeddings are trained whole, at embedding_lr"),
+    "loraplus_lr_embedding": ignored("LoRA adapts linear layers alone; embeddings have embedding_lr"),
     **same("lr_decay_steps lr_decay_ratio", blocked("this detail of the schedule")),
     # attention
     "flash_attention": translated(_flash),
@@ -101,10 +101,10 @@ AXOLOTL: dict[str, Foreign] = {
         instead="Remove it, or write true: new rows always start at the mean of the old ones.",
         only_value=True,
     ),
-    "embeddings_skip_upcast": ignored("trained embeddings are fp32, and frozen ones keep the base's format"),
+    "embeddings_skip_upcast": ignored("trained embeddings are fp32, and frozen ones have the base's format"),
     "auto_find_batch_size": blocked("looking for a batch size by running out of memory", "Set micro_batch_size."),
-    "dataset_processes": ignored("tokenising uses every core by itself"),
-    "dataset_num_proc": ignored("tokenising uses every core by itself"),
+    "dataset_processes": ignored("tokenizing uses every core by itself"),
+    "dataset_num_proc": ignored("tokenizing uses every core by itself"),
     "dataset_keep_in_memory": ignored("rows are mapped from disk and cached by the system"),
     "preprocess_iterable": ignored("rows are read in batches"),
     "merge_lora": ignored("merging is a command: python -m finetuner.merge RECIPE"),
@@ -183,10 +183,10 @@ AXOLOTL: dict[str, Foreign] = {
         blocked("training in or for 8-bit and 4-bit floats", "Remove it; `adapter: qlora` trains on a 4-bit base."),
     ),
     **same(
-        "gptq gptq_disable_exllama awq", blocked("GPTQ and AWQ bases", "Take the unquantised base and adapter: qlora.")
+        "gptq gptq_disable_exllama awq", blocked("GPTQ and AWQ bases", "Take the unquantized base and adapter: qlora.")
     ),
-    "model_quantization_config": blocked("bases stored in MXFP4", "Take an unquantised base."),
-    "model_quantization_config_kwargs": blocked("bases stored in MXFP4", "Take an unquantised base."),
+    "model_quantization_config": blocked("bases stored in MXFP4", "Take an unquantized base."),
+    "model_quantization_config_kwargs": blocked("bases stored in MXFP4", "Take an unquantized base."),
     "use_mxfp4": blocked("MXFP4"),
     "load_in_fp8": blocked("8-bit float bases"),
     **same(
@@ -243,14 +243,14 @@ AXOLOTL: dict[str, Foreign] = {
     "rope_scaling": Foreign(unsupported="rope_scaling at the top level", instead="Change the model's config.json."),
     **same(
         "max_memory gpu_memory_limit",
-        blocked("spreading one rank's model over devices", "Use fsdp or deepspeed to shard it."),
+        blocked("one rank's model on several devices", "Use fsdp or deepspeed to shard it."),
     ),
     "overrides_of_model_kwargs": blocked("free-form arguments of from_pretrained"),
     "cls_model_config": blocked("a config class of your own", "Remove it: the model's config names its class."),
     "tokenizer_use_mistral_common": blocked("mistral-common's tokenizer", "Remove it: the model's own is used."),
     "added_tokens_overrides": blocked("renaming reserved tokens", "Add tokens with `tokens`."),
     "fix_untrained_tokens": blocked("mending untrained tokens"),
-    "peft": blocked("LoftQ and torchao adapters", "Remove it; `adapter: qlora` quantises with bitsandbytes."),
+    "peft": blocked("LoftQ and torchao adapters", "Remove it; `adapter: qlora` quantizes with bitsandbytes."),
     "peft_layer_replication": blocked("replicating layers"),
     "peft_trainable_token_indices": blocked(
         "naming token rows to train", "Rows of new tokens are trained by themselves."
@@ -272,7 +272,7 @@ AXOLOTL: dict[str, Foreign] = {
     "dataset_shard_idx": blocked("training on a part of all datasets", "Use `shards` or a split slice of a dataset."),
     "skip_prepare_dataset": blocked("rows that are rendered while training"),
     **same(
-        "gptq_groupsize gptq_model_v1", blocked("GPTQ and AWQ bases", "Take the unquantised base and adapter: qlora.")
+        "gptq_groupsize gptq_model_v1", blocked("GPTQ and AWQ bases", "Take the unquantized base and adapter: qlora.")
     ),
     "eta_min": blocked("the schedule's end as a rate", "Write cosine_min_lr_ratio, as a fraction of learning_rate."),
     "torch_dtype": ignored("bf16 and fp16 say what is computed in"),

@@ -79,8 +79,8 @@ LLAMA_FACTORY: dict[str, Foreign] = TRAINING_ARGUMENTS | {
     "use_dora": renamed("peft_use_dora"),
     "quantization_bit": translated(lambda bits: {"load_in_4bit": True, "adapter": "qlora"} if bits == 4 else {
         "load_in_8bit": True}),
-    "quantization_method": Foreign(unsupported="quantising without bitsandbytes", says_nothing=("bnb", "bitsandbytes")),
-    "double_quantization": ignored("4-bit bases are double quantised unless bnb_config_kwargs says otherwise"),
+    "quantization_method": Foreign(unsupported="quantizing without bitsandbytes", says_nothing=("bnb", "bitsandbytes")),
+    "double_quantization": ignored("4-bit bases are double quantized unless bnb_config_kwargs says otherwise"),
     "cutoff_len": renamed("sequence_len"),
     "dataset": translated(_named_datasets),
     "eval_dataset": blocked("held-out data by its name in dataset_info.json", "Name a file under test_datasets."),
@@ -108,7 +108,7 @@ LLAMA_FACTORY: dict[str, Foreign] = TRAINING_ARGUMENTS | {
     "video_max_pixels": blocked("images and audio"),
 }  # fmt: skip
 
-# What a LLaMA-Factory recipe means when it is silent and ours would mean something else.
+# LLaMA-Factory's defaults where ours are others.
 LLAMA_FACTORY_DEFAULTS: dict[str, Any] = {
     "micro_batch_size": 8, "num_epochs": 3.0, "learning_rate": 5e-5, "lr_scheduler": "linear", "sequence_len": 2048,
     "excess_length_strategy": "truncate", "gradient_checkpointing": True, "lora_r": 8, "logging_steps": 500,
@@ -141,7 +141,7 @@ TRL: dict[str, Foreign] = TRAINING_ARGUMENTS | {
     "use_dora": renamed("peft_use_dora"),
     "lora_task_type": ignored("it is always CAUSAL_LM"),
     "bnb_4bit_quant_type": translated(lambda kind: {"bnb_config_kwargs": {"bnb_4bit_quant_type": kind}}),
-    "use_bnb_nested_quant": ignored("4-bit bases are double quantised unless bnb_config_kwargs says otherwise"),
+    "use_bnb_nested_quant": ignored("4-bit bases are double quantized unless bnb_config_kwargs says otherwise"),
     "dataset_name": translated(lambda path: {"datasets": [{"path": path, "type": "chat_template"}]}),
     "dataset_mixer": translated(_mixer),
     "dataset_mixture": translated(_mixture),

@@ -43,7 +43,7 @@ def _engine_can_shard_the_state(values: Values) -> Iterator[Finding]:
         if values[key] and why is not None:
             message = f"optimizer {name} is not supported under {engine}: {why}. Write `optimizer: adamw_torch`."
             if engine == "FSDP" and "deepspeed" not in OPTIMIZERS[name].not_sharded:
-                message += " DeepSpeed can spread it: `deepspeed: deepspeed_configs/zero2.json` instead of fsdp."
+                message += " DeepSpeed can shard it: `deepspeed: deepspeed_configs/zero2.json` instead of fsdp."
             yield Finding(("optimizer",), message, ((key,),))
             return
 

@@ -1,4 +1,4 @@
-"""Rules about a model from scratch, and a tokenizer made for it."""
+"""Rules about a model from scratch and its tokenizer."""
 
 from collections.abc import Iterator
 
@@ -51,7 +51,7 @@ def _rows_fit_the_context(values: Values) -> Iterator[Finding]:
         yield Finding(("sequence_len",), f"{message}`sequence_len: {context}`, or a longer context.", (("model",),))
 
 
-def _whole_and_unadapted(values: Values) -> Iterator[Finding]:
+def _no_adapter_from_scratch(values: Values) -> Iterator[Finding]:
     if values["base_model"] == FROM_SCRATCH and values["adapter"] is not None:
         message = "a model from scratch has nothing to adapt: all of it is trained. Remove this line."
         yield Finding(("adapter",), message, (("base_model",),))
@@ -67,14 +67,14 @@ def _tokenizer_of_its_own(values: Values) -> Iterator[Finding]:
         yield Finding(("tokenizer",), message, (("base_model",),))
 
 
-def _text_to_make_it_from(values: Values) -> Iterator[Finding]:
+def _text_for_the_tokenizer(values: Values) -> Iterator[Finding]:
     named = values["tokenizer"]
     if values["base_model"] != FROM_SCRATCH or not (
         named == "char" or (isinstance(named, NewTokenizer) and not named.train.files)
     ):
         return
-    what = "tokenizer: char takes the characters of the datasets" if named == "char" else "train learns from datasets"
-    instead = "Write `tokenizer: byte`." if named == "char" else "Name `files` to learn from."
+    what = "tokenizer: char takes the characters of the datasets" if named == "char" else "train reads the datasets"
+    instead = "Write `tokenizer: byte`." if named == "char" else "Name `files` to train it on."
     if values["streaming"]:
         message = f"{what}, and a stream is not read before training. {instead}"
         yield Finding(("tokenizer",), message, (("streaming",),))
@@ -90,7 +90,7 @@ RULES: tuple[Rule, ...] = (
     (("model",), _complete_shape),
     (("model",), _heads_divide_the_width),
     (("model", "sequence_len"), _rows_fit_the_context),
-    (("base_model", "adapter"), _whole_and_unadapted),
+    (("base_model", "adapter"), _no_adapter_from_scratch),
     (("base_model", "tokenizer"), _tokenizer_of_its_own),
-    (("base_model", "tokenizer", "streaming", "datasets"), _text_to_make_it_from),
+    (("base_model", "tokenizer", "streaming", "datasets"), _text_for_the_tokenizer),
 )

@@ -1,4 +1,4 @@
-"""Rules about rows that are read while training: nobody knows how many there are."""
+"""Rules about streams, whose rows are read while training: their number is not known."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What is trained of the model."""
+"""The adapter, or the parameters that are trained without one."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ ADAPTER_MUST_MATCH = KeyFacts(resume="must_match", needs="lora")
 
 
 class AdapterSection(Section):
-    """LoRA (arXiv:2106.09685), or full fine-tuning when adapter is not given."""
+    """LoRA (arXiv:2106.09685), or full fine-tuning if `adapter` is not given."""
 
     adapter: Annotated[
         Literal["lora", "qlora"] | None,
@@ -39,8 +39,8 @@ class AdapterSection(Section):
     )
     lora_modules_to_save: Annotated[Names | None, ADAPTER_MUST_MATCH] = Field(
         None,
-        description="Modules trained whole beside the adapter, such as embed_tokens and lm_head; a tied pair stays "
-        "tied.",
+        description="Modules of which all weights are trained, besides the adapter, such as embed_tokens and "
+        "lm_head; a tied pair stays tied.",
     )
     lora_fan_in_fan_out: Annotated[bool | None, ADAPTER_MUST_MATCH] = Field(
         None, description="The adapted layers store (in, out), as GPT-2's do; default: as the layers are."

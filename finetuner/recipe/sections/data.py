@@ -1,4 +1,4 @@
-"""Which rows are learned, and how they are laid into batches."""
+"""The rows to train on, and their place in batches."""
 
 from typing import Annotated, Literal
 
@@ -10,7 +10,7 @@ from finetuner.recipe.sections.facts import FREE, MUST_MATCH, ONLY_HERE, KeyFact
 
 
 class DataSection(Section):
-    """Which rows are learned, how long they may be, and which are held out."""
+    """The rows to train on, how long they may be, and the rows that are held out."""
 
     datasets: Annotated[tuple[DatasetEntry, ...], Strict(False), MUST_MATCH] = Field(
         min_length=1, description="Sources of training rows, joined in this order."
@@ -27,13 +27,14 @@ class DataSection(Section):
     streaming: Annotated[bool, MUST_MATCH] = Field(
         False,
         description="Read rows while training, without preparing them: for a corpus that fits no disk. Rows of "
-        "`type: completion` are joined and cut into full rows; others stay whole.",
+        "`type: completion` are joined and cut into full rows; others are not cut.",
     )
     streaming_multipack_buffer_size: Annotated[Rows, MUST_MATCH] = Field(
         10_000, description="Documents that are read, shuffled and packed together when streaming."
     )
     dataset_exact_deduplication: Annotated[bool, MUST_MATCH] = Field(
-        False, description="Of rows with equal tokens and labels keep the first, and never learn one that is held out."
+        False,
+        description="Of rows with equal tokens and labels take the first, and train on none that is held out.",
     )
     sequence_len: Annotated[
         TokenCount,
@@ -53,7 +54,7 @@ class DataSection(Section):
         "raise", description="A row that cannot become text stops the run, or is dropped and listed."
     )
     train_on_inputs: Annotated[bool, MUST_MATCH] = Field(
-        False, description="Learn the prompts too, not only the answers."
+        False, description="Train on the prompts too, not only on the answers."
     )
     chat_template: Annotated[str | None, MUST_MATCH] = Field(
         None,
@@ -70,12 +71,12 @@ class DataSection(Section):
         None, description="Tokens that end a turn; default: the token that the template writes after it."
     )
     dataset_prepared_path: Annotated[DiskName, KeyFacts(resume="free", prepared_rows=False)] = Field(
-        ".finetuner/prepared", min_length=1, description="Folder that keeps the tokens for later starts."
+        ".finetuner/prepared", min_length=1, description="Folder in which tokens are cached for later starts."
     )
 
 
 class PackingSection(Section):
-    """How documents are laid into the rows of a batch."""
+    """Documents in the rows of a batch: packed together, padded, or grouped by length."""
 
     sample_packing: Annotated[bool, MUST_MATCH] = Field(
         False, description="Fill each row with several whole documents, which do not see each other."

@@ -48,7 +48,7 @@ assert tuple(ROW_TYPES) == get_args(TypeName)
 # key of an entry -> the `type` that reads it; with any other it would have no effect
 KEYS_OF_TYPE: dict[str, str] = {key: name for name, row_type in ROW_TYPES.items() for key in row_type.keys}
 
-# Chat templates that come with finetuner, by name; data/templates.py holds them.
+# Chat templates that come with finetuner, by name; their texts are in data/templates.py.
 CHAT_TEMPLATES = (
     "alpaca", "aya", "chatml", "cohere", "command_a", "deepseek_v2", "deepseek_v3", "exaone", "exaone4",
     "falcon_h1", "gemma", "gemma3", "gemma3n", "gemma4", "granite", "jamba", "llama3", "llama3_2_vision",
@@ -67,13 +67,13 @@ class InstructionFormat(Section):
     field_system: str = Field("system", min_length=1, description="Column of the system text; may be missing.")
     field_instruction: str = Field("instruction", min_length=1, description="Column of the question or order.")
     field_input: str = Field("input", min_length=1, description="Column of a text to work on; may be missing.")
-    field_output: str = Field("output", min_length=1, description="Column of the answer, which is learned.")
+    field_output: str = Field("output", min_length=1, description="Column of the answer, which is trained on.")
     format: str = Field("{instruction} {input} ", description="The prompt of a row that has an input.")
     no_input_format: str = Field("{instruction} ", description="The prompt of a row that has none.")
 
 
 class MessageProperties(Section):
-    """What a message calls its parts."""
+    """Names of the keys of a message."""
 
     role: str = Field("role", min_length=1, description="Who speaks.")
     content: str = Field("content", min_length=1, description="What is said.")
@@ -114,8 +114,8 @@ class DatasetEntry(Section):
     max_samples: Rows | None = Field(None, description="Take the first rows only, so many.")
     weight: Positive | None = Field(
         None,
-        description="How much of the mixture comes from here, beside the weights of the other datasets; the largest "
-        "mixture is made that repeats no row.",
+        description="Share of the mixture that comes from here, relative to the weights of the other datasets; the "
+        "largest mixture is taken that repeats no row.",
     )
     field: str = Field("text", min_length=1, description="Column that holds the text of a completion row.")
     field_messages: str = Field(
@@ -125,16 +125,17 @@ class DatasetEntry(Section):
         "tools", min_length=1, description="Column that holds the tools a chat_template row may call; may be missing."
     )
     message_property_mappings: MessageProperties = Field(
-        MessageProperties(), description="What a message calls its parts, where it is not role and content."
+        MessageProperties(), description="Names of the keys of a message, where they are not role and content."
     )
     message_field_training: str | None = Field(
-        None, description="Key of a message that says whether it is learned (true or false, 1 or 0), above its role."
+        None,
+        description="Key of a message that says whether it is trained on (true, false, 1 or 0), whatever its role.",
     )
     roles: Roles = Field({}, description="Role of the chat template -> names that the rows give it.")
-    roles_to_train: Names = Field(("assistant",), description="Roles whose messages are learned.")
+    roles_to_train: Names = Field(("assistant",), description="Roles whose messages are trained on.")
     train_on_eos: Ends = Field(
         "turn",
-        description="Which ends of turns are learned: those of learned turns (turn), all, the last one's, or none.",
+        description="Which ends of turns are trained on: those of trained turns (turn), all, the last one's, or none.",
     )
     train_on_eot: Ends | None = Field(
         None, description="The same for turns that end with another token than end-of-text; default: as train_on_eos."
@@ -165,7 +166,7 @@ class DatasetEntry(Section):
 
     @property
     def column_advice(self) -> str:
-        """What to do in a recipe about rows that lack a required column."""
+        """Advice for a recipe whose rows lack a required column."""
         if self.type is None:
             return "Say what the rows are (`type: alpaca`, `type: chat_template`, ...)"
         if isinstance(self.type, InstructionFormat):

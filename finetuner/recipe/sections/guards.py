@@ -1,4 +1,4 @@
-"""When a run stops by itself, and which of its weights are kept."""
+"""Conditions under which a run stops by itself, and the choice of its result."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ from finetuner.recipe.sections.facts import FREE, ONLY_HERE, KeyFacts
 
 
 class GuardSection(Section):
-    """What ends a run before its last step. A run that goes wrong ends with an error, and nothing is saved over."""
+    """Conditions that end a run early. A run that goes wrong ends with an error, and overwrites nothing."""
 
     max_skipped_steps: Annotated[Steps | None, KeyFacts(resume="free", axolotl=ONLY_HERE)] = Field(
         None,
@@ -30,5 +30,6 @@ class GuardSection(Section):
     )
     load_best_model_at_end: Annotated[bool, FREE] = Field(
         False,
-        description="The result is the weights with the lowest held-out loss, which are saved and kept, not the last.",
+        description="The result is the weights with the lowest held-out loss, not the last; their checkpoint "
+        "is never pruned.",
     )

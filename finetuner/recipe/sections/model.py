@@ -1,4 +1,4 @@
-"""The model, and how its attention is computed; the tokenizer."""
+"""The model, the computation of its attention, and the tokenizer."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,7 +9,7 @@ from finetuner.recipe.sections.facts import FREE, MUST_MATCH, NOTED, ONLY_HERE, 
 
 
 class GPTSection(Section):
-    """The shape of a model that begins with random weights: a preset, and what is to be different; or all of it."""
+    """The shape of a model from scratch, whose first weights are random: a preset, or keys, or both."""
 
     preset: Literal["gpt-nano", "gpt2-small", "gpt2-medium", "gpt2-large", "llama-1b"] | None = Field(
         None,
@@ -42,7 +42,7 @@ class GPTSection(Section):
 
 
 class ModelSection(Section):
-    """Which model, and how its attention is computed."""
+    """The base model, and the computation of its attention."""
 
     base_model: Annotated[DiskName, MUST_MATCH] = Field(
         min_length=1,
@@ -75,16 +75,16 @@ class SpecialTokens(Section):
 
 
 class TokenizerTraining(Section):
-    """A byte-level BPE: it begins with the 256 bytes, and joins the pair that is most frequent, again and again."""
+    """A byte-level BPE: from the 256 bytes on, the most frequent pair of tokens is joined into one, again and again."""
 
     vocab_size: Annotated[int, Field(ge=257)] = Field(description="Tokens in all, end-of-text among them.")
-    files: Names = Field((), description="Files of text, or of rows with a text, to learn from; default: `datasets`.")
+    files: Names = Field((), description="Files of text, or of rows with a text, to train it on; default: `datasets`.")
 
 
 class NewTokenizer(Section):
-    """A tokenizer that is made for this run."""
+    """A tokenizer that is trained for this run."""
 
-    train: TokenizerTraining = Field(description="Learn a byte-level BPE from text.")
+    train: TokenizerTraining = Field(description="Train a byte-level BPE on text.")
 
 
 def _is_block(value: Any) -> str:
@@ -92,7 +92,7 @@ def _is_block(value: Any) -> str:
 
 
 class TokenizerSection(Section):
-    """Which tokenizer, and the tokens added to it."""
+    """The tokenizer, and the tokens added to it."""
 
     tokenizer: Annotated[
         Annotated[
@@ -102,7 +102,7 @@ class TokenizerSection(Section):
     ] = Field(
         None,
         description="Hub id or folder of the tokenizer; default: base_model's own. For a model from scratch also byte "
-        "(256 of them), char (the characters of the datasets), or a block `train` that learns one.",
+        "(256 of them), char (the characters of the datasets), or a block `train`, for a new BPE.",
     )
     special_tokens: Annotated[SpecialTokens, MUST_MATCH] = Field(
         SpecialTokens(), description="Tokens with a role, by role."

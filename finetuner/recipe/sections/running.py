@@ -9,7 +9,7 @@ from finetuner.recipe.sections.facts import FREE, NOTED, ONLY_HERE, KeyFacts
 
 
 class EvaluationSection(Section):
-    """When the held-out loss is taken; always after the last step if there are held-out rows."""
+    """Times at which the held-out loss is taken; if there are held-out rows, always after the last step."""
 
     eval_steps: Annotated[Steps | None, FREE] = Field(None, description="Every so many steps.")
     evals_per_epoch: Annotated[Count | None, FREE] = Field(None, description="So many times an epoch; default: once.")
@@ -28,13 +28,13 @@ class EvaluationSection(Section):
 
 
 class OutputSection(Section):
-    """Where everything goes, how often it is saved and logged, and where a run goes on from."""
+    """Folder and upload of the results, how often they are saved and logged, and the checkpoint to go on from."""
 
     output_dir: Annotated[DiskName, FREE] = Field(
         "outputs/run", min_length=1, description="Folder for all that the run writes."
     )
     overwrite_output_dir: Annotated[bool, KeyFacts(resume="free", axolotl=ONLY_HERE)] = Field(
-        False, description="Delete what an earlier run wrote there, and start anew."
+        False, description="Delete what an earlier run wrote there, and start from the beginning."
     )
     save_steps: Annotated[Steps | None, FREE] = Field(None, description="A checkpoint every so many steps.")
     saves_per_epoch: Annotated[Count | None, FREE] = Field(
@@ -57,7 +57,8 @@ class OutputSection(Section):
     resume_from_checkpoint: Annotated[
         bool | DiskName, KeyFacts(resume="free", axolotl="there a path only; here also true for the newest one")
     ] = Field(
-        False, description="true: the newest whole checkpoint in output_dir, if there is one; or a checkpoint's folder."
+        False,
+        description="true: the newest complete checkpoint in output_dir, if any; or a checkpoint's folder.",
     )
     hub_model_id: Annotated[str | None, FREE] = Field(
         None, min_length=1, description="Repository on the hub that the result is uploaded to, such as you/my-model."

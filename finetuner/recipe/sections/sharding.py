@@ -1,4 +1,4 @@
-"""How a model is spread over ranks: FSDP and DeepSpeed."""
+"""Sharding of a model over ranks: FSDP and DeepSpeed."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -45,18 +45,18 @@ class FsdpConfig(Section):
     offload_params: bool = Field(False, description="Keep parameters, gradients and optimizer in the CPU's memory.")
     cpu_offload_pin_memory: bool = Field(True, description="Pin what is offloaded: faster copies, more locked memory.")
     cpu_ram_efficient_loading: bool = Field(
-        False, description="Only rank 0 reads the model and hands each rank its part; else every rank reads all of it."
+        False, description="Only rank 0 reads the model and sends each rank its shard; else every rank reads all of it."
     )
     state_dict_type: StateDictType = Field(
         "FULL_STATE_DICT",
-        description="Checkpoints as one file that rank 0 writes, or (SHARDED_STATE_DICT) each rank's part by itself.",
+        description="Checkpoints as one file that rank 0 writes, or (SHARDED_STATE_DICT) each rank's shard by itself.",
     )
     final_state_dict_type: Annotated[Literal["FULL_STATE_DICT"], BeforeValidator(_upper)] = Field(
         "FULL_STATE_DICT", description="The result of a run is always ordinary safetensors."
     )
     auto_wrap_policy: Annotated[Literal["TRANSFORMER_BASED_WRAP", "NO_WRAP"], BeforeValidator(_upper)] = Field(
         "TRANSFORMER_BASED_WRAP",
-        description="What is gathered at once: a transformer layer, or (NO_WRAP) the whole model.",
+        description="The unit that is gathered: a transformer layer, or (NO_WRAP) the full model.",
     )
     transformer_layer_cls_to_wrap: Annotated[tuple[str, ...], Strict(False), BeforeValidator(_names)] = Field(
         (), description="Classes of the layers that are gathered one by one; default: what the model itself names."
@@ -85,7 +85,7 @@ class FsdpConfig(Section):
 
 
 class ShardingSection(Section):
-    """How the model is spread over ranks. With neither fsdp nor deepspeed, each rank has a copy (DDP)."""
+    """Sharding of the model over ranks. With neither fsdp nor deepspeed, each rank has a copy (DDP)."""
 
     fsdp: Annotated[tuple[FsdpWord, ...], Strict(False), BeforeValidator(_words), FREE] = Field(
         (),

@@ -9,7 +9,7 @@ from finetuner.recipe.sections.facts import FREE, ONLY_HERE, KeyFacts
 
 
 class TrackingSection(Section):
-    """Where figures go beside metrics.jsonl, by rank 0. Logins are the services' own: `wandb login`, or a variable."""
+    """Trackers that rank 0 sends figures to, besides metrics.jsonl. Logins are the services' own (`wandb login`)."""
 
     use_tensorboard: Annotated[bool, FREE] = Field(False, description="Write event files for TensorBoard.")
     logging_dir: Annotated[DiskName | None, KeyFacts(resume="free", axolotl=ONLY_HERE)] = Field(

@@ -28,11 +28,11 @@ class BatchRamp(Section):
     """The first steps have fewer rows: the k-th, from 0, start + (global batch - start) x k / steps, rounded down."""
 
     start: Rows = Field(description="Rows of the first step, over all ranks; fewer than the global batch.")
-    steps: Steps = Field(description="After so many steps a step has the whole global batch.")
+    steps: Steps = Field(description="After so many steps a step has the full global batch.")
 
 
 class BatchSection(Section):
-    """How many rows make one step: ranks x micro_batch_size x gradient_accumulation_steps."""
+    """Rows of one step: ranks x micro_batch_size x gradient_accumulation_steps."""
 
     micro_batch_size: Annotated[Rows, KeyFacts(resume="free", known_as=("batch_size", "train_batch_size"))] = Field(
         1, description="Rows in one forward pass on one rank."
@@ -51,7 +51,7 @@ class BatchSection(Section):
 
 
 class ScheduleSection(Section):
-    """How long, and with which learning rate."""
+    """The length of the run, and its learning rate."""
 
     num_epochs: Annotated[Positive, KeyFacts(resume="noted", known_as=("epochs",))] = Field(
         1.0, description="Passes over the training rows."
@@ -90,7 +90,7 @@ class RateGroup(Section):
     """Weights with a learning rate of their own."""
 
     name: str = Field("", description="What you call it; errors say it.")
-    modules: Names = Field(min_length=1, description="The weights whose names have one of these texts in them.")
+    modules: Names = Field(min_length=1, description="The weights whose names contain one of these texts.")
     lr: Rate = Field(description="Their peak learning rate.")
 
 
@@ -122,14 +122,14 @@ class OptimizerSection(Section):
         "for the rest.",
     )
     optim_args: Annotated[str | dict[str, Any], NOTED] = Field(
-        {}, description="What the optimizer takes beside the keys here, as a block or as one text, momentum=0.9."
+        {}, description="Further arguments of the optimizer, as a block or as one text, momentum=0.9."
     )
     weight_decay: Annotated[
         NonNegative, KeyFacts(resume="noted", axolotl="there also on embeddings of some models; here on matrices only")
     ] = Field(0.0, description="On matrices only.")
     adam_beta1: Annotated[Decay, NOTED] = Field(0.9, description="AdamW, Lion: decay of the mean.")
     adam_beta2: Annotated[Decay, NOTED] = Field(
-        0.999, description="AdamW: decay of the variance; Lion: of what it remembers."
+        0.999, description="AdamW: decay of the variance; Lion: of its momentum."
     )
     adam_epsilon: Annotated[Positive, KeyFacts(resume="noted", aliases=("adam_eps",))] = Field(
         1e-8, description="Added to the denominator."
@@ -138,13 +138,14 @@ class OptimizerSection(Section):
 
 
 class RegularizationSection(Section):
-    """What training adds so that the model does not learn the rows by heart; evaluation is without it."""
+    """Terms that keep the model from memorizing the rows, in training only."""
 
     neftune_noise_alpha: Annotated[Positive | None, KeyFacts(resume="noted", aliases=("noisy_embedding_alpha",))] = (
         Field(None, description="Noise on the input embeddings (NEFTune, arXiv:2310.05914); 5 is usual.")
     )
     label_smoothing_factor: Annotated[Chance, KeyFacts(resume="noted", axolotl=ONLY_HERE)] = Field(
-        0.0, description="Share of the target that is spread over the whole vocabulary; the loss that is logged has it."
+        0.0,
+        description="Share of the target that goes to all tokens of the vocabulary alike; the logged loss has it.",
     )
     z_loss_coefficient: Annotated[NonNegative, KeyFacts(resume="noted", axolotl=ONLY_HERE)] = Field(
         0.0,
@@ -153,7 +154,7 @@ class RegularizationSection(Section):
 
 
 class CompileSection(Section):
-    """Compilation by PyTorch: a slow first step, then faster ones, with the same numbers but for rounding."""
+    """Compilation by PyTorch: a slow first step, then faster ones, with the same numbers up to rounding."""
 
     torch_compile: Annotated[Literal["auto"] | bool, FREE] = Field(
         False, description="Compile each decoder layer; auto: on a GPU, where nothing is in the way."
