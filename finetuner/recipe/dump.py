@@ -4,7 +4,6 @@ import io
 import json
 from typing import Any
 
-from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from finetuner.recipe.schema import FACTS, Recipe
@@ -14,8 +13,7 @@ from finetuner.redaction import without_secrets
 def flat_values(recipe: Recipe) -> dict[str, Any]:
     """Return key -> plain value (bool, number, text, list or dict), for every key that is set and has an effect."""
     out: dict[str, Any] = {}
-    for name in type(recipe).model_fields:
-        section: BaseModel = getattr(recipe, name)
+    for _, section in recipe:
         out |= section.model_dump(mode="json", exclude_none=True)
     # a key without effect would be refused when the dump is loaded
     adapter = recipe.adapter.adapter

@@ -35,7 +35,7 @@ def explain(key: str, loaded: Loaded | None = None) -> str:
         lines.append(f"  Axolotl   {FACTS[name].axolotl}")
     lines += _block_lines(info)
     if loaded is not None and not rest:
-        value = getattr(getattr(loaded.recipe, section), name)
+        value = dict(dict(loaded.recipe)[section])[name]
         origin = loaded.origins.get(name)
         lines.append(f"  here      {_plain(value)}, set at {origin}" if origin else "  here      not set: the default")
     return "\n".join(lines)

@@ -182,6 +182,11 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
     ),
 }  # fmt: skip
 assert tuple(OPTIMIZERS) == get_args(OptimizerName)
+OPTIMIZERS_IN_WORDS = (  # in the reference and in `finetuner explain optimizer`
+    "adamw_: AdamW (arXiv:1711.05101), by PyTorch's fused kernel where there is one. lion_: Lion (arXiv:2302.06675). "
+    "8bit: with a state in 8 bits (arXiv:2110.02861); paged_: moved to the CPU's memory when a GPU's is short. "
+    "adafactor: arXiv:1804.04235, as transformers has it. muon: Muon for hidden matrices, AdamW for the rest."
+)
 
 _OLDER_NAMES = {"adamw_8bit": "adamw_bnb_8bit"}  # in checkpoints of earlier versions
 

@@ -31,7 +31,7 @@ def validate(document: YamlDocument) -> tuple[dict[str, Any], Recipe | None]:
             values |= _valid_values(section_type, rest, wrong)
         else:
             sections[name] = section
-            values |= {key: getattr(section, key) for key in section_type.model_fields}
+            values |= dict(section)
     complete = len(sections) == len(SECTIONS)
     return values, Recipe.model_validate(sections) if complete else None
 
@@ -55,7 +55,7 @@ def _valid_values(section_type: type[Section], rest: dict[str, Any], wrong: set[
     """Validated values of the keys that are right, so that the rules can still speak about them."""
     stand_in = {key: value for key, value in _STAND_IN.items() if key in wrong and key in section_type.model_fields}
     section = section_type.model_validate({**rest, **stand_in})
-    return {key: getattr(section, key) for key in section_type.model_fields if key not in wrong}
+    return {key: value for key, value in section if key not in wrong}
 
 
 def _unknown_key(key: str) -> str:

@@ -652,6 +652,7 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"deepspeed": {"zero_optimization": {"stage": 1}}},
     ),
     ("fsdp", {"fsdp": ["full_shard", "no_shard"]}, {"fsdp": ["full_shard"]}),
+    ("fsdp", {"fsdp": ["no_shard", "offload"]}, {"fsdp": ["full_shard", "offload"]}),
     (
         "fsdp_config",
         {"fsdp": ["full_shard", "auto_wrap"], "fsdp_config": {"auto_wrap_policy": "NO_WRAP"}},

@@ -31,14 +31,14 @@ def _keys_of_their_type(values: Values) -> Iterator[Finding]:
     for key, i, entry in _entries(values):
         for name in sorted(entry.model_fields_set & set(KEYS_OF_TYPE)):
             default = type(entry).model_fields[name].default
-            if entry.type != KEYS_OF_TYPE[name] and getattr(entry, name) != default:
+            if entry.type != KEYS_OF_TYPE[name] and dict(entry)[name] != default:
                 yield Finding((key, i, name), f"{name} is for `type: {KEYS_OF_TYPE[name]}`. Remove it.")
 
 
 def _names_are_the_hubs(values: Values) -> Iterator[Finding]:
     for key, i, entry in _entries(values):
         for name in ("name", "revision"):
-            if getattr(entry, name) is not None and entry.path.endswith(DATA_SUFFIXES):
+            if dict(entry)[name] is not None and entry.path.endswith(DATA_SUFFIXES):
                 yield Finding((key, i, name), f"{name} chooses a part of a hub dataset; a file has none. Remove it.")
 
 
@@ -87,7 +87,7 @@ def _placeholders_of_a_format(values: Values) -> Iterator[Finding]:
         if not isinstance(entry.type, InstructionFormat):
             continue
         for name, known in _PLACEHOLDERS_OF.items():
-            used = _PLACEHOLDER.findall(getattr(entry.type, name))
+            used = _PLACEHOLDER.findall(dict(entry.type)[name])
             for word in sorted(set(used) - set(known)):
                 listed = ", ".join(f"{{{one}}}" for one in known)
                 message = f"{{{word}}} stands for nothing in {name}; it may have {listed}.{did_you_mean(word, known)}"

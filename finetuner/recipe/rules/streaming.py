@@ -38,7 +38,7 @@ def _full_rows_are_counted(values: Values) -> Iterator[Finding]:
 def _whole_splits(values: Values) -> Iterator[Finding]:
     for i, entry in enumerate(values["datasets"] if values["streaming"] else ()):
         for name in ("shards", "max_samples"):
-            if getattr(entry, name) is not None:
+            if dict(entry)[name] is not None:
                 message = f"{name} chooses rows by their number, and streaming reads all of them. Remove it."
                 yield Finding(("datasets", i, name), message, (("streaming",),))
         if not entry.split.replace("_", "").replace("-", "").replace(".", "").isalnum():

@@ -161,7 +161,7 @@ class DatasetEntry(Section):
         if isinstance(self.type, InstructionFormat):
             return (self.type.field_instruction, self.type.field_output)
         row_type = ROW_TYPES[self.type]
-        named = (str(getattr(self, row_type.column_key)),) if row_type.column_key is not None else ()
+        named = (dict(self)[row_type.column_key],) if row_type.column_key is not None else ()
         return (*named, *row_type.columns)
 
     @property

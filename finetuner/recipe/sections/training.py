@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
-from finetuner.recipe.optimizers import OptimizerName
+from finetuner.recipe.optimizers import OPTIMIZERS_IN_WORDS, OptimizerName
 from finetuner.recipe.schedules import ScheduleShape
 from finetuner.recipe.sections.base import (
     Chance,
@@ -116,10 +116,7 @@ class OptimizerSection(Section):
 
     optimizer: Annotated[OptimizerName, NOTED] = Field(
         "adamw_torch",
-        description="adamw_: AdamW (arXiv:1711.05101), by PyTorch's fused kernel where there is one. lion_: Lion "
-        "(arXiv:2302.06675). 8bit: with a state in 8 bits (arXiv:2110.02861); paged_: moved to the CPU's memory when a "
-        "GPU's is short. adafactor: arXiv:1804.04235, as transformers has it. muon: Muon for hidden matrices, AdamW "
-        "for the rest.",
+        description=OPTIMIZERS_IN_WORDS,
     )
     optim_args: Annotated[str | dict[str, Any], NOTED] = Field(
         {}, description="Further arguments of the optimizer, as a block or as one text, momentum=0.9."
