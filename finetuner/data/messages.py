@@ -156,7 +156,7 @@ def _joined(pieces: list[Any], message: dict[str, Any], turn: int) -> str:
 
 
 def _kind_and_text(piece: Any, turn: int) -> tuple[str, str]:
-    """Raises DataError for a piece of a content that is no text, such as an image."""
+    """Return type and text of a piece of a content. Raises DataError if it is no text, such as an image."""
     if isinstance(piece, dict):
         value = piece.get("text") or piece.get("value") or piece.get("content") or ""
         if piece.get("type") in ("text", "reasoning", "thinking", "tool_call") and isinstance(value, str):

@@ -41,8 +41,9 @@ class SchedulePoint:
 
 @dataclass(frozen=True)
 class ScheduleRow:
-    """options: lr_scheduler_kwargs may name them -> their types. rate: the rate as a multiple of the peak.
+    """One schedule.
 
+    rate: the learning rate as a multiple of the peak. options: what lr_scheduler_kwargs may name -> its type.
     mistakes: what is wrong with options of the right types, given the peak. own_warmup: `rate` is the warmup's too,
     which is linear from 0 for every other schedule.
     """

@@ -40,18 +40,22 @@ Table = Mapping[str, Foreign]
 
 
 def renamed(key: str) -> Foreign:
+    """A key that is `key` here, with the same values."""
     return Foreign(becomes=key)
 
 
 def translated(translate: Callable[[Any], Mapping[str, Any]]) -> Foreign:
+    """A key whose value `translate` turns into our keys and values."""
     return Foreign(translate=translate)
 
 
 def ignored(reason: str, *, loud: bool = False) -> Foreign:
+    """A key that is accepted without effect, for a reason that the user is told; even without -v if `loud`."""
     return Foreign(without_effect=reason, loud=loud)
 
 
 def blocked(capability: str, instead: str = "Remove it.", says_nothing: tuple[Any, ...] = ()) -> Foreign:
+    """A key that is refused as a capability that is not there, unless its value asks for nothing."""
     return Foreign(unsupported=capability, instead=instead, says_nothing=says_nothing)
 
 

@@ -1,4 +1,4 @@
-"""Facts of a recipe key, which stand beside its field: what other rooms ask about a key without listing names.
+"""Facts of a recipe key, which stand at its field, so that no other room lists names of keys.
 
 A key is written `name: Annotated[TYPE, KeyFacts(resume="free")] = Field(DEFAULT, description="...")`, or with FREE,
 NOTED or MUST_MATCH where there is nothing more to say. The keys inside a
@@ -47,7 +47,7 @@ NOTED = KeyFacts(resume="noted")
 
 
 def facts_of(key: str, info: FieldInfo) -> KeyFacts:
-    """The facts that stand beside a field. Raises TypeError if there are none: a key may not be silent about them."""
+    """Return the facts at a field. Raises TypeError if there are none: a key may not be silent about them."""
     for metadata in info.metadata:
         if isinstance(metadata, KeyFacts):
             return metadata

@@ -13,7 +13,7 @@ class GPTSection(Section):
 
     preset: Literal["gpt-nano", "gpt2-small", "gpt2-medium", "gpt2-large", "llama-1b"] | None = Field(
         None,
-        description="A shape by name: gpt-nano (under 1M parameters beside the vocabulary), gpt2-small (124M), "
+        description="A shape by name: gpt-nano (under 1M parameters besides the vocabulary), gpt2-small (124M), "
         "gpt2-medium (355M), gpt2-large (774M), llama-1b (as Llama 3.2's 1B).",
     )
     layers: Count | None = Field(None, description="Blocks of attention and MLP, one after another.")
