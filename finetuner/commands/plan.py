@@ -86,7 +86,7 @@ def _model_cost(recipe: Recipe, batches: Plan) -> ModelCost:
     if recipe.model.base_model == FROM_SCRATCH:
         assert block is not None, "a rule asks for the block"
         vocabulary = block.vocabulary or _vocabulary(recipe)
-        return scratch_model_cost(block, vocabulary, batches, recipe.optimizer.optimizer)
+        return scratch_model_cost(block, vocabulary, batches, recipe.optimizer)
     from finetuner.estimate.base_model_cost import base_model_cost  # imports torch
 
     return base_model_cost(recipe, batches)

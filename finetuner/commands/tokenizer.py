@@ -28,7 +28,7 @@ def tokenizer(recipe: RecipePath, overrides: Overrides = None) -> None:
         name = tokenizer_name(values, World(), work.at) or values.model.base_model
     made = load_tokenizer(values.tokenizer, name, values.model.trust_remote_code).tokenizer
     rows = [("tokenizer", name), ("vocabulary", f"{len(made):,} tokens")]
-    plain = tuple(entry for entry in values.data.datasets if entry.type == "completion")
+    plain = tuple(entry for entry in values.data.datasets if entry.is_plain_text)
     found = measure_tokenizer(made, texts_of(plain, values))
     if found is not None:
         rows += [

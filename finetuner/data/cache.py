@@ -26,6 +26,7 @@ from finetuner.data.prepare import Prepared, Report, SourceShare, packed, prepar
 from finetuner.data.sources import TableSource, load_source
 from finetuner.data.store import map_store, store_facts
 from finetuner.errors import DataError
+from finetuner.recipe.schema import keys_where
 from finetuner.recipe.sections import DataSection, DatasetEntry, PackingSection
 from finetuner.storage.atomic import staged_file
 from finetuner.storage.build_once import build_once
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 MARK = "prepared.json"
 SETTLED_NS = 100_000_000
 # Keys that change nothing about the documents, or only whether they are used.
-_NO_MATTER = {"dataset_prepared_path", "max_dropped_fraction"}
+_NO_MATTER = set(keys_where(lambda facts: not facts.prepared_rows))
 
 
 def prepare_once(
@@ -175,9 +176,9 @@ def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
     ]
 
 
-def _code_facts() -> list[str]:
+def _code_facts(folder: Path = Path(__file__).parent) -> list[str]:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         digest.update(path.read_bytes())
     # not by importing `datasets`, which is most of what a start costs that finds its rows prepared
     return [digest.hexdigest(), *(_version(name) for name in ("datasets", "fastokens", "tokenizers", "transformers"))]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from finetuner.data.formats import Rendered, Span
+from finetuner.data.formats.base import Rendered, Span
 from finetuner.data.messages import Conversation, Messages
 from finetuner.data.sandbox import ChatTemplate, compile_template
 from finetuner.data.template_spans import (

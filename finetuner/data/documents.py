@@ -1,29 +1,20 @@
-"""Rows of an entry -> documents that fit, and what became of the rows that are not among them."""
+"""Turns the rows of a dataset into documents that fit, and accounts for every row that is not among them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from finetuner.data.chat import build_chat_renderer
 from finetuner.data.encoding import Encoder
 from finetuner.data.files import Row
-from finetuner.data.formats import (
-    Rendered,
-    render_alpaca,
-    render_completion,
-    render_instruction,
-    render_prompt_completion,
-    render_segments,
-)
-from finetuner.data.messages import MessageReader
+from finetuner.data.formats import load_format
+from finetuner.data.formats.base import Rendered, Renderer
 from finetuner.data.sources import Placed
 from finetuner.data.tokens import IGNORE, Document, read_tokens
 from finetuner.errors import DataError
-from finetuner.recipe.sections import DataSection, DatasetEntry, InstructionFormat
+from finetuner.recipe.sections import DataSection, DatasetEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Renderer = Callable[[Row], Rendered]
 
 TOO_LONG = "longer than sequence_len"
 TOO_SHORT = "shorter than min_sample_len"
@@ -35,13 +26,13 @@ SPLIT = "split into several documents"
 SPLIT_IN_PART = "split, with parts left out that have nothing to learn or are too short"
 DUPLICATE = "equal to an earlier row"
 
-# What max_dropped_fraction speaks of: cut and split rows are learned, blank lines of a text are none, and equal rows
-# are left out because the recipe says so.
+# The rows that max_dropped_fraction bounds: cut and split rows are trained on, blank lines of a text are none, and
+# equal rows are left out because the recipe says so.
 DROPPED = (TOO_LONG, TOO_SHORT, UNTRAINED, BAD)
 
 
 class Outcome(NamedTuple):
-    """A row that is not learned as it stands. `length`: its tokens, 0 if it has none."""
+    """A row that is not trained on as it stands, and the reason. `length`: its tokens, 0 if it has none."""
 
     source: str
     row: int
@@ -51,21 +42,24 @@ class Outcome(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What each row became: no document, one, or, if it was split, several."""
+    """Documents of each row (none, one, or several of a split row), and the rows that were not taken as they were."""
 
     documents: list[list[Document]]
     outcomes: list[Outcome]
 
 
 class Texts(NamedTuple):
-    """Rows, and what each is before it is tokenised: a text, a document where the row holds tokens, or None for a row
-    that is left out, which is among the outcomes."""
+    """Rows before they are tokenized: each a text, a document where the row holds tokens, or None where it is left out.
+
+    Rows that are left out are among the outcomes.
+    """
 
     rows: Sequence[Placed]
     texts: list[Rendered | Document | None]
     outcomes: list[Outcome]
 
     def with_more(self, other: "Texts") -> "Texts":
+        """Return these rows and, behind them, the others."""
         return Texts([*self.rows, *other.rows], self.texts + other.texts, self.outcomes + other.outcomes)
 
     @property
@@ -74,30 +68,38 @@ class Texts(NamedTuple):
 
 
 class DocumentMaker:
-    """Turns rows of one entry into documents, in three steps of which the second, the costly one, is no Python's, so
-    that it can go on beside the others."""
+    """Turns rows of one entry into documents in three steps: render, tokenize, fit.
+
+    The second is the costly one and runs outside Python, so that it can go on while the others work on other rows.
+    """
 
     def __init__(self, entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raises DataError if the tokenizer cannot render this entry's rows."""
         self.entry, self.section, self.vocab_size = entry, section, len(tokenizer)
         self.encoder = Encoder(tokenizer)
-        self.renderer = _renderer(entry, section, tokenizer) if entry.type is not None else None
-        # Far more characters than so many tokens can stand for: not worth the minutes that tokenising them takes.
+        self.renderer = _renderer(entry, section, tokenizer)
+        # Far more characters than so many tokens can stand for: not worth the minutes that tokenizing them takes.
         self.hopeless = section.sequence_len * max(map(len, tokenizer.get_vocab())) * 8
 
     def make(self, rows: Sequence[Placed]) -> Made:
-        """Raises DataError at a row that cannot become tokens, unless on_bad_row says to skip it."""
+        """Return the documents of rows.
+
+        Raises DataError at a row that cannot become tokens, unless on_bad_row says to skip it.
+        """
         texts = self.render(rows)
         return self.fit(texts, self.tokenize(texts))
 
     def render(self, rows: Sequence[Placed]) -> Texts:
+        """Return the texts of rows. Raises DataError as `make` does."""
         outcomes: list[Outcome] = []
         return Texts(rows, [self._text(placed, outcomes) for placed in rows], outcomes)
 
     def tokenize(self, texts: Texts) -> list[Document]:
+        """Return a document for each row that is a text, in their order."""
         return self.encoder.tokenize([text for text in texts.texts if isinstance(text, Rendered)])
 
     def fit(self, texts: Texts, tokenized: Sequence[Document]) -> Made:
+        """Return the documents of rows, cut, split or dropped as the recipe says. `tokenized`: from `tokenize`."""
         documents: list[list[Document]] = []
         outcomes, of_texts = list(texts.outcomes), iter(tokenized)
         for placed, text in zip(texts.rows, texts.texts, strict=True):
@@ -105,7 +107,7 @@ class DocumentMaker:
                 documents.append([])
                 continue
             document = next(of_texts) if isinstance(text, Rendered) else text
-            if isinstance(text, Rendered) and self.entry.type == "completion" and not text.text.strip():
+            if isinstance(text, Rendered) and self.entry.is_plain_text and not text.text.strip():
                 outcomes.append(Outcome(placed.file, placed.number, BLANK, 0))
                 documents.append([])
                 continue
@@ -113,7 +115,7 @@ class DocumentMaker:
         return Made(documents, outcomes)
 
     def _text(self, placed: Placed, outcomes: list[Outcome]) -> Rendered | Document | None:
-        """None for a row that is skipped."""
+        """One row as text or tokens; None for a row that is skipped, which joins the outcomes."""
         try:
             if isinstance(placed.row, DataError):
                 raise placed.row
@@ -134,44 +136,29 @@ class DocumentMaker:
             return None
 
 
-def _renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
-    """How the rows of an entry become text. Raises DataError if the tokenizer cannot do it."""
-    render = _renderer_of_type(entry, section, tokenizer)
+def _renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Renderer | None:
+    """Return the renderer of an entry's rows, or None if they hold tokens.
+
+    Raises DataError if the tokenizer cannot render them.
+    """
+    if entry.row_format is None:
+        return None
+    render = load_format(entry.row_format)(entry, section, tokenizer)
     if not section.train_on_inputs:
         return render
 
     def render_all(row: Row) -> Rendered:
-        one = render(row)
-        return Rendered(one.text, ((0, len(one.text)),), one.wraps, one.contents)
+        rendered = render(row)
+        return replace(rendered, spans=((0, len(rendered.text)),))
 
     return render_all
 
 
-def _renderer_of_type(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
-    form = entry.type
-    if isinstance(form, InstructionFormat):
-        return lambda row: render_instruction(row, form)
-    if form == "alpaca":
-        return render_alpaca
-    if form == "completion":
-        return lambda row: render_completion(row, entry.field)
-    if form == "input_output":
-        return render_segments
-    if form == "prompt_completion":
-        return render_prompt_completion
-    reader = MessageReader.of(entry)
-    chat = build_chat_renderer(
-        tokenizer,
-        kwargs=section.chat_template_kwargs,
-        eot_tokens=section.eot_tokens,
-        train_on_eos=entry.train_on_eos,
-        train_on_eot=entry.train_on_eot,
-    )
-    return lambda row: chat.render(reader.read(row))
-
-
 def fit(document: Document, section: DataSection, outcomes: list[Outcome], placed: Placed) -> list[Document]:
-    """The row's document as it is trained on: none, one, or, if it is split, several."""
+    """Return a row's document as it is trained on: none, one, or, if it is split, several.
+
+    A row that is not taken as it is joins `outcomes`. Raises DataError for one that is too long, if the recipe says so.
+    """
     ids, labels = document
     limit, length = section.sequence_len, len(ids)
 
@@ -183,21 +170,21 @@ def fit(document: Document, section: DataSection, outcomes: list[Outcome], place
         return []
     pieces = [document]
     if length > limit:
-        if section.excess_length_strategy == "raise":
+        strategy = section.excess_length_strategy
+        if strategy == "raise":
             raise DataError(
                 f"{placed.file}: row {placed.number}: {length} tokens, but sequence_len is {limit}.\n"
                 "Raise sequence_len, or write `excess_length_strategy: drop`, `truncate` or `split`."
             )
-        if section.excess_length_strategy == "drop":
-            outcome(TOO_LONG)
+        outcome({"drop": TOO_LONG, "truncate": CUT, "split": SPLIT}[strategy])
+        stop = {"drop": 0, "truncate": 1, "split": length}[strategy]
+        pieces = [(ids[at : at + limit], labels[at : at + limit]) for at in range(0, stop, limit)]
+        if not pieces:
             return []
-        split = section.excess_length_strategy == "split"
-        outcome(SPLIT if split else CUT)
-        pieces = [(ids[at : at + limit], labels[at : at + limit]) for at in range(0, length if split else 1, limit)]
     trained = [(ids, labels) for ids, labels in pieces if (labels[1:] != IGNORE).any()]
-    kept = [(ids, labels) for ids, labels in trained if len(ids) >= section.min_sample_len]
-    if not kept:
+    taken = [(ids, labels) for ids, labels in trained if len(ids) >= section.min_sample_len]
+    if not taken:
         outcome(TOO_SHORT if trained else UNTRAINED)
-    elif len(kept) < len(pieces):
+    elif len(taken) < len(pieces):
         outcome(SPLIT_IN_PART)
-    return kept
+    return taken

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetuner.data.byte_level import ByteLevel
-from finetuner.data.formats import Rendered, Span
+from finetuner.data.formats.base import Rendered, Span
 from finetuner.data.tokens import IGNORE, Document, Ids
 from finetuner.errors import DataError
 

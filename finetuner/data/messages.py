@@ -1,4 +1,4 @@
-"""Row -> the conversation in it, as chat templates want it: roles by their usual names, tool calls as values."""
+"""Reads the conversation of a row, as chat templates take it: roles by their usual names, tool calls as values."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetuner.data.files import Row
-from finetuner.data.formats import cell_of, kind_of
+from finetuner.data.formats.base import cell_of, kind_of
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DatasetEntry
 
@@ -21,7 +21,7 @@ TRAINING_KEYS = ("train", "weight")  # heeded where they stand; `weight` is the 
 
 @dataclass(frozen=True)
 class Conversation:
-    """`trained[i]` says whether message i is learned. `plain`: every message is a role and a text, nothing more."""
+    """Messages and tools of a row. trained[i]: message i is trained on. plain: messages are a role and a text only."""
 
     messages: Messages
     trained: tuple[bool, ...]
@@ -31,7 +31,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class MessageReader:
-    """How the messages of one dataset are read."""
+    """Reads the messages of one dataset, by the names that its entry in the recipe gives."""
 
     column: str
     tools_column: str
@@ -43,6 +43,7 @@ class MessageReader:
 
     @classmethod
     def of(cls, entry: DatasetEntry) -> "MessageReader":
+        """Return the reader of an entry's messages."""
         names = {name: role for role, given in entry.roles.items() for name in given}
         roles = ROLES | names
         return cls(
@@ -56,26 +57,44 @@ class MessageReader:
         )
 
     def read(self, row: Row) -> Conversation:
-        """Raises DataError if a message is not one, or the tools are not a list."""
+        """Return the conversation of a row. Raises DataError if a message is not one, or the tools are not a list."""
         cell = cell_of(row, self.column)
         if not isinstance(cell, list) or not cell:
             raise DataError(f"column '{self.column}' holds {kind_of(cell)}, but must be a list of messages")
         messages: Messages = []
         trained = []
         for i, given in enumerate(cell):
-            message, wish = self._message(i, given)
+            message, is_trained = self._message(i, given)
             messages.append(message)
-            trained.append(message["role"] in self.roles_to_train if wish is None else wish)
+            trained.append(message["role"] in self.roles_to_train if is_trained is None else is_trained)
         plain = set().union(*messages) <= {"role", "content", "name"}
         return Conversation(messages, tuple(trained), self._tools(row.get(self.tools_column)), plain)
 
     def _message(self, i: int, given: Any) -> tuple[dict[str, Any], bool | None]:
+        """Return message `i` as a template takes it, and whether its own key says that it is trained on.
+
+        None: it has no such key. Raises DataError if it is no message.
+        """
         if isinstance(given, dict) and len(given) == 2:  # nearly all messages: a role and a text
             role, content = given.get(self.role_key), given.get(self.content_key)
             if isinstance(role, str) and isinstance(content, str) and role != TOOL_CALL_ROLE:
                 return {"role": self.roles.get(role, role), "content": content}, None
         # `datasets` gives every message the keys of all; a key that is null here was not in this one
         message = without_nulls(given) if isinstance(given, dict) else {}
+        role, content = self._role_and_content(i, message, given)
+        is_trained = self._is_trained(i, message)
+        thought = next((message.pop(name) for name in THOUGHTS if name in message), None)
+        if thought is not None:
+            message[THOUGHTS[0]] = thought
+        if role == TOOL_CALL_ROLE and role not in self.roles:
+            message["tool_calls"] = _tool_calls(content, i)
+            role, content = "assistant", ""
+        if "tool_calls" in message:
+            message["tool_calls"] = _call_list(message["tool_calls"], i)
+        return {"role": self.roles.get(role, role), "content": content, **message}, is_trained
+
+    def _role_and_content(self, i: int, message: dict[str, Any], given: Any) -> tuple[str, str]:
+        """Take role and text out of a message; a content in pieces is joined. Raises DataError if one is missing."""
         role, content = message.pop(self.role_key, None), message.pop(self.content_key, None)
         if content is None and message.get("tool_calls"):
             content = ""
@@ -86,23 +105,10 @@ class MessageReader:
                 f"message {i} of column '{self.column}' must have text in '{self.role_key}' and '{self.content_key}'; "
                 f"it is {given!r:.150}{_other_names(given)}"
             )
-        wish = self._wish(i, message)
-        thought = next((message.pop(name) for name in THOUGHTS if name in message), None)
-        if thought is not None:
-            message[THOUGHTS[0]] = thought
-        if role == TOOL_CALL_ROLE and role not in self.roles:
-            message["tool_calls"] = _tool_calls(content, i)
-            role, content = "assistant", ""
-        if "tool_calls" in message:
-            if not isinstance(message["tool_calls"], list):
-                raise DataError(
-                    f"message {i}: 'tool_calls' is {message['tool_calls']!r:.60}, but must be a list of calls"
-                )
-            message["tool_calls"] = [_tool_call(call, i) for call in message["tool_calls"]]
-        return {"role": self.roles.get(role, role), "content": content, **message}, wish
+        return role, content
 
-    def _wish(self, i: int, message: dict[str, Any]) -> bool | None:
-        """What the message itself says about being learned."""
+    def _is_trained(self, i: int, message: dict[str, Any]) -> bool | None:
+        """Take the key out of a message that says whether it is trained on; None if it has none."""
         keys = (self.training_key,) if self.training_key is not None else TRAINING_KEYS
         for key in keys:
             if key in message:
@@ -125,26 +131,23 @@ class MessageReader:
 
 
 def _other_names(given: Any) -> str:
-    """What to type for a message in ShareGPT's words."""
+    """A hint for a message in ShareGPT's words."""
     if isinstance(given, dict) and isinstance(given.get("from"), str) and isinstance(given.get("value"), str):
         return ".\nWrite `message_property_mappings: {role: from, content: value}` beside `field_messages`"
     return ""
 
 
-def _joined(parts: list[Any], message: dict[str, Any], turn: int) -> str:
-    """The text of a content in parts; thoughts and tool calls among them become keys of the message."""
+def _joined(pieces: list[Any], message: dict[str, Any], turn: int) -> str:
+    """The text of a content in pieces; thoughts and tool calls among them become keys of the message."""
     texts, thoughts, calls = [], [], []
-    for part in parts:
-        part_type = part.get("type") if isinstance(part, dict) else None
-        value = (part.get("text") or part.get("value") or part.get("content")) if isinstance(part, dict) else None
-        if part_type not in ("text", "reasoning", "thinking", "tool_call") or not isinstance(value or "", str):
-            raise DataError(f"message {turn}: this part of its content is not text: {part!r:.150}")
-        if part_type == "text":
-            texts.append(value or "")
-        elif part_type == "tool_call":
-            calls += _tool_calls(value or "", turn)
+    for piece in pieces:
+        kind, value = _kind_and_text(piece, turn)
+        if kind == "text":
+            texts.append(value)
+        elif kind == "tool_call":
+            calls += _tool_calls(value, turn)
         else:
-            thoughts.append(value or "")
+            thoughts.append(value)
     if thoughts:
         message["reasoning_content"] = "".join(thoughts)
     if calls:
@@ -152,9 +155,24 @@ def _joined(parts: list[Any], message: dict[str, Any], turn: int) -> str:
     return "".join(texts)
 
 
+def _kind_and_text(piece: Any, turn: int) -> tuple[str, str]:
+    """Return type and text of a piece of a content. Raises DataError if it is no text, such as an image."""
+    if isinstance(piece, dict):
+        value = piece.get("text") or piece.get("value") or piece.get("content") or ""
+        if piece.get("type") in ("text", "reasoning", "thinking", "tool_call") and isinstance(value, str):
+            return piece["type"], value
+    raise DataError(f"message {turn}: this part of its content is not text: {piece!r:.150}")
+
+
 def _tool_calls(text: str, turn: int) -> list[Any]:
     calls = _parsed(text, f"message {turn}, a tool call,")
     return calls if isinstance(calls, list) else [calls]
+
+
+def _call_list(calls: Any, turn: int) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        raise DataError(f"message {turn}: 'tool_calls' is {calls!r:.60}, but must be a list of calls")
+    return [_tool_call(call, turn) for call in calls]
 
 
 def _tool_call(call: Any, turn: int) -> dict[str, Any]:
@@ -179,7 +197,7 @@ def _parsed(text: str, what: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value as it was in its file: a table gives every block the keys of all, with nulls for those not there."""
+    """Return a value as it was in its file: a table gives every block the keys of all, those it lacks as nulls."""
     if isinstance(value, dict):
         return {
             key: inner if isinstance(inner, str) else without_nulls(inner)

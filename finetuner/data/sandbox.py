@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
-from finetuner.data.formats import Span
+from finetuner.data.formats.base import Span
 from finetuner.data.messages import THOUGHTS
 from finetuner.errors import DataError
 

@@ -307,34 +307,14 @@ def _saved_to_disk(entry: DatasetEntry, path: Path) -> "datasets.Dataset":
     return datasets.concatenate_datasets(chosen)
 
 
-def _wanted_columns(entry: DatasetEntry) -> tuple[tuple[str, ...], str]:
-    """The columns that a row must have, and how other ones are named."""
-    if isinstance(entry.type, InstructionFormat):
-        return (entry.type.field_instruction, entry.type.field_output), "Name the columns in the `type` block (field_*)"
-    if entry.type == "chat_template":
-        return (entry.field_messages,), "Name the column with field_messages"
-    if entry.type == "completion":
-        return (entry.field,), "Name the column with `field`"
-    rename = "Rename the columns"
-    if entry.type is None:
-        return ("input_ids", "labels"), "Say what the rows are (`type: alpaca`, `type: chat_template`, ...)"
-    columns = {
-        "alpaca": ("instruction", "output"),
-        "input_output": ("segments",),
-        "prompt_completion": ("prompt", "completion"),
-    }
-    return columns[entry.type], rename
-
-
 def require_columns(entry: DatasetEntry, columns: list[str]) -> None:
-    wanted, advice = _wanted_columns(entry)
-    missing = [name for name in wanted if name not in columns]
+    missing = [name for name in entry.required_columns if name not in columns]
     if missing:
         kind = "the `type` block" if isinstance(entry.type, InstructionFormat) else f"`type: {entry.type}`"
         needs = "rows without a `type` need" if entry.type is None else f"{kind} needs"
         raise DataError(
             f"'{entry.path}' has no column '{missing[0]}', which {needs}.\n"
-            f"Its columns are: {', '.join(columns)}.\n{advice}, or choose the `type` that fits."
+            f"Its columns are: {', '.join(columns)}.\n{entry.column_advice}, or choose the `type` that fits."
         )
 
 

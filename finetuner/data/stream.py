@@ -266,7 +266,7 @@ class RowStream:
 
 def is_joined(section: DataSection) -> bool:
     """Whether a stream of these sources is cut into full rows."""
-    return all(entry.type == "completion" for entry in section.datasets)
+    return all(entry.is_plain_text for entry in section.datasets)
 
 
 def documents_of(section: DataSection) -> DataSection:

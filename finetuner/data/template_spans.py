@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from finetuner.data.formats import Span
+from finetuner.data.formats.base import Span
 from finetuner.data.messages import Conversation, Messages
 from finetuner.data.sandbox import ChatTemplate
 from finetuner.errors import DataError

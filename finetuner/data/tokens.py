@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.formats import cell_of
+from finetuner.data.formats.base import cell_of
 from finetuner.errors import DataError
 
 IGNORE = -100  # the label of a token that is not trained on; transformers' and PyTorch's convention

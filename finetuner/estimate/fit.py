@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetuner.errors import PlanError
+from finetuner.models.embeddings import vocabulary_parameters
 from finetuner.models.empty_model import meta_model_if_possible
 from finetuner.models.quant_format import choose_quant_format
-from finetuner.plan.memory import Parts, kept_by_a_rank, trained_parts
+from finetuner.plan.memory import ModelBytes, bytes_of_a_rank, bytes_of_training, without_paged_state
 from finetuner.plan.parallel import ParallelPlan
 from finetuner.plan.precision import Precision
 from finetuner.plan.run import Plan
+from finetuner.recipe.optimizers import TrainedTensor
 from finetuner.recipe.sections import AdapterSection, ModelSection, OptimizerSection, QuantizationSection
 from finetuner.world import World
 
@@ -45,7 +47,7 @@ def require_fit(
     if model is None:
         return
     total = training_memory(model, adapter, quantization, optimizer, plan)
-    per_rank = kept_by_a_rank(total, plan.parallel)
+    per_rank = bytes_of_a_rank(without_paged_state(total, optimizer, world.device), plan.parallel)
     on_cpu = world.device == "cpu"
     checks = [
         (per_rank.device, world.device_memory, f"this rank's share of the RAM is {{}} (the device is {world.device})")
@@ -96,16 +98,19 @@ def training_memory(
     quantization: QuantizationSection,
     optimizer: OptimizerSection,
     plan: Plan,
-) -> Parts:
+) -> ModelBytes:
     """Bytes that a `model` without weights takes between steps, over all ranks; an adapter is too small to count."""
-    parameters = list(model.parameters())
     if adapter.adapter is None and adapter.unfrozen_parameters is None:
-        count = sum(p.numel() for p in parameters)
-        return trained_parts(
-            count, parallel=plan.parallel, bf16=plan.precision == "bf16", optimizer=optimizer.optimizer
-        )
-    num_bytes = sum(p.numel() * p.itemsize for p in parameters)
-    return Parts(num_bytes // 2 if quantization.load_in_8bit else num_bytes)
+        bf16 = plan.precision == "bf16"
+        return bytes_of_training(trained_tensors(model), optimizer, parallel=plan.parallel, bf16=bf16)
+    num_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
+    return ModelBytes(num_bytes // 2 if quantization.load_in_8bit else num_bytes)
+
+
+def trained_tensors(model: "PreTrainedModel") -> list[TrainedTensor]:
+    """Return the shapes of all parameters of a `model`; a tied head is the embedding's."""
+    tables = vocabulary_parameters(model, model)
+    return [TrainedTensor(tuple(p.shape), name in tables) for name, p in model.named_parameters()]
 
 
 def smaller_ways(

@@ -8,10 +8,10 @@ from typing import Any
 
 from finetuner.errors import PlanError
 from finetuner.plan.flops import Work, known_devices, parts_of_shape, peak_of, work_of_shape
-from finetuner.plan.memory import Kept, Parts, kept_by_a_rank, trained_parts
+from finetuner.plan.memory import ModelBytes, RankBytes, bytes_of_a_rank, bytes_of_training
 from finetuner.plan.run import Plan
-from finetuner.recipe.gpt_shape import shape_of
-from finetuner.recipe.sections import GPTSection, ScheduleSection
+from finetuner.recipe.gpt_shape import shape_of, tensors_of_shape
+from finetuner.recipe.sections import GPTSection, OptimizerSection, ScheduleSection
 
 SHOWN_WITHOUT_CHOICE = ("A100", "H100", "B200")  # devices whose times are stated if none is named
 
@@ -34,7 +34,7 @@ class ModelCost:
     title: str
     parameters_by_part: dict[str, int]
     work: Work | None
-    memory: Parts
+    memory: ModelBytes
 
     @property
     def num_parameters(self) -> int:
@@ -67,7 +67,7 @@ class TrainingCost:
     length: RunLength | None
     flops: float | None
     times: tuple[DeviceTime, ...]
-    rank_memory: Kept
+    rank_memory: RankBytes
     num_devices: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def training_cost(
     if model.work is not None and length is not None:
         flops = model.work.flops_of_rows(length.num_tokens, sequence_len)
     times = () if flops is None else training_times(flops, devices, utilization)
-    return TrainingCost(model, length, flops, times, kept_by_a_rank(model.memory, plan.parallel), devices.count)
+    return TrainingCost(model, length, flops, times, bytes_of_a_rank(model.memory, plan.parallel), devices.count)
 
 
 def parse_devices(text: str, peak_flops: float | None) -> Devices:
@@ -128,7 +128,7 @@ def run_length(section: ScheduleSection, plan: Plan, *, sequence_len: int, strea
     return None
 
 
-def scratch_model_cost(block: GPTSection, vocabulary: int, plan: Plan, optimizer: str) -> ModelCost:
+def scratch_model_cost(block: GPTSection, vocabulary: int, plan: Plan, optimizer: OptimizerSection) -> ModelCost:
     """Return the cost of a model from scratch, all of which is trained. `vocabulary`: tokens of its tokenizer."""
     shape = shape_of(block)
     by_part = parts_of_shape(shape, vocabulary)
@@ -136,8 +136,8 @@ def scratch_model_cost(block: GPTSection, vocabulary: int, plan: Plan, optimizer
         f"{block.preset or 'from scratch'}: {shape.layers} layers, {shape.heads} heads, width {shape.width}, inside "
         f"the MLPs {shape.mlp_width}, context {shape.context:,}, vocabulary {vocabulary:,}"
     )
-    bf16 = plan.precision == "bf16"
-    memory = trained_parts(sum(by_part.values()), parallel=plan.parallel, bf16=bf16, optimizer=optimizer)
+    tensors = tensors_of_shape(shape, vocabulary)
+    memory = bytes_of_training(tensors, optimizer, parallel=plan.parallel, bf16=plan.precision == "bf16")
     return ModelCost(title, by_part, work_of_shape(shape, vocabulary), memory)
 
 

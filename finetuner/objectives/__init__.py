@@ -9,7 +9,7 @@ from finetuner.recipe import Recipe
 # Name -> the objective that a recipe describes. A new one adds its file, its row here, its recipe section, and the row
 # type that its rows come in.
 OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {
-    "next_token": lambda recipe: NextToken.from_section(recipe.regularisation),
+    "next_token": lambda recipe: NextToken.from_section(recipe.regularization),
 }
 
 

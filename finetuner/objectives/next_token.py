@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812  (its usual name)
 from finetuner.data.batches import Batch, BatchTensors
 from finetuner.models.neftune import embedding_noise
 from finetuner.objectives.base import Figure, Term
-from finetuner.recipe.sections import RegularisationSection
+from finetuner.recipe.sections import RegularizationSection
 
 if TYPE_CHECKING:
     from finetuner.objectives.loss_module import LossModule
@@ -43,7 +43,7 @@ class NextToken:
     text_term: ClassVar[int | None] = 0
 
     @classmethod
-    def from_section(cls, section: RegularisationSection) -> "NextToken":
+    def from_section(cls, section: RegularizationSection) -> "NextToken":
         return cls(
             Regularization(
                 label_smoothing=section.label_smoothing_factor,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from finetuner.recipe.gpt_shape import Shape
+    from finetuner.recipe.gpt_shape import GPTShape
 
 CHINCHILLA = 20  # tokens a parameter, about, that make the best of a given number of FLOPs (arXiv:2203.15556, table 3)
 
@@ -83,7 +83,7 @@ class Work:
         return self.flops(tokens, tokens, tokens * length)
 
 
-def work_of_shape(shape: "Shape", vocabulary: int) -> Work:
+def work_of_shape(shape: "GPTShape", vocabulary: int) -> Work:
     """Return the work of a model from scratch, all of which is trained. `vocabulary`: rows of its embedding."""
     parts = parts_of_shape(shape, vocabulary)
     biases = shape.layers * _biases(shape) if shape.bias else 0
@@ -91,7 +91,7 @@ def work_of_shape(shape: "Shape", vocabulary: int) -> Work:
     return Work(6.0 * matrices, 6.0 * shape.width * vocabulary, 6.0 * shape.layers * shape.width)
 
 
-def parts_of_shape(shape: "Shape", vocabulary: int) -> dict[str, int]:
+def parts_of_shape(shape: "GPTShape", vocabulary: int) -> dict[str, int]:
     """Return part -> number of parameters; a tied head is the embedding's matrix, and counts there."""
     width, norms = shape.width, 2 * shape.layers + 1
     narrow = width // shape.heads * shape.key_value_heads
@@ -110,11 +110,11 @@ def parts_of_shape(shape: "Shape", vocabulary: int) -> dict[str, int]:
     }
 
 
-def _mlp_biases(shape: "Shape") -> int:
+def _mlp_biases(shape: "GPTShape") -> int:
     """Return the number of biases in one layer's MLP."""
     return (2 if shape.activation == "swiglu" else 1) * shape.mlp_width + shape.width
 
 
-def _biases(shape: "Shape") -> int:
+def _biases(shape: "GPTShape") -> int:
     """Return the number of biases in one layer, attention and MLP."""
     return 2 * shape.width + 2 * (shape.width // shape.heads * shape.key_value_heads) + _mlp_biases(shape)

@@ -1,20 +1,20 @@
-"""What is kept between steps, in bytes: arithmetic alone.
+"""Bytes that a run has in memory from one step to the next, by arithmetic alone. Activations come on top.
 
-For a weight that is trained: itself in fp32 (under ZeRO with bf16 a bf16 copy beside it), its gradient in fp32, and
-the state of its optimizer (of AdamW: two moments in fp32, or in 8 bits). For one that is not: itself as it is kept.
+A trained weight takes 4 bytes in fp32 (under ZeRO with bf16 a bf16 copy too), 4 for its gradient, and the state of its
+optimizer (recipe/optimizers.py; of AdamW, 8 for two moments). A frozen weight takes what its number format takes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from finetuner.plan.parallel import ParallelPlan
-
-# Of a weight, on its device, at the least: an optimizer that is not named here counts as having none.
-_STATE_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_bnb_8bit": 2, "adamw_8bit": 2}
+from finetuner.recipe.optimizers import FLOAT_BYTES, OPTIMIZERS, TrainedTensor, read_arguments
+from finetuner.recipe.sections import OptimizerSection
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Bytes of a whole model and of what trains it."""
+class ModelBytes:
+    """Bytes of a full model, of its gradients and of its optimizer's state, over all ranks that share one copy."""
 
     weights: int
     gradients: int = 0
@@ -22,27 +22,45 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Bytes that one rank keeps, on its device and in its node's memory."""
+class RankBytes:
+    """Bytes that one rank has on its device, and in its node's memory (`host`)."""
 
     device: int
     host: int
 
 
-def trained_parts(count: int, *, parallel: ParallelPlan, bf16: bool, optimizer: str) -> Parts:
-    """Of `count` weights that are all trained."""
-    in_copies = parallel.casts_full_model and bf16
-    state = _STATE_BYTES.get(optimizer, 0)
-    return Parts((2 if in_copies else 4) * count, 4 * count, (state + 4 * in_copies) * count)
+def bytes_of_training(
+    tensors: Iterable[TrainedTensor], section: OptimizerSection, *, parallel: ParallelPlan, bf16: bool
+) -> ModelBytes:
+    """Bytes of a model that is made of `tensors`, all of them trained."""
+    tensors = list(tensors)
+    count = sum(tensor.num_elements for tensor in tensors)
+    row, arguments = OPTIMIZERS[section.optimizer], read_arguments(section.optim_args)
+    if not parallel.casts_full_model:
+        state = sum(row.state_bytes(tensor, arguments) for tensor in tensors)
+        return ModelBytes(FLOAT_BYTES * count, FLOAT_BYTES * count, state)
+    state = row.state_bytes(TrainedTensor((count,)), arguments)  # ZeRO lays all tensors into flat ones
+    if bf16:  # the optimizer updates fp32 weights of its own, and the model computes with their bf16 copy
+        return ModelBytes(2 * count, FLOAT_BYTES * count, state + FLOAT_BYTES * count)
+    return ModelBytes(FLOAT_BYTES * count, FLOAT_BYTES * count, state)
 
 
-def kept_by_a_rank(parts: Parts, parallel: ParallelPlan) -> Kept:
-    """As each engine spreads weights, gradients and optimizer; what is offloaded is in the node's memory."""
-    weights = parts.weights // (parallel.shard if parallel.shards_weights else 1)
-    gradients = parts.gradients // (parallel.shard if parallel.shards_gradients else 1)
-    optimizer = parts.optimizer // (parallel.shard if parallel.shards_optimizer else 1)
+def without_paged_state(model: ModelBytes, section: OptimizerSection, device: str) -> ModelBytes:
+    """Bytes that must find room on the device: a paged optimizer's state is not among them on a GPU ("cuda").
+
+    The driver moves it to the node's memory where the GPU is short, so that it can be the reason to refuse neither.
+    """
+    paged = OPTIMIZERS[section.optimizer].is_paged and device == "cuda"
+    return replace(model, optimizer=0) if paged else model
+
+
+def bytes_of_a_rank(model: ModelBytes, parallel: ParallelPlan) -> RankBytes:
+    """Bytes of one rank, as the layout shards weights, gradients and optimizer; offloaded ones are on the host."""
+    weights = model.weights // (parallel.shard if parallel.shards_weights else 1)
+    gradients = model.gradients // (parallel.shard if parallel.shards_gradients else 1)
+    optimizer = model.optimizer // (parallel.shard if parallel.shards_optimizer else 1)
     if parallel.offloads_weights:
-        return Kept(0, weights + gradients + optimizer)
+        return RankBytes(0, weights + gradients + optimizer)
     if parallel.offloads_optimizer:  # at the least the optimizer; which of the others, DeepSpeed's configuration says
-        return Kept(0, optimizer)
-    return Kept(weights + gradients + optimizer, 0)
+        return RankBytes(0, optimizer)
+    return RankBytes(weights + gradients + optimizer, 0)

@@ -1,18 +1,16 @@
-"""The number format of forward and backward."""
+"""The number format of forward and backward, chosen from the recipe and the device."""
 
 from typing import Literal
 
 from finetuner.errors import PlanError
-from finetuner.recipe.sections import (
-    PrecisionSection,
-)
+from finetuner.recipe.sections import PrecisionSection
 from finetuner.world import World
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def choose_precision(section: PrecisionSection, world: World) -> Precision:
-    """The number format of forward and backward.
+    """Choose the number format of forward and backward. Raises PlanError if the device does not have it.
 
     `bf16: true` needs a GPU that has it; on a CPU it is allowed, since it is right there and only slow where the
     processor emulates it. `auto` takes bf16 only where the device multiplies it natively.

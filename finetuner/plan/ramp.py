@@ -4,17 +4,15 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from finetuner.errors import PlanError
-from finetuner.recipe.sections import (
-    BatchSection,
-)
+from finetuner.recipe.sections import BatchSection
 
 
 @dataclass(frozen=True)
 class Ramp:
     """The first steps of a run, which have fewer rows than the global batch.
 
-    `begins`: rows learned before each of them, and after the last. `left_out`: how many fewer rows they take than as
-    many whole steps would, by which every later step begins earlier.
+    begins: rows trained on before each of them, and after the last. left_out: how many fewer rows they take than as
+    many full steps would, by which every later step begins earlier.
     """
 
     begins: tuple[int, ...] = (0,)
@@ -22,7 +20,7 @@ class Ramp:
 
     @classmethod
     def from_section(cls, section: BatchSection, global_batch: int) -> "Ramp":
-        """Raises PlanError if the first step has the whole global batch already, or more."""
+        """Return the ramp of a recipe. Raises PlanError if its first step has the full global batch, or more."""
         ramp = section.rampup_batch_size
         if ramp is None:
             return cls()
@@ -41,11 +39,11 @@ class Ramp:
         return len(self.begins) - 1
 
     def rows_before(self, step: int, global_batch: int) -> int:
-        """Rows that `step` steps take, in an epoch without an end."""
+        """Count the rows of the first `step` steps, in an epoch without an end."""
         return self.begins[step] if step < len(self.begins) else step * global_batch - self.left_out
 
     def require_steps(self, total: int) -> None:
-        """Raises PlanError unless a run of `total` steps comes to the whole global batch."""
+        """Raise PlanError unless a run of `total` steps comes to the full global batch."""
         if self.steps > total:
             raise PlanError(
                 f"the batch grows for {self.steps} steps, but the run has {total}.\n"
@@ -53,7 +51,7 @@ class Ramp:
             )
 
     def require_rows(self, num_rows: int, global_batch: int) -> None:
-        """Raises PlanError unless the first epoch holds the ramp."""
+        """Raise PlanError unless the ramp fits into the first epoch."""
         if self.begins[-1] > num_rows:
             start = self.begins[1]
             fitting = 2 * num_rows // (start + global_batch)  # steps have (start + global_batch) / 2 rows, or fewer

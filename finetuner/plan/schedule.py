@@ -1,4 +1,4 @@
-"""When things happen in a run: steps, epochs, learning rates, logging, evaluations and checkpoints."""
+"""The steps of a run: their rows and learning rates, and when it logs, evaluates and saves."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from finetuner.errors import PlanError
 from finetuner.plan.ramp import NO_RAMP, Ramp
-from finetuner.recipe.schedules import Shape, multiplier
+from finetuner.recipe.schedules import ScheduleShape, multiplier
 from finetuner.recipe.sections import (
     EvaluationSection,
     OutputSection,
@@ -17,22 +17,25 @@ from finetuner.recipe.sections import (
 
 
 def ceil_of(share: float, count: int) -> int:
-    """`share` of `count`, rounded up, of the decimal that was written: in floats, 1.1 x 10 is more than 11."""
+    """Return `share` of `count`, rounded up, for the decimal that was written: in floats, 1.1 x 10 is more than 11."""
     return math.ceil(Fraction(str(share)) * count)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When things happen. A *step* is one optimizer update; `step` counts the steps done before, from 0;
-    `done` counts the steps done, from 1. Every epoch ends with a step of the rows that are left, so that each row
-    is seen exactly once an epoch. The first epoch begins with the smaller steps of `ramp`, if it has any."""
+    """The schedule of one run, as pure functions of a step.
+
+    A *step* is one optimizer update; `step` counts the steps before it, from 0; `done` counts the steps done, from 1.
+    Every epoch ends with a step of the rows that are left, so that each row is seen exactly once an epoch. The first
+    epoch begins with the smaller steps of `ramp`, if it has any.
+    """
 
     num_rows: int
     global_batch: int
     total_steps: int
     warmup_steps: int
     peak_lr: float
-    shape: Shape
+    shape: ScheduleShape
     min_lr_ratio: float
     logging_steps: int
     eval_steps: int | None
@@ -59,7 +62,10 @@ class Schedule:
         steps: int | None = None,
         ramp: Ramp = NO_RAMP,
     ) -> "Schedule":
-        """`steps`: of the run, where they are not those of max_steps or num_epochs."""
+        """Return the schedule over `num_rows` rows. `steps`: of the run, if max_steps and num_epochs do not say.
+
+        Raises PlanError if warmup, decay or ramp are longer than the run.
+        """
         ramp.require_rows(num_rows, global_batch)
         steps_per_epoch = math.ceil(num_rows / global_batch)
         added = math.ceil((num_rows + ramp.left_out) / global_batch) - steps_per_epoch
@@ -107,11 +113,11 @@ class Schedule:
 
     @property
     def steps_of_first_epoch(self) -> int:
-        """More than of a later one, if the batch begins smaller."""
+        """Steps of the first epoch: more than of a later one if the batch begins smaller."""
         return math.ceil((self.num_rows + self.ramp.left_out) / self.global_batch)
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of the update that follows `step` updates. See recipe/schedules.py for the shapes."""
+        """Return the learning rate of the update that follows `step` updates (recipe/schedules.py)."""
         return self.peak_lr * multiplier(
             self.shape,
             step,
@@ -124,17 +130,17 @@ class Schedule:
         )
 
     def rows_at(self, step: int) -> tuple[int, int, int]:
-        """(epoch, start, stop): the step learns positions start..stop-1 of that epoch's order."""
+        """Return (epoch, start, stop): the step trains on positions start..stop-1 of that epoch's order."""
         at, then = self._place(step), self._place(step + 1)
         return at.epoch, at.start, then.start if then.epoch == at.epoch else self.num_rows
 
     def epoch_at(self, done: int) -> float:
-        """Epochs done after `done` steps, as a fraction."""
+        """Return the epochs done after `done` steps, as a fraction."""
         at = self._place(done)
         return at.epoch + at.start / self.num_rows
 
     def rows_seen(self, done: int) -> int:
-        """Rows learned from in the first `done` steps."""
+        """Count the rows of the first `done` steps."""
         at = self._place(done)
         return at.epoch * self.num_rows + at.start
 
@@ -146,16 +152,20 @@ class Schedule:
         return _Place(0, step, first, self.ramp.rows_before(step, self.global_batch))
 
     def logs_at(self, done: int) -> bool:
+        """Whether a line is logged after `done` steps."""
         return done == 1 or done % self.logging_steps == 0 or done == self.total_steps
 
     def evaluates_at(self, done: int) -> bool:
+        """Whether the held-out loss is taken after `done` steps."""
         if self.eval_strategy == "no":
             return False
         return done == self.total_steps or self._due(done, self.eval_steps, self.evals_per_epoch)
 
     def saves_at(self, done: int, last: bool = False) -> bool:
-        """`last`: no step follows, although `done` are not all. (The best held-out loss, or a signal, may ask for a
-        checkpoint as well.)"""
+        """Whether the schedule asks for a checkpoint after `done` steps; the best loss or a signal may ask too.
+
+        `last`: no step follows, although the run is not complete.
+        """
         if done == 1 and self.save_first_step:
             return True
         if self.save_strategy in ("no", "best"):
@@ -171,7 +181,7 @@ class Schedule:
 
 
 class _Place(NamedTuple):
-    """Of a step: it is the nth, from 0, of so many in its epoch, and begins at that position of its order."""
+    """The place of a step: the `nth`, from 0, of `steps` in its epoch, beginning at position `start` of its order."""
 
     epoch: int
     nth: int

@@ -1,4 +1,4 @@
-"""The recipe: what the user writes, strict and frozen. Nothing here imports torch."""
+"""The recipe that a user writes, strict and frozen. Nothing here imports torch."""
 
 from finetuner.recipe.dump import dump_recipe, flat_values
 from finetuner.recipe.foreign.translate import ALIASES

@@ -1,4 +1,4 @@
-"""A recipe of Axolotl, LLaMA-Factory or TRL -> the equivalent one of ours, with a comment where something changed."""
+"""Converts a recipe of Axolotl, LLaMA-Factory or TRL into one of ours, with a comment where something changed."""
 
 import io
 from collections.abc import Iterator, Mapping
@@ -9,18 +9,19 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from finetuner.errors import RecipeError
-from finetuner.recipe.document import Document, parse_yaml
 from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, Tool, tool_of
 from finetuner.recipe.foreign.translate import translate
 from finetuner.recipe.load import load, read_text, resolve
 from finetuner.recipe.problems import Note, render_problems
+from finetuner.recipe.schema import FACTS
+from finetuner.recipe.yaml_document import YamlDocument, parse_yaml
 
 SCHEMA_LINE = "# yaml-language-server: $schema=recipe.schema.json"  # finetuner schema > recipe.schema.json
 
 
 @dataclass(frozen=True)
 class Converted:
-    """Our recipe as text, and what was made of each key."""
+    """Our recipe as text, and a note on each key that changed."""
 
     tool: str
     text: str
@@ -28,14 +29,14 @@ class Converted:
 
 
 def convert(path: str | Path) -> Converted:
-    """Raises RecipeError, with every key that blocks, and then writes nothing."""
+    """Return our recipe for the one at `path`. Raises RecipeError with every key that blocks."""
     document = parse_yaml(read_text(Path(path)), str(path))
-    if not document.is_whole:
+    if not document.is_complete:
         raise RecipeError(render_problems(str(path), document.problems))
     tool = tool_of(document.values)
     given = list(document.values)
     notes = translate(document, tool.meanings)
-    _shape_adapter(document.values)
+    _join_adapter_keys(document.values)
     said = dict(document.values)
     defaults = {key: value for key, value in tool.defaults.items() if said.get(key) is None and _counts(key, said)}
     document.values |= defaults
@@ -44,7 +45,10 @@ def convert(path: str | Path) -> Converted:
 
 
 def check(path: str, overrides: list[str], *, verbose: bool) -> Iterator[str]:
-    """What `finetuner check` prints. Raises RecipeError with every mistake, or every foreign key that blocks."""
+    """Yield the lines of `finetuner check`.
+
+    Raises RecipeError with every mistake, or every foreign key that blocks.
+    """
     tool = tool_of(parse_yaml(read_text(Path(path)), path).values)
     if tool is not AXOLOTL_TOOL:
         converted = convert(path)
@@ -62,7 +66,7 @@ def check(path: str, overrides: list[str], *, verbose: bool) -> Iterator[str]:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Raises RecipeError rather than write over a file, or into a folder that cannot be written."""
+    """Write a file that is not there yet. Raises RecipeError if it is, or cannot be written."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -72,40 +76,46 @@ def write_new(path: Path, text: str) -> None:
         raise RecipeError(f"'{path}' cannot be written: {error.strerror}.") from error
 
 
-def _shape_adapter(values: dict[str, Any]) -> None:
-    """LoRA and a 4-bit base are said in two keys elsewhere, in either order; together they are QLoRA."""
+def _join_adapter_keys(values: dict[str, Any]) -> None:
+    """Write QLoRA for LoRA and a 4-bit base, which other tools say in two keys."""
     if values.get("load_in_4bit") and values.get("adapter") == "lora":
         values["adapter"] = "qlora"
 
 
 def _counts(key: str, said: Mapping[str, Any]) -> bool:
-    return not key.startswith("lora_") or said.get("adapter") is not None
+    return FACTS[key].has_effect(said.get("adapter"))
 
 
 def _written(
-    document: Document, name: str, tool: Tool, given: list[str], notes: list[Note], defaults: Mapping[str, Any]
+    document: YamlDocument, name: str, tool: Tool, given: list[str], notes: list[Note], defaults: Mapping[str, Any]
 ) -> str:
+    """The text of the converted recipe. `given`: the keys of the file; `defaults`: what the tool does in silence."""
     lines = [SCHEMA_LINE, f"# {name}, a recipe of {tool.name}, converted. Check it: finetuner check THIS_FILE", ""]
+    lines += _lines_of_the_file(document, given, defaults)
+    if defaults:
+        lines += ["", f"# what {tool.name} does when nothing is said"]
+        for key, value in defaults.items():
+            lines += _yaml({key: value})
     of_key = {key: note for note in notes for key in note.keys}
+    dropped = [(key, of_key[key].message) for key in given if key in of_key and key not in document.values]
+    dropped = [(key, message) for key, message in dropped if not message.startswith("is read as")]
+    if dropped:
+        lines += ["", "# left out", *(f"# {key}: {message}" for key, message in dropped)]
+    return "\n".join(lines) + "\n"
+
+
+def _lines_of_the_file(document: YamlDocument, given: list[str], defaults: Mapping[str, Any]) -> Iterator[str]:
+    """Our lines in the file's order, each under the file's own line as a comment where that had another key."""
     places = {key: document.origin((key,), of_key=True) for key in document.values if key not in defaults}
     for key, origin in sorted(places.items(), key=lambda item: item[1].line if item[1] else 0):
         value = document.values[key]
         if value is None:
             continue
-        written = origin.text.strip().partition(":")[0] if origin is not None and origin.line else key
+        line = origin.text.strip() if origin is not None else key
+        written = line.partition(":")[0] if origin is not None and origin.line else key
         if key not in given or written != key:
-            lines.append(f"# {origin.text.strip() if origin is not None else written}")
-        lines += _yaml({key: value})
-    if defaults:
-        lines += ["", f"# what {tool.name} does when nothing is said"]
-        for key, value in defaults.items():
-            lines += _yaml({key: value})
-    dropped = [(key, of_key[key]) for key in given if key in of_key and key not in document.values]
-    dropped = [(key, note) for key, note in dropped if not note.message.startswith("is read as")]
-    if dropped:
-        lines += ["", "# left out"]
-        lines += [f"# {key}: {note.message}" for key, note in dropped]
-    return "\n".join(lines) + "\n"
+            yield f"# {line}"
+        yield from _yaml({key: value})
 
 
 def _yaml(value: dict[str, Any]) -> list[str]:

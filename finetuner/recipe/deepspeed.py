@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: read from a file or a recipe's block, and its mistakes found.
+"""Reads DeepSpeed's JSON from a file or a recipe's block, and finds its mistakes.
 
 DeepSpeed itself passes over a top-level block that it does not know, `ZeRO_optimization` for one, and then shards
 nothing.
@@ -12,13 +12,13 @@ from typing import Any
 from finetuner.errors import RecipeError
 from finetuner.recipe.problems import did_you_mean
 
-# Resolved and checked against the recipe by us.
+# Blocks that plan/parallel.py fills in and checks against the recipe.
 RESOLVED = (
     "bf16", "bfloat16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size",
     "train_micro_batch_size_per_gpu", "zero_optimization", "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 )  # fmt: skip
-# Handed to DeepSpeed as they are.
+# Blocks that DeepSpeed gets as they are.
 PASSED = (
     "aio", "comms_logger", "communication_data_type", "data_types", "dump_state", "flops_profiler",
     "gradient_predivide_factor", "keep_in_fp32_modules", "memory_breakdown", "prescale_gradients", "steps_per_print",
@@ -57,7 +57,7 @@ MAX_BYTES = 1_000_000
 
 
 def read_deepspeed(given: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that a recipe's `deepspeed` names or holds. Raises RecipeError if the file cannot be read."""
+    """Return the configuration of a recipe's `deepspeed`. Raises RecipeError if the file cannot be read."""
     if not isinstance(given, str):
         return dict(given)
     path = Path(given).expanduser()
@@ -89,28 +89,30 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def deepspeed_mistakes(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(path of the key, what is wrong) for every mistake that can be seen without a world."""
+    """Yield (path of the key, what is wrong) for every mistake that can be seen without a world."""
     for key in config:
         if key in REFUSED:
             yield (key,), f"DeepSpeed's block '{key}' is not used here: {REFUSED[key]}. Remove it."
         elif key not in RESOLVED and key not in PASSED:
             yield (key,), _unknown(str(key), (*RESOLVED, *PASSED), "block")
     zero = config.get("zero_optimization")
-    if zero is None:
-        if not any(str(key).lower() == "zero_optimization" for key in config):
-            message = 'nothing would be sharded: add {"zero_optimization": {"stage": 1}}, or remove `deepspeed`.'
-            yield (), message
-        return
-    if not isinstance(zero, Mapping):
+    if isinstance(zero, Mapping):
+        yield from _zero_mistakes(zero)
+    elif zero is not None:
         yield ("zero_optimization",), 'zero_optimization is a block such as {"stage": 2}.'
-        return
+    elif not any(str(key).lower() == "zero_optimization" for key in config):
+        yield (), 'nothing would be sharded: add {"zero_optimization": {"stage": 1}}, or remove `deepspeed`.'
+
+
+def _zero_mistakes(zero: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     for key in zero:
         if key not in ZERO_KEYS:
             yield ("zero_optimization", key), _unknown(str(key), ZERO_KEYS, "key of zero_optimization")
-    if zero.get("stage") not in (1, 2, 3) or isinstance(zero.get("stage"), bool):
-        shown = json.dumps(zero.get("stage"))
+    stage = zero.get("stage")
+    if stage not in (1, 2, 3) or isinstance(stage, bool):
+        shown = json.dumps(stage)
         yield ("zero_optimization", "stage"), f"the stage is {shown}, but must be 1, 2 or 3 (0 would shard nothing)."
-    if zero.get("offload_param") and zero.get("stage") in (1, 2) and _device(zero["offload_param"]) != "none":
+    if zero.get("offload_param") and stage in (1, 2) and _device(zero["offload_param"]) != "none":
         yield ("zero_optimization", "offload_param"), "only stage 3 can offload parameters. Remove offload_param."
 
 

@@ -1,29 +1,27 @@
-"""Recipe -> YAML that loads to the same Recipe."""
+"""Writes a Recipe as YAML that loads to the same Recipe."""
 
 import io
 import json
 from typing import Any
 
-from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from finetuner.recipe.schema import Recipe
+from finetuner.recipe.schema import FACTS, Recipe
 from finetuner.redaction import without_secrets
 
 
 def flat_values(recipe: Recipe) -> dict[str, Any]:
-    """key -> plain value (bool, number, text, list or dict), for every key that is set."""
+    """Return key -> plain value (bool, number, text, list or dict), for every key that is set and has an effect."""
     out: dict[str, Any] = {}
-    for name in type(recipe).model_fields:
-        section: BaseModel = getattr(recipe, name)
+    for _, section in recipe:
         out |= section.model_dump(mode="json", exclude_none=True)
-    # keys that would be refused as without effect
-    unused = {None: ("lora_", "peft_", "bnb_", "loraplus_"), "lora": ("bnb_",), "qlora": ()}[recipe.adapter.adapter]
-    return {key: value for key, value in out.items() if value != {} and not key.startswith(unused)}
+    # a key without effect would be refused when the dump is loaded
+    adapter = recipe.adapter.adapter
+    return {key: value for key, value in out.items() if value != {} and FACTS[key].has_effect(adapter)}
 
 
 def dump_recipe(recipe: Recipe, heading: str) -> str:
-    """The resolved recipe as YAML text under a comment; every default is written out."""
+    """Return the recipe as YAML text under a comment, with every default written out."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.width = 1_000_000_000  # a text that is wrapped does not always come back as it was

@@ -1,4 +1,4 @@
-"""What a key means: for a person (`finetuner explain`), for an editor (`finetuner schema`), and as docs/recipe.md."""
+"""Explains keys: to a person (`finetuner explain`), to an editor (`finetuner schema`), and as docs/recipe.md."""
 
 import json
 from typing import Any, Literal, get_args, get_origin
@@ -8,20 +8,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from finetuner.errors import RecipeError
-from finetuner.recipe.foreign.axolotl import DIFFERENT
 from finetuner.recipe.foreign.base import Foreign
 from finetuner.recipe.foreign.translate import MEANINGS
 from finetuner.recipe.load import Loaded
 from finetuner.recipe.problems import meant, near_words
-from finetuner.recipe.schema import KEYS, SECTIONS
+from finetuner.recipe.schema import FACTS, KEYS, SECTIONS
 from finetuner.recipe.sections.base import unit_of
 from finetuner.redaction import without_secrets
 
 
 def explain(key: str, loaded: Loaded | None = None) -> str:
-    """Meaning, type, default, and in a recipe: where it was set and what it came to. Raises RecipeError for no key.
+    """Return meaning, type and default of a key, and for a recipe where it was set and what it came to.
 
-    Dotted names reach into blocks: `special_tokens.pad_token`, `datasets.type`.
+    Dotted names reach into blocks: `special_tokens.pad_token`, `datasets.type`. Raises RecipeError for no key.
     """
     if key in MEANINGS and key not in KEYS:
         return f"{key}\n  {foreign_meaning(MEANINGS[key])}"
@@ -33,17 +32,23 @@ def explain(key: str, loaded: Loaded | None = None) -> str:
     lines = [key, f"  {info.description}", f"  type      {type_of(info)}", f"  default   {default_of(info)}"]
     if not rest:
         lines.append(f"  section   {section}: {SECTIONS[section].__doc__}")
-        lines.append(f"  Axolotl   {axolotl_meaning(name)}")
-    nested = nested_model(info)
-    if nested is not None:
-        lines.append("  its keys")
-        width = max(map(len, nested.model_fields))
-        lines += [f"    {field:<{width}}  {inner.description}" for field, inner in nested.model_fields.items()]
+        lines.append(f"  Axolotl   {FACTS[name].axolotl}")
+    lines += _block_lines(info)
     if loaded is not None and not rest:
-        value = getattr(getattr(loaded.recipe, section), name)
+        value = dict(dict(loaded.recipe)[section])[name]
         origin = loaded.origins.get(name)
         lines.append(f"  here      {_plain(value)}, set at {origin}" if origin else "  here      not set: the default")
     return "\n".join(lines)
+
+
+def _block_lines(info: FieldInfo) -> list[str]:
+    """The keys of the block that a key holds, a line each."""
+    nested = nested_model(info)
+    if nested is None:
+        return []
+    width = max(map(len, nested.model_fields))
+    keys = [f"    {field:<{width}}  {inner.description}" for field, inner in nested.model_fields.items()]
+    return ["  its keys", *keys]
 
 
 def _inner(info: FieldInfo, name: str, path: list[str]) -> FieldInfo:
@@ -57,7 +62,7 @@ def _inner(info: FieldInfo, name: str, path: list[str]) -> FieldInfo:
 
 
 def nested_model(info: FieldInfo) -> type[BaseModel] | None:
-    """The block that a key holds, itself or as entries of a list."""
+    """Return the block that is a key's value, or an entry of its list."""
     waiting: list[Any] = [info.annotation]
     while waiting:
         annotation = waiting.pop()
@@ -68,25 +73,30 @@ def nested_model(info: FieldInfo) -> type[BaseModel] | None:
 
 
 def type_of(info: FieldInfo) -> str:
-    """The values a key takes, in words, with bounds and unit."""
+    """Return the values that a key takes, in words, with bounds and unit."""
     unit = unit_of(info)
     bounds = _bounds([*info.metadata, *_metadata(info.annotation)])
     return " ".join(part for part in (_words(info.annotation), bounds, f"({unit})" if unit else "") if part)
 
 
+_PLAIN_TYPES: dict[type, str] = {
+    int: "whole number", float: "number", bool: "true | false", str: "text", dict: "a block", type(None): "",
+}  # fmt: skip
+
+
 def _words(annotation: Any) -> str:
+    """A type in words."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(_plain(value) for value in arguments)
     if origin is tuple:
         return f"a list of {_words(arguments[0])}"
     if origin is dict:
-        return f"a block of {_words(arguments[1])}" if arguments else "a block"
+        return f"a block of {_words(arguments[1])}"
     if isinstance(annotation, type):
-        plain = {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): ""}
-        return plain.get(annotation, "a block") if not issubclass(annotation, dict) else "a block"
-    words = [_words(part) for part in arguments if part is not type(None) and not _is_metadata(part)]
-    return " | ".join(dict.fromkeys(word for word in words if word)) or "anything"
+        return _PLAIN_TYPES.get(annotation, "a block")
+    members = [member for member in arguments if member is not type(None) and not _is_metadata(member)]
+    return " | ".join(dict.fromkeys(filter(None, map(_words, members)))) or "anything"
 
 
 def _is_metadata(part: Any) -> bool:
@@ -115,6 +125,7 @@ def _bounds(metadata: list[Any]) -> str:
 
 
 def default_of(info: FieldInfo) -> str:
+    """Return the default of a key as it would be written in YAML."""
     if info.is_required():
         return "none: it must be given"
     value = info.get_default(call_default_factory=False)
@@ -133,7 +144,7 @@ def _plain(value: Any) -> str:
 
 
 def foreign_meaning(meaning: Foreign) -> str:
-    """One line for a key that is another tool's."""
+    """Return one line on a key that is another tool's."""
     if meaning.becomes is not None:
         return f"another name of {meaning.becomes}"
     if meaning.without_effect is not None:
@@ -145,22 +156,8 @@ def foreign_meaning(meaning: Foreign) -> str:
     return f"read as {made}" if made else "left out"
 
 
-def axolotl_meaning(key: str) -> str:
-    return DIFFERENT.get(key) or ("only here" if key in OURS_ALONE else "the same")
-
-
-# Keys of ours that Axolotl 0.19 does not have.
-OURS_ALONE = frozenset(
-    (
-        "early_stopping_threshold", "eval_on_start", "generate_prompt", "hub_private_repo", "label_smoothing_factor",
-        "logging_dir", "max_dropped_fraction", "max_skipped_steps", "max_tokens", "mix_by", "model", "on_bad_row",
-        "overwrite_output_dir", "quantized_cache", "rampup_batch_size", "tokenizer", "z_loss_coefficient",
-    )
-)  # fmt: skip
-
-
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a recipe, as editors read it. Keys may be left empty, which means the default."""
+    """Return the JSON Schema (draft 2020-12) of a recipe, in which an empty key means its default."""
     definitions: dict[str, Any] = {}
     properties: dict[str, Any] = {}
     required: list[str] = []
@@ -191,7 +188,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _kind(schema: dict[str, Any]) -> dict[str, Any]:
-    """Takes the type out of a schema, and leaves what describes it."""
+    """Move the type out of a schema, whose description stays."""
     return {key: schema.pop(key) for key in list(schema) if key not in ("description", "default", "title")}
 
 
@@ -202,12 +199,12 @@ def _or_empty(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def reference() -> str:
-    """docs/recipe.md."""
+    """Return the text of docs/recipe.md."""
     lines = [
         "# The recipe",
         "",
         "Every key a recipe may have, by section. In YAML all keys are flat. This page is made by",
-        "`finetuner schema --markdown` and kept current by a test; `finetuner explain KEY [RECIPE]` says the same of",
+        "`finetuner schema --markdown` and a test compares it; `finetuner explain KEY [RECIPE]` says the same of",
         "one key, and what it came to in a recipe. A key with nothing behind it means its default. YAML 1.2: `2e-5`",
         "is a number, `no` is text.",
         "",
@@ -230,7 +227,7 @@ def _table(section: type[BaseModel], *, axolotl: bool = True) -> list[str]:
     rows = [head[0], "|---" * (5 if axolotl else 4) + "|"]
     for key, info in section.model_fields.items():
         cells = [f"`{key}`", _cell(type_of(info)), _cell(default_of(info)), _cell(info.description or "")]
-        rows.append("| " + " | ".join([*cells, axolotl_meaning(key)] if axolotl else cells) + " |")
+        rows.append("| " + " | ".join([*cells, FACTS[key].axolotl] if axolotl else cells) + " |")
     return [*rows, ""]
 
 

@@ -1,14 +1,16 @@
-"""The shape of a model from scratch: what a `model:` block comes to, in plain numbers."""
+"""The shape of a model from scratch, in plain numbers, from a `model:` block and its preset."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetuner.recipe.optimizers import TrainedTensor
+
 if TYPE_CHECKING:
     from finetuner.recipe.sections import GPTSection
 
-FROM_SCRATCH = "from-scratch"  # the base_model of a model that a `model:` block describes
-MADE_TOKENIZERS = ("byte", "char")  # tokenizers that are made from nothing, or from the characters of the rows
+FROM_SCRATCH = "from-scratch"  # base_model of a recipe with a `model:` block
+MADE_TOKENIZERS = ("byte", "char")  # built without training: of the bytes, or of the characters of the rows
 
 _LLAMA = {"norm": "rms", "activation": "swiglu", "positions": "rotary", "bias": False, "rope_theta": 10_000.0}
 _GPT2 = {"norm": "layer", "activation": "gelu", "positions": "learned", "bias": True, "context": 1024}
@@ -23,12 +25,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_theta": 500_000.0,
     },
 }  # fmt: skip
-NEEDED = ("layers", "heads", "width", "context")  # of a shape that no preset gives
+NEEDED = ("layers", "heads", "width", "context")  # without a preset
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Every choice made. `vocabulary`: rows of the embedding, None for as many as the tokenizer has tokens."""
+class GPTShape:
+    """A shape with every choice made. `vocabulary`: rows of the embedding; None: as the tokenizer has tokens."""
 
     layers: int
     heads: int
@@ -47,13 +49,13 @@ class Shape:
 
 
 def choices_of(section: "GPTSection") -> Mapping[str, Any]:
-    """What the preset and the keys beside it say; a key stands above the preset."""
+    """Return the choices of the block's preset and of its other keys; a key wins over the preset."""
     preset: Mapping[str, Any] = PRESETS.get(section.preset, {}) if section.preset else {}
     return {**_LLAMA, **preset, **section.model_dump(exclude={"preset"}, exclude_none=True)}
 
 
-def shape_of(section: "GPTSection") -> Shape:
-    """The rules have seen to it that nothing is missing.
+def shape_of(section: "GPTSection") -> GPTShape:
+    """Return the shape of a block that the rules have found complete.
 
     The width inside an MLP, if it is not given: 4 x width, and of swiglu, which has three matrices in place of two,
     two thirds of it (arXiv:2002.05202), up to the next multiple of 32.
@@ -61,7 +63,7 @@ def shape_of(section: "GPTSection") -> Shape:
     choices = dict(choices_of(section))
     wide = 4 * choices["width"]
     usual = -(-2 * wide // (3 * 32)) * 32 if choices["activation"] == "swiglu" else wide
-    return Shape(
+    return GPTShape(
         layers=choices["layers"],
         heads=choices["heads"],
         key_value_heads=choices.get("key_value_heads", choices["heads"]),
@@ -77,3 +79,22 @@ def shape_of(section: "GPTSection") -> Shape:
         dropout=choices.get("dropout", 0.0),
         rope_theta=choices.get("rope_theta", _LLAMA["rope_theta"]),
     )
+
+
+def tensors_of_shape(shape: GPTShape, vocabulary: int) -> list[TrainedTensor]:
+    """Every weight tensor of a model from scratch, in no order; a tied head is the embedding's."""
+    width, inner = shape.width, shape.mlp_width
+    narrow = width // shape.heads * shape.key_value_heads
+    matrices = [(width, width), (narrow, width), (narrow, width), (width, width), (inner, width), (width, inner)]
+    matrices += [(inner, width)] * (shape.activation == "swiglu")
+    norms = 2 if shape.norm == "layer" and shape.bias else 1  # a scale, and a bias where there is one
+    of_layer: list[tuple[int, ...]] = [*matrices, *[(width,)] * (2 * norms)]
+    if shape.bias:
+        of_layer += [(outputs,) for outputs, _ in matrices]
+    tables = [(vocabulary, width)] * (1 if shape.tie_embeddings else 2)
+    tables += [(shape.context, width)] * (shape.positions == "learned")
+    return [
+        *(TrainedTensor(table, is_table=True) for table in tables),
+        *(TrainedTensor(tensor) for tensor in of_layer * shape.layers),
+        *(TrainedTensor((width,)) for _ in range(norms)),
+    ]

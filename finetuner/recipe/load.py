@@ -1,34 +1,32 @@
-"""File and overrides -> Recipe, with every mistake reported at once."""
+"""Reads a recipe's file and overrides, and reports every mistake at once."""
 
 import json
-import re
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from finetuner.errors import RecipeError
-from finetuner.recipe.document import MAX_RECIPE_BYTES, Document, parse_value, parse_yaml
 from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, tool_of
-from finetuner.recipe.foreign.translate import ALIASES, translate
+from finetuner.recipe.foreign.translate import translate
 from finetuner.recipe.fsdp_prefix import drop_fsdp_prefix
+from finetuner.recipe.overrides import apply_override
 from finetuner.recipe.problems import (
-    KeyPath,
     Note,
     Origin,
     Problem,
     did_you_mean,
-    once,
+    grouped,
     render_problems,
 )
 from finetuner.recipe.rules import deepspeed_findings, file_findings, given_findings, given_notes, rule_findings
 from finetuner.recipe.schema import Recipe
 from finetuner.recipe.validate import validate
+from finetuner.recipe.yaml_document import MAX_RECIPE_BYTES, YamlDocument, parse_yaml
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A valid recipe, and what the user should know about how it was read."""
+    """A valid recipe, and notes to the user on how it was read."""
 
     recipe: Recipe
     notes: tuple[Note, ...] = ()
@@ -41,12 +39,15 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *
 
 
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, check_files: bool = True) -> Loaded:
-    """As load_recipe, with the notes. `check_files=False` leaves out whether named files exist."""
+    """Read a recipe as load_recipe does, and return the notes too.
+
+    `check_files=False` does not look whether named files exist.
+    """
     return _load_text(read_text(Path(path)), str(path), overrides, check_files=check_files)
 
 
 def load_values(values: dict[str, Any], source: str, overrides: tuple[str, ...] | list[str] = ()) -> Loaded:
-    """As load, of keys that a command makes for itself; `source` names it in messages."""
+    """Read keys that a command puts together as `load` reads a file's; `source` names them in messages."""
     return _load_text(json.dumps(values, indent=0), source, overrides, check_files=True)
 
 
@@ -54,9 +55,9 @@ def _load_text(text: str, source: str, overrides: tuple[str, ...] | list[str], *
     document = parse_yaml(text, source)
     drop_fsdp_prefix(document)
     for number, override in enumerate(overrides, 1):
-        _apply_override(document, number, override)
+        apply_override(document, number, override)
     drop_fsdp_prefix(document, overrides=True)
-    if not document.is_whole:
+    if not document.is_complete:
         raise RecipeError(render_problems(source, document.problems))
     tool = tool_of(document.values)
     if tool is not AXOLOTL_TOOL:
@@ -67,8 +68,8 @@ def _load_text(text: str, source: str, overrides: tuple[str, ...] | list[str], *
     return resolve(document, translate(document), check_files=check_files)
 
 
-def resolve(document: Document, notes: list[Note], *, check_files: bool) -> Loaded:
-    """Validate a document whose keys are ours. Raises RecipeError that lists every mistake."""
+def resolve(document: YamlDocument, notes: list[Note], *, check_files: bool) -> Loaded:
+    """Validate a document whose keys are ours. Raises RecipeError that lists every mistake, the document's own too."""
     values, recipe = validate(document)
     findings = [*rule_findings(values), *given_findings(document.values)]
     findings += file_findings(document.values) if check_files else ()
@@ -84,11 +85,11 @@ def resolve(document: Document, notes: list[Note], *, check_files: bool) -> Load
         for where, message in given_notes(document.values)
     ]
     given = {key: document.keys.get((key,)) for key, value in document.values.items() if value is not None}
-    return Loaded(recipe, once([*notes, *boilerplate]), {key: place for key, place in given.items() if place})
+    return Loaded(recipe, grouped([*notes, *boilerplate]), {key: place for key, place in given.items() if place})
 
 
 def read_text(path: Path) -> str:
-    """The recipe's text. Raises RecipeError, also for a file too large to be a recipe."""
+    """Return the text of a recipe's file. Raises RecipeError, also for a file too large to be a recipe."""
     try:
         if path.is_dir():
             raise RecipeError(f"'{path}' is a folder; name the recipe's YAML file in it.")
@@ -104,54 +105,3 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"'{path}' cannot be read as UTF-8 text: {error}") from error
-
-
-def _our_name(key: Any) -> Any:
-    return ALIASES.get(key, key)
-
-
-_INDEX = re.compile("[0-9]{1,6}")
-
-
-def _apply_override(document: Document, number: int, override: str) -> None:
-    key, equals, text = override.partition("=")
-    origin = Origin(f"override {number}", text=override)
-    if not equals or not key.strip():
-        document.problems.append(Problem("an override is written key=value, such as learning_rate=1e-4.", origin))
-        return
-    try:
-        value = parse_value(text)
-    except ValueError as error:
-        document.problems.append(Problem(f"the value is not YAML: {error}", origin))
-        return
-    path: KeyPath = tuple(int(part) if _INDEX.fullmatch(part) else part for part in key.strip().split("."))
-    if len(path) == 1:  # it also replaces what the file says under another name of the same key
-        ours = _our_name(path[0])
-        for name in [name for name in document.values if name != path[0] and _our_name(name) == ours]:
-            del document.values[name]
-    target: Any = document.values
-    for step, following in pairwise(path):
-        if isinstance(target, dict) and isinstance(step, str):
-            if target.get(step) is None:
-                target[step] = [] if isinstance(following, int) else {}
-            target = target[step]
-        elif isinstance(target, list) and isinstance(step, int) and step < len(target):
-            target = target[step]
-        else:
-            target = None
-            break
-    last = path[-1]
-    if isinstance(target, dict) and isinstance(last, str):
-        target[last] = value
-    elif isinstance(target, list) and isinstance(last, int) and last <= len(target):
-        target[last:] = [value, *target[last + 1 :]]
-    else:
-        document.problems.append(Problem(f"the recipe has no place '{key}' to write to.", origin))
-        return
-    for end in range(1, len(path) + 1):
-        document.keys.setdefault(path[:end], origin)
-        document.places.setdefault(path[:end], origin)
-    document.keys[path] = document.places[path] = origin
-    for table in (document.keys, document.places):  # what stood below the overridden place is gone
-        for stale in [k for k in table if len(k) > len(path) and k[: len(path)] == path]:
-            del table[stale]

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, where it stands, and how that is shown."""
+"""Mistakes in a recipe and notes on it, with their places, as text; and the words that a typo was meant to be."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,18 +13,18 @@ MAX_SHOWN = 50
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a key or value was written: a place in a file, or an override on the command line."""
+    """The place where a key or value was written: in a file, or in an override on the command line."""
 
     source: str
     line: int = 0  # 1-based; 0 for an override
     column: int = 0  # 1-based
-    text: str = ""  # the whole line
+    text: str = ""  # the line
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}:{self.column}" if self.line else f"<{self.source}>"
 
     def excerpt(self, *, marked: bool) -> list[str]:
-        """The line itself, with its number; with a caret below the column if `marked`."""
+        """Return the line with its number, and with a caret below the column if `marked`."""
         if not self.text:
             return []
         margin = f"{self.line:>6} | " if self.line else "         "
@@ -37,13 +37,14 @@ class Origin:
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: what is wrong and what to write instead. `also`: the other places that it is about."""
+    """One mistake, with what to write instead. `also`: the other places that it is about."""
 
     message: str
     origin: Origin | None = None
     also: tuple[Origin, ...] = ()
 
     def render(self) -> str:
+        """Return the message under its place, and the lines of all its places."""
         if self.origin is None:
             return self.message
         lines = [f"{self.origin}: {self.message}"]
@@ -55,7 +56,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Note:
-    """What was made of some keys, where the user may wonder; the first of them stands at `origin`.
+    """A remark on how some keys were read; the first of them stands at `origin`.
 
     `quiet`: shown by `finetuner check -v` alone.
     """
@@ -70,8 +71,8 @@ class Note:
         return f"{place}{', '.join(self.keys)} {self.message}"
 
 
-def once(notes: Iterable[Note]) -> tuple[Note, ...]:
-    """One note for all keys of which the same is said, in the order of the file."""
+def grouped(notes: Iterable[Note]) -> tuple[Note, ...]:
+    """Return one note for all keys of which the same is said, in the order of the file."""
     groups: dict[tuple[str, bool], list[Note]] = {}
     for note in notes:
         groups.setdefault((note.message, note.quiet), []).append(note)
@@ -79,7 +80,7 @@ def once(notes: Iterable[Note]) -> tuple[Note, ...]:
 
 
 def render_problems(name: str, problems: Iterable[Problem]) -> str:
-    """All mistakes in one message, in the order in which they stand in the file."""
+    """Return all mistakes as one message, in the order in which they stand in the file."""
     ordered = sorted(problems, key=lambda p: (p.origin.line, p.origin.column) if p.origin else (10**9, 0))
     count = "1 mistake" if len(ordered) == 1 else f"{len(ordered):,} mistakes"
     more = f"\n\nand {len(ordered) - MAX_SHOWN:,} more" if len(ordered) > MAX_SHOWN else ""
@@ -87,7 +88,7 @@ def render_problems(name: str, problems: Iterable[Problem]) -> str:
 
 
 def near_words(word: str, known: Iterable[str]) -> list[str]:
-    """What `word` was probably meant to be: the nearest known words (at most 3), or none.
+    """Return the nearest known words (at most 3) that `word` was probably meant to be, or none.
 
     Nearest is fewest slips; several words in a tie are all named, since each may have been meant. Words with more slips
     than a third of their letters are found by what they share (`batch_size` of `micro_batch_size`), if by anything.
@@ -110,7 +111,9 @@ def _plain(word: str) -> str:
 
 
 def edit_distance(one: str, other: str, limit: int) -> int | None:
-    """Slips between two words: a letter wrong, missing, too many, or two neighbours swapped; None for over `limit`.
+    """Count the slips between two words: a letter wrong, missing, too many, or two neighbors swapped.
+
+    None if there are more than `limit`.
 
     The optimal string alignment distance (en.wikipedia.org/wiki/Damerau-Levenshtein_distance).
     """
@@ -131,9 +134,10 @@ def edit_distance(one: str, other: str, limit: int) -> int | None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ " Did you mean 'x'?", " ... 'x' or 'y'?" in a tie, or "" if nothing is near."""
+    """Return " Did you mean 'x'?", " ... 'x' or 'y'?" in a tie, or "" if nothing is near."""
     return meant(near_words(word, known))
 
 
 def meant(near: Iterable[str]) -> str:
+    """Return did_you_mean's sentence for words that are known to be near."""
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

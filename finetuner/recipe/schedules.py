@@ -1,49 +1,73 @@
-"""The shapes of the learning rate: what lr_scheduler_kwargs may name for each, and each as a pure function.
+"""The learning-rate schedules, one row each: the options of lr_scheduler_kwargs, and the rate as a pure function.
 
 Names and values are those of transformers' get_scheduler, so that curves of other tools can be laid over ours.
+A further schedule is a row of SCHEDULES and its name in ScheduleShape.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Shape = Literal[
+ScheduleShape = Literal[
     "constant", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "inverse_sqrt",
     "warmup_stable_decay",
 ]  # fmt: skip
 
-ARGUMENTS: dict[str, dict[str, type]] = {
-    "constant": {},
-    "linear": {},
-    "cosine": {"num_cycles": float},
-    "cosine_with_restarts": {"num_cycles": int},
-    "cosine_with_min_lr": {"min_lr": float, "min_lr_rate": float, "num_cycles": float},
-    "polynomial": {"lr_end": float, "power": float},
-    "inverse_sqrt": {"timescale": int},
-    "warmup_stable_decay": {
-        "num_decay_steps": int,
-        "num_stable_steps": int,
-        "warmup_type": str,
-        "decay_type": str,
-        "min_lr_ratio": float,
-        "num_cycles": float,
-    },
-}
-assert tuple(ARGUMENTS) == get_args(Shape)
+Options = Mapping[str, Any]  # lr_scheduler_kwargs
+Mistakes = dict[str, str]  # name of an option, or "" for all of them -> the mistake
 
-RISES: dict[str, Callable[[float], float]] = {
-    "linear": lambda t: t,
-    "cosine": lambda t: 0.5 * (1.0 - math.cos(math.pi * t)),
-    "1-sqrt": lambda t: 1.0 - math.sqrt(1.0 - t),
-}
+
+@dataclass(frozen=True)
+class SchedulePoint:
+    """The update after `step` updates, of a run of `total` updates with `warmup` and a rate of `peak` at most.
+
+    `floor` and `settles`: cosine_min_lr_ratio and cosine_constant_lr_ratio.
+    """
+
+    step: int
+    total: int
+    warmup: int
+    peak: float
+    floor: float
+    settles: float
+    options: Options
+
+    @property
+    def progress(self) -> float:
+        """Share of the steps behind the warmup that are done, from 0 to 1."""
+        return (self.step - self.warmup) / max(1, self.total - self.warmup)
+
+
+@dataclass(frozen=True)
+class ScheduleRow:
+    """One schedule.
+
+    rate: the learning rate as a multiple of the peak. options: what lr_scheduler_kwargs may name -> its type.
+    mistakes: what is wrong with options of the right types, given the peak. own_warmup: `rate` is the warmup's too,
+    which is linear from 0 for every other schedule.
+    """
+
+    rate: Callable[[SchedulePoint], float]
+    options: Mapping[str, type] = field(default_factory=dict)
+    mistakes: Callable[[Options, float], Mistakes] = lambda options, peak: {}
+    own_warmup: bool = False
 
 
 def multiplier(
-    shape: Shape, step: int, *, total: int, warmup: int, peak: float, floor: float, settles: float, options: Mapping
+    shape: ScheduleShape,
+    step: int,
+    *,
+    total: int,
+    warmup: int,
+    peak: float,
+    floor: float,
+    settles: float,
+    options: Options,
 ) -> float:
-    """Learning rate of the update after `step` updates, as a multiple of `peak`.
+    """Return the learning rate of the update after `step` updates, as a multiple of `peak`.
 
-    Linear from 0 over the warmup (so the first warmup step does not move the weights), then with
+    Linear from 0 over the warmup (so that the first warmup step does not move the weights), then with
     t = (step - warmup) / (total - warmup):
 
         constant               1
@@ -56,66 +80,131 @@ def multiplier(
         inverse_sqrt           1 / sqrt((step - warmup + s) / s), s = timescale or warmup or 10,000
         warmup_stable_decay    1 until num_decay_steps before the end, then down to min_lr_ratio
     """
-    if shape == "warmup_stable_decay":
-        return _warmup_stable_decay(step, total, warmup, options)
-    if step < warmup:
+    row = SCHEDULES[shape]
+    if step < warmup and not row.own_warmup:
         return step / warmup
-    t = (step - warmup) / max(1, total - warmup)
-    if shape == "constant":
-        return 1.0
-    if shape == "linear":
-        return max(0.0, 1.0 - t)
-    if shape == "inverse_sqrt":
-        scale = options.get("timescale") or warmup or 10_000
-        return 1.0 / math.sqrt((step - warmup + scale) / scale)
-    if shape == "polynomial":
-        end = options.get("lr_end", 1e-7) / peak
-        return end + (1.0 - end) * max(0.0, 1.0 - t) ** options.get("power", 1.0)
-    if shape == "cosine_with_restarts":
-        return 0.0 if t >= 1.0 else 0.5 * (1.0 + math.cos(math.pi * (options.get("num_cycles", 1) * t % 1.0)))
-    if shape == "cosine_with_min_lr":
-        floor = options["min_lr_rate"] if "min_lr_rate" in options else options["min_lr"] / peak
-    last = int(total * settles)
-    t = min(1.0, (min(step, last) - warmup) / max(1, last - warmup))
-    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(2.0 * math.pi * options.get("num_cycles", 0.5) * t))
+    return row.rate(SchedulePoint(step, total, warmup, peak, floor, settles, options))
 
 
-def _warmup_stable_decay(step: int, total: int, warmup: int, options: Mapping) -> float:
+def option_mistakes(shape: ScheduleShape, options: Options, peak: float) -> Mistakes:
+    """The mistakes in options of the right types, by the option's name, or under "" for all of them."""
+    row = SCHEDULES[shape]
+    numbers = [name for name, kind in row.options.items() if kind is not str]
+    negative = {
+        name: f"{name} is {options[name]}, but must be at least 0." for name in numbers if options.get(name, 0) < 0
+    }
+    return negative | row.mistakes(options, peak)
+
+
+def _linear(at: SchedulePoint) -> float:
+    return max(0.0, 1.0 - at.progress)
+
+
+def _cosine_to(floor: float, at: SchedulePoint) -> float:
+    last = int(at.total * at.settles)
+    t = min(1.0, (min(at.step, last) - at.warmup) / max(1, last - at.warmup))
+    cycles = at.options.get("num_cycles", 0.5)
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(2.0 * math.pi * cycles * t))
+
+
+def _cosine(at: SchedulePoint) -> float:
+    return _cosine_to(at.floor, at)
+
+
+def _cosine_with_min_lr(at: SchedulePoint) -> float:
+    options = at.options
+    return _cosine_to(options["min_lr_rate"] if "min_lr_rate" in options else options["min_lr"] / at.peak, at)
+
+
+def _one_lowest_rate(options: Options, peak: float) -> Mistakes:
+    if ("min_lr" in options) == ("min_lr_rate" in options):
+        return {"": "cosine_with_min_lr needs min_lr or min_lr_rate in lr_scheduler_kwargs, one of them."}
+    return {}
+
+
+def _cosine_with_restarts(at: SchedulePoint) -> float:
+    t = at.progress
+    return 0.0 if t >= 1.0 else 0.5 * (1.0 + math.cos(math.pi * (at.options.get("num_cycles", 1) * t % 1.0)))
+
+
+def _polynomial(at: SchedulePoint) -> float:
+    end = at.options.get("lr_end", _LR_END) / at.peak
+    return end + (1.0 - end) * max(0.0, 1.0 - at.progress) ** at.options.get("power", 1.0)
+
+
+_LR_END = 1e-7  # transformers' default
+
+
+def _falls_from_the_peak(options: Options, peak: float) -> Mistakes:
+    end = options.get("lr_end", _LR_END)
+    if end < peak:
+        return {}
+    message = (
+        f"polynomial falls to lr_end, {end:g}, from learning_rate, {peak:g}: set a lower lr_end in lr_scheduler_kwargs."
+    )
+    return {"lr_end" if "lr_end" in options else "": message}
+
+
+def _inverse_sqrt(at: SchedulePoint) -> float:
+    scale = at.options.get("timescale") or at.warmup or 10_000
+    return 1.0 / math.sqrt((at.step - at.warmup + scale) / scale)
+
+
+_RISES: dict[str, Callable[[float], float]] = {
+    "linear": lambda t: t,
+    "cosine": lambda t: 0.5 * (1.0 - math.cos(math.pi * t)),
+    "1-sqrt": lambda t: 1.0 - math.sqrt(1.0 - t),
+}
+
+
+def _warmup_stable_decay(at: SchedulePoint) -> float:
     """Hägele et al., arXiv:2405.18392."""
+    options, step, warmup = at.options, at.step, at.warmup
     lowest: float = options.get("min_lr_ratio", 0.0)
     decay = options["num_decay_steps"]
-    stable = options.get("num_stable_steps", total - warmup - decay)
+    stable = options.get("num_stable_steps", at.total - warmup - decay)
     if step < warmup:
-        factor = RISES[options.get("warmup_type", "linear")](step / warmup)
+        factor = _RISES[options.get("warmup_type", "linear")](step / warmup)
     elif step < warmup + stable:
         return 1.0
     elif step < warmup + stable + decay:
         t = (step - warmup - stable) / decay
-        kind = options.get("decay_type", "cosine")
         cycles = 2.0 * math.pi * options.get("num_cycles", 0.5)
         falls = {"linear": 1.0 - t, "cosine": 0.5 * (1.0 + math.cos(cycles * t)), "1-sqrt": 1.0 - math.sqrt(t)}
-        factor = falls[kind]
+        factor = falls[options.get("decay_type", "cosine")]
     else:
         return lowest
     return factor * (1.0 - lowest) + lowest
 
 
-def option_mistakes(shape: Shape, options: Mapping[str, Any], peak: float) -> dict[str, str]:
-    """name of an option, or "" for all of them -> what is wrong, for options of the right types."""
-    wrong: dict[str, str] = {}
-    if shape == "warmup_stable_decay" and "num_decay_steps" not in options:
+def _decays_in_a_known_way(options: Options, peak: float) -> Mistakes:
+    wrong: Mistakes = {}
+    if "num_decay_steps" not in options:
         wrong[""] = "warmup_stable_decay needs lr_scheduler_kwargs: {num_decay_steps: ...}."
-    if shape == "cosine_with_min_lr" and ("min_lr" in options) == ("min_lr_rate" in options):
-        wrong[""] = "cosine_with_min_lr needs min_lr or min_lr_rate in lr_scheduler_kwargs, one of them."
     for name in ("warmup_type", "decay_type"):
-        if options.get(name, "linear") not in RISES:
-            wrong[name] = f"{name} is '{options[name]}', but must be one of: {', '.join(RISES)}."
-    for name, kind in ARGUMENTS[shape].items():
-        if kind is not str and options.get(name, 0) < 0:
-            wrong[name] = f"{name} is {options[name]}, but must be at least 0."
-    if shape == "polynomial" and options.get("lr_end", 1e-7) >= peak:
-        wrong["lr_end" if "lr_end" in options else ""] = (
-            f"polynomial falls to lr_end, {options.get('lr_end', 1e-7):g}, from learning_rate, {peak:g}: set a lower "
-            "lr_end in lr_scheduler_kwargs."
-        )
+        if options.get(name, "linear") not in _RISES:
+            wrong[name] = f"{name} is '{options[name]}', but must be one of: {', '.join(_RISES)}."
     return wrong
+
+
+SCHEDULES: dict[str, ScheduleRow] = {
+    "constant": ScheduleRow(lambda at: 1.0),
+    "linear": ScheduleRow(_linear),
+    "cosine": ScheduleRow(_cosine, {"num_cycles": float}),
+    "cosine_with_restarts": ScheduleRow(_cosine_with_restarts, {"num_cycles": int}),
+    "cosine_with_min_lr": ScheduleRow(
+        _cosine_with_min_lr, {"min_lr": float, "min_lr_rate": float, "num_cycles": float}, _one_lowest_rate
+    ),
+    "polynomial": ScheduleRow(_polynomial, {"lr_end": float, "power": float}, _falls_from_the_peak),
+    "inverse_sqrt": ScheduleRow(_inverse_sqrt, {"timescale": int}),
+    "warmup_stable_decay": ScheduleRow(
+        _warmup_stable_decay,
+        {
+            "num_decay_steps": int, "num_stable_steps": int, "warmup_type": str, "decay_type": str,
+            "min_lr_ratio": float, "num_cycles": float,
+        },
+        _decays_in_a_known_way,
+        own_warmup=True,
+    ),
+}  # fmt: skip
+assert tuple(SCHEDULES) == get_args(ScheduleShape)

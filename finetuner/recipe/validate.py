@@ -1,4 +1,4 @@
-"""A document's values -> sections, with one problem per place."""
+"""Validates a document's values as sections, and turns pydantic's errors into one problem for each place."""
 
 import math
 from typing import Any, get_args
@@ -6,24 +6,17 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from finetuner.recipe.document import Document
 from finetuner.recipe.foreign.tools import ELSEWHERE
 from finetuner.recipe.foreign.translate import MEANINGS
 from finetuner.recipe.problems import KeyPath, Problem, did_you_mean, edit_distance, meant, near_words
 from finetuner.recipe.schema import KEYS, SECTIONS, Recipe
 from finetuner.recipe.sections import Section
+from finetuner.recipe.yaml_document import YamlDocument
 
 
-def validate(document: Document) -> tuple[dict[str, Any], Recipe | None]:
-    """Validate section by section; returns all keys that are valid, and the Recipe if every one is."""
-    given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    for key, value in document.values.items():
-        if key in KEYS:
-            if value is not None:  # `key:` with nothing behind it means the default, as in other tools
-                given[KEYS[key][0]][key] = value
-        else:
-            where = document.origin((key,), of_key=True)
-            document.problems.append(Problem(_unknown_key(key), where))
+def validate(document: YamlDocument) -> tuple[dict[str, Any], Recipe | None]:
+    """Validate section by section; return all keys that are valid, and the Recipe if every one is."""
+    given = _by_section(document)
     # "learning_rat" is one mistake, not also a missing learning_rate
     meant = {near for key in document.values if key not in KEYS for near in near_words(key, KEYS)}
     values: dict[str, Any] = {}
@@ -35,23 +28,34 @@ def validate(document: Document) -> tuple[dict[str, Any], Recipe | None]:
             wrong = {str(details["loc"][0]) for details in error.errors()}
             document.problems += _problems_of(error, section_type, document, meant)
             rest = {key: value for key, value in given[name].items() if key not in wrong}
-            values |= _valid_part(section_type, rest, wrong)
+            values |= _valid_values(section_type, rest, wrong)
         else:
             sections[name] = section
-            values |= {key: getattr(section, key) for key in section_type.model_fields}
+            values |= dict(section)
     complete = len(sections) == len(SECTIONS)
     return values, Recipe.model_validate(sections) if complete else None
 
 
-# Stands in for a required key that is missing or wrong, so that the keys beside it can still be checked.
+def _by_section(document: YamlDocument) -> dict[str, dict[str, Any]]:
+    """section -> its keys that are given; an unknown key joins the document's problems."""
+    given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for key, value in document.values.items():
+        if key not in KEYS:
+            document.problems.append(Problem(_unknown_key(key), document.origin((key,), of_key=True)))
+        elif value is not None:  # `key:` with nothing behind it means the default, as in other tools
+            given[KEYS[key][0]][key] = value
+    return given
+
+
+# Stands in for a required key that is missing or wrong, so that the other keys of its section can still be checked.
 _STAND_IN: dict[str, Any] = {"base_model": "?", "datasets": [{"path": "?", "type": "alpaca"}], "learning_rate": 1.0}
 
 
-def _valid_part(section_type: type[Section], rest: dict[str, Any], wrong: set[str]) -> dict[str, Any]:
+def _valid_values(section_type: type[Section], rest: dict[str, Any], wrong: set[str]) -> dict[str, Any]:
     """Validated values of the keys that are right, so that the rules can still speak about them."""
     stand_in = {key: value for key, value in _STAND_IN.items() if key in wrong and key in section_type.model_fields}
     section = section_type.model_validate({**rest, **stand_in})
-    return {key: getattr(section, key) for key in section_type.model_fields if key not in wrong}
+    return {key: value for key, value in section if key not in wrong}
 
 
 def _unknown_key(key: str) -> str:
@@ -65,9 +69,9 @@ def _unknown_key(key: str) -> str:
 
 
 def _problems_of(
-    error: ValidationError, section_type: type[Section], document: Document, meant: set[str]
+    error: ValidationError, section_type: type[Section], document: YamlDocument, meant: set[str]
 ) -> list[Problem]:
-    """One problem per place; a union reports each of its members, of which the most telling is kept.
+    """One problem for each place; of a union, which reports each of its members, the most telling.
 
     Keys that an unknown key was `meant` to be are not missing as well.
     """
@@ -87,7 +91,7 @@ def _problems_of(
 
 
 def _place(loc: tuple[int | str, ...], values: Any) -> KeyPath:
-    """The part of pydantic's location that is in the recipe: it also names members of unions ("tuple[str, ...]")."""
+    """The recipe's path of a location of pydantic's, which also names members of unions ("tuple[str, ...]")."""
     path: list[int | str] = [loc[0]]
     value = values.get(loc[0]) if isinstance(values, dict) else None
     for i, part in enumerate(loc[1:], 1):
@@ -110,22 +114,31 @@ def _describe(path: KeyPath, group: list[ErrorDetails], section_type: type[Secti
         return f"'{name}' is missing. {_meaning(path, section_type)}"
     if kind == "extra_forbidden":
         return f"unknown key '{name}'.{did_you_mean(str(path[-1]), _fields_at(path[:-1], section_type))}"
-    shown = f"{name} is {_show(given)}"
+    if kind in ("too_short", "string_too_short"):
+        return f"{name} is empty. {_meaning(path, section_type)}"
+    shown = f"{name} is {_show(given)}, but must be"
     if len(group) == 1 and kind == "literal_error":
         choices = [c.strip("'") for c in str(context["expected"]).replace(" or ", ", ").split(", ")]
         hint = did_you_mean(given, choices) if isinstance(given, str) else ""
-        return f"{shown}, but must be one of: {', '.join(choices)}.{hint}"
+        return f"{shown} one of: {', '.join(choices)}.{hint}"
     if kind in _BOUNDS:
-        return f"{shown}, but must be {_BOUNDS[kind]} {context[_BOUND_KEY[kind]]}."
-    if kind in ("too_short", "string_too_short"):
-        return f"{name} is empty. {_meaning(path, section_type)}"
-    wanted = " or ".join(dict.fromkeys(_WANTED.get(d["type"], d["msg"]) for d in group))
-    if "literal_error" in {d["type"] for d in group}:
+        return f"{shown} {_BOUNDS[kind]} {context[_BOUND_KEY[kind]]}."
+    return f"{shown} {_wanted(group)}.{_without_quotes(given, kind)}"
+
+
+def _wanted(group: list[ErrorDetails]) -> str:
+    """The types that a place takes, in words."""
+    wanted = " or ".join(dict.fromkeys(_WANTED.get(details["type"], details["msg"]) for details in group))
+    if "literal_error" in {details["type"] for details in group}:
         wanted = wanted.replace(_WANTED["literal_error"], str(group[0]["ctx"]["expected"]).strip("'"))
-    hint = ""
-    if isinstance(given, str) and kind in ("int_type", "float_type"):
-        hint = f" Write {given} without quotes." if _is_number(given, int if kind == "int_type" else float) else ""
-    return f"{shown}, but must be {wanted}.{hint}"
+    return wanted
+
+
+def _without_quotes(given: Any, kind: str) -> str:
+    """A hint for a number that was written as text."""
+    if not isinstance(given, str) or kind not in ("int_type", "float_type"):
+        return ""
+    return f" Write {given} without quotes." if _is_number(given, int if kind == "int_type" else float) else ""
 
 
 _BOUNDS = {

@@ -1,6 +1,7 @@
-"""Parameters -> optimizer."""
+"""Builds the optimizer that a recipe names over the trained parameters, in groups of one decay and learning rate."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,10 +9,34 @@ from torch import nn
 
 from finetuner.errors import ModelError, PlanError
 from finetuner.parallel.optimizer_state import SideBySide
-from finetuner.recipe.optimizers import read_arguments
+from finetuner.recipe.optimizers import OPTIMIZERS, is_hidden_matrix, read_arguments
 from finetuner.recipe.sections import OptimizerSection, RatesSection
 
 Groups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class OptimizerRequest:
+    """The arguments of a builder, whose optimizer starts at lr 0: the loop sets the rate before each step.
+
+    arguments: optim_args, as a block. rates: name -> learning rate as a multiple of the schedule's. tables: names of
+    the parameters with a row for each token. device: where the update is computed.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    section: OptimizerSection
+    arguments: dict[str, Any]
+    rates: Mapping[str, float]
+    tables: frozenset[str]
+    device: torch.device
+
+    @property
+    def groups(self) -> Groups:
+        return parameter_groups(self.parameters, self.section.weight_decay, self.rates)
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        return self.section.adam_beta1, self.section.adam_beta2
 
 
 def build_optimizer(
@@ -22,39 +47,21 @@ def build_optimizer(
     rates: Mapping[str, float] | None = None,
     vocabulary: frozenset[str] = frozenset(),
 ) -> torch.optim.Optimizer:
-    """The optimizer of the recipe's name over groups of parameters: matrices, which decay, and vectors (norms, biases),
-    which do not.
+    """Return the optimizer of the recipe's name; weight decay is for matrices, not for vectors (norms, biases).
 
     The learning rate is set by the loop before each step. `device`: where the update is computed. `rates`: see
     own_rates. `vocabulary`: names of the parameters with a row for each token.
     """
-    name, arguments = section.optimizer, read_arguments(section.optim_args)
-    if name == "muon":
-        return _muon(parameters, section, arguments, rates or {}, vocabulary)
-    groups = parameter_groups(parameters, section.weight_decay, rates or {})
-    betas = {"betas": (section.adam_beta1, section.adam_beta2)}
-    if name in ("adamw_torch", "adamw_torch_fused"):
-        return _adamw(groups, section, arguments)
-    if "adamw" in name:
-        return _of_bitsandbytes("AdamW", groups, section, device, betas | {"eps": section.adam_epsilon} | arguments)
-    if "lion" in name:
-        return _of_bitsandbytes("Lion", groups, section, device, betas | arguments)
-    if name == "adafactor":
-        # transformers', not torch's, which scales the rate by the size of each parameter whatever it is told: the rates
-        # of people's recipes are for this one, and for these two settings, which are those of transformers' Trainer.
-        from transformers.optimization import Adafactor
-
-        return Adafactor(groups, lr=0.0, **{"scale_parameter": False, "relative_step": False} | arguments)
-    if name == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=0.0, eps=section.adam_epsilon, **arguments)
-    if name == "adagrad":
-        return torch.optim.Adagrad(groups, lr=0.0, eps=section.adam_epsilon, **arguments)
-    assert name == "sgd"
-    return torch.optim.SGD(groups, lr=0.0, **arguments)
+    arguments = read_arguments(section.optim_args)
+    request = OptimizerRequest(parameters, section, arguments, rates or {}, vocabulary, device)
+    return BUILDERS[OPTIMIZERS[section.optimizer].builder](request)
 
 
 def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float, rates: Mapping[str, float]) -> Groups:
-    """Matrices first. `rates`: name -> learning rate of its own, as a multiple of the schedule's."""
+    """Return torch's parameter groups, those of matrices first: one for each decay and multiple of the learning rate.
+
+    `rates`: name -> learning rate as a multiple of the schedule's, for parameters with their own.
+    """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for is_vector in (False, True):
         for name, parameter in parameters.items():
@@ -69,23 +76,15 @@ def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float
 def own_rates(
     parameters: Mapping[str, nn.Parameter], section: RatesSection, peak_lr: float, vocabulary: frozenset[str]
 ) -> dict[str, float]:
-    """name -> learning rate as a multiple of `peak_lr`, for those that have their own.
+    """Return name -> learning rate as a multiple of `peak_lr`, for parameters with a rate of their own.
 
     Raises ModelError for a key that is about weights that are not trained.
     """
-    tables = [name for name in parameters if name in vocabulary and "lora_" not in name]
     rates: dict[str, float] = {}
     ratio = section.loraplus_lr_ratio
     if ratio is not None:  # as PEFT's create_loraplus_optimizer groups them
         rates |= {name: ratio for name, p in parameters.items() if "lora_B" in name or p.ndim == 1}
-    scale = section.embedding_lr / peak_lr if section.embedding_lr is not None else section.embedding_lr_scale
-    if scale is not None and not tables:
-        key = "embedding_lr" if section.embedding_lr is not None else "embedding_lr_scale"
-        raise ModelError(
-            f"{key} is given, but no embedding is trained. Remove it, or train them beside the adapter:\n"
-            "lora_modules_to_save: [embed_tokens, lm_head]"
-        )
-    rates |= dict.fromkeys(tables, scale) if scale is not None else {}
+    rates |= _table_rates(parameters, section, peak_lr, vocabulary)
     for group in section.lr_groups:
         for text in group.modules:
             named = [name for name in parameters if text in name]
@@ -98,49 +97,96 @@ def own_rates(
     return rates
 
 
-def _adamw(groups: Groups, section: OptimizerSection, arguments: dict[str, Any]) -> torch.optim.Optimizer:
+def _table_rates(
+    parameters: Mapping[str, nn.Parameter], section: RatesSection, peak_lr: float, vocabulary: frozenset[str]
+) -> dict[str, float]:
+    """The rates of embeddings and head. Raises ModelError if a rate is given and none of them is trained."""
+    key = "embedding_lr" if section.embedding_lr is not None else "embedding_lr_scale"
+    scale = section.embedding_lr / peak_lr if section.embedding_lr is not None else section.embedding_lr_scale
+    if scale is None:
+        return {}
+    tables = [name for name in parameters if name in vocabulary and "lora_" not in name]
+    if not tables:
+        raise ModelError(
+            f"{key} is given, but no embedding is trained. Remove it, or train them beside the adapter:\n"
+            "lora_modules_to_save: [embed_tokens, lm_head]"
+        )
+    return dict.fromkeys(tables, scale)
+
+
+def _adamw(request: OptimizerRequest) -> torch.optim.Optimizer:
+    groups = request.groups
     device = groups[0]["params"][0].device
     return torch.optim.AdamW(
         groups,
         lr=0.0,
-        betas=(section.adam_beta1, section.adam_beta2),
-        eps=section.adam_epsilon,
+        betas=request.betas,
+        eps=request.section.adam_epsilon,
         fused=device.type in ("cpu", "cuda", "mps"),  # 2.6 times the speed of the loop on a CPU
-        **arguments,
+        **request.arguments,
     )
 
 
-def _muon(
-    parameters: Mapping[str, nn.Parameter],
-    section: OptimizerSection,
-    arguments: dict[str, Any],
-    rates: Mapping[str, float],
-    vocabulary: frozenset[str],
-) -> torch.optim.Optimizer:
+def _muon(request: OptimizerRequest) -> torch.optim.Optimizer:
     """Muon for the hidden matrices, AdamW for vectors and for what has a row for each token, as Muon's author has it
     (kellerjordan.github.io/posts/muon): a row of an embedding is no direction that a matrix maps to."""
-    hidden = {name: p for name, p in parameters.items() if p.ndim == 2 and name not in vocabulary}
+    parameters = request.parameters
+    hidden = {n: p for n, p in parameters.items() if is_hidden_matrix(p.shape, is_table=n in request.tables)}
     rest = {name: p for name, p in parameters.items() if name not in hidden}
     if not hidden:
         raise PlanError("optimizer muon is for hidden matrices, and none is trained. Write `optimizer: adamw_torch`.")
-    muon = torch.optim.Muon(parameter_groups(hidden, section.weight_decay, rates), lr=0.0, **arguments)
-    if not rest:
-        return muon
-    return SideBySide(muon, _adamw(parameter_groups(rest, section.weight_decay, rates), section, {}))
+    muon = torch.optim.Muon(replace(request, parameters=hidden).groups, lr=0.0, **request.arguments)
+    return SideBySide(muon, _adamw(replace(request, parameters=rest, arguments={}))) if rest else muon
 
 
-def _of_bitsandbytes(
-    kind: str, groups: Groups, section: OptimizerSection, device: torch.device, arguments: dict[str, Any]
-) -> torch.optim.Optimizer:
+def _bitsandbytes(request: OptimizerRequest) -> torch.optim.Optimizer:
     """In 8 bits, the state is in blocks of 256 elements; that of tensors below 4,096 stays fp32 (min_8bit_size)."""
+    name = request.section.optimizer
     try:
         import bitsandbytes
     except ImportError as error:
         raise PlanError(
-            f"optimizer {section.optimizer} needs bitsandbytes: pip install finetuner[quantize]\n"
-            "Or write `optimizer: adamw_torch`."
+            f"optimizer {name} needs bitsandbytes: pip install finetuner[quantize]\nOr write `optimizer: adamw_torch`."
         ) from error
-    paged = section.optimizer.startswith("paged_") and device.type == "cuda"  # a CPU has nowhere to page to
-    bits = "8bit" if section.optimizer.endswith("8bit") else "32bit"
-    make = getattr(bitsandbytes.optim, f"{'Paged' if paged else ''}{kind}{bits}")
-    return make(groups, lr=0.0, **arguments)
+    row, options = OPTIMIZERS[name], dict(request.arguments)
+    paged = row.is_paged and request.device.type == "cuda"  # a CPU has nowhere to page to
+    if row.uses_epsilon:
+        options["eps"] = request.section.adam_epsilon
+    make = getattr(bitsandbytes.optim, f"{'Paged' if paged else ''}{row.class_name}")
+    return make(request.groups, lr=0.0, betas=request.betas, **options)
+
+
+def _adafactor(request: OptimizerRequest) -> torch.optim.Optimizer:
+    """transformers' Adafactor, not torch's, which scales the rate by the size of each parameter whatever it is told.
+
+    The rates of people's recipes are for this one, and for these two settings, which are those of transformers'
+    Trainer.
+    """
+    from transformers.optimization import Adafactor
+
+    settings = {"scale_parameter": False, "relative_step": False}
+    return Adafactor(request.groups, lr=0.0, **settings | request.arguments)
+
+
+def _rmsprop(request: OptimizerRequest) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(request.groups, lr=0.0, eps=request.section.adam_epsilon, **request.arguments)
+
+
+def _adagrad(request: OptimizerRequest) -> torch.optim.Optimizer:
+    return torch.optim.Adagrad(request.groups, lr=0.0, eps=request.section.adam_epsilon, **request.arguments)
+
+
+def _sgd(request: OptimizerRequest) -> torch.optim.Optimizer:
+    return torch.optim.SGD(request.groups, lr=0.0, **request.arguments)
+
+
+# `builder` of a row of recipe/optimizers.py -> the function that makes its optimizer
+BUILDERS: dict[str, Callable[[OptimizerRequest], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "bitsandbytes": _bitsandbytes,
+    "adafactor": _adafactor,
+    "muon": _muon,
+    "sgd": _sgd,
+    "rmsprop": _rmsprop,
+    "adagrad": _adagrad,
+}

@@ -11,6 +11,8 @@ from test_cli import exit_of
 from finetuner.commands.plan import span
 from finetuner.errors import PlanError
 from finetuner.estimate.training_cost import parse_devices
+from finetuner.plan.memory import ModelBytes, without_paged_state
+from finetuner.recipe.sections import OptimizerSection
 
 
 def planned(capsys, *arguments: object) -> dict:
@@ -29,6 +31,28 @@ def test_gpt2_on_eight_gpus_by_hand(capsys):
     assert found["seconds"] == {"A100": pytest.approx(flops / (8 * 312e12 * 0.5))}
     assert found["bytes"] == {"weights": 4 * 124_475_904, "gradients": 4 * 124_475_904, "optimizer": 8 * 124_475_904}
     assert found["tokens_per_parameter"] == pytest.approx(80.3, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments", "bytes_a_weight"),
+    [
+        ("adamw_torch", "", 8), ("adamw_torch", "amsgrad=true", 12), ("paged_adamw_32bit", "", 8),
+        ("adamw_bnb_8bit", "", 2 + 8 / 256), ("lion_32bit", "", 4), ("lion_8bit", "", 1 + 4 / 256),
+        ("paged_lion_8bit", "", 1 + 4 / 256), ("muon", "", 5.3), ("sgd", "", 0), ("sgd", "momentum=0.9", 4),
+        ("rmsprop", "", 4), ("adagrad", "", 4), ("adafactor", "", 0.01),
+    ],
+)  # fmt: skip
+def test_the_state_of_every_optimizer_is_counted(capsys, optimizer, arguments, bytes_a_weight):
+    overrides = [f"optimizer={optimizer}", f"optim_args={arguments or '{}'}", "adam_beta2=0.999"]
+    found = planned(capsys, ROOT / "examples/gpt2_124m.yml", *overrides)
+    assert found["bytes"]["optimizer"] / 124_475_904 == pytest.approx(bytes_a_weight, rel=0.05, abs=0.01)
+
+
+def test_a_paged_state_is_no_reason_to_refuse_a_gpu_that_its_driver_can_move_it_from():
+    model, paged = ModelBytes(4, 4, 8), OptimizerSection(optimizer="paged_adamw_32bit")
+    assert without_paged_state(model, paged, "cuda") == ModelBytes(4, 4, 0)
+    assert without_paged_state(model, paged, "cpu") == model  # no driver pages there
+    assert without_paged_state(model, OptimizerSection(), "cuda") == model
 
 
 def test_the_page_says_the_ratio_its_source_and_what_each_rank_keeps(capsys):

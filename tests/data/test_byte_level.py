@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from finetuner.data.byte_level import CHECKED, ByteLevel, LoadedTokenizer
 from finetuner.data.encoding import Encoder
-from finetuner.data.formats import Rendered
+from finetuner.data.formats.base import Rendered
 from finetuner.data.prepare import prepare
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection

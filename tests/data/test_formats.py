@@ -1,6 +1,7 @@
 """Rows become text and trained spans: exactly the answers with their ends, whatever the template and the contents."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,17 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import CHATML, SHARED_DATA, write_rows
+from conftest import CHATML, ROOT, SHARED_DATA, write_rows
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from finetuner.data.cache import _code_facts
+from finetuner.data.formats import load_format
 from finetuner.data.prepare import Prepared, prepare
 from finetuner.data.tokens import IGNORE
 from finetuner.errors import DataError
-from finetuner.recipe.sections import DataSection
+from finetuner.recipe.sections import DataSection, DatasetEntry
+from finetuner.recipe.sections.datasets import KEYS_OF_TYPE, ROW_TYPES
 
 EOS, BOS = "<|endoftext|>", "<|bos|>"
 EXTRA = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|end|>"]
@@ -441,3 +445,23 @@ def test_real_conversations_are_learned_to_the_letter(tokenizer: PreTrainedToken
     for i, row in enumerate(rows):
         answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
         assert trained_texts(tokenizer, *store.document(i)) == [answer + "<|im_end|>" for answer in answers]
+
+
+def test_every_row_type_has_its_file_its_renderer_and_its_keys() -> None:
+    files = {path.stem for path in (ROOT / "finetuner/data/formats").glob("*.py")} - {"__init__", "base"}
+    assert files == {*ROW_TYPES, "instruction"}
+    assert all(callable(load_format(name)) for name in files)
+    assert set(KEYS_OF_TYPE) < set(DatasetEntry.model_fields)
+    for name, row_type in ROW_TYPES.items():
+        assert row_type.column_key is None or row_type.column_key in row_type.keys
+        assert DatasetEntry(path="x", type=name).required_columns, name
+
+
+def test_rows_are_prepared_again_when_the_file_of_a_format_changes(tmp_path: Path) -> None:
+    code = tmp_path / "data"
+    shutil.copytree(ROOT / "finetuner/data", code)
+    before = _code_facts(code)
+    assert before == _code_facts()
+    with (code / "formats" / "alpaca.py").open("a") as file:
+        file.write("# another prompt\n")
+    assert _code_facts(code)[0] != before[0] and _code_facts(code)[1:] == before[1:]

@@ -15,8 +15,10 @@ import pytest
 from conftest import ROOT, SHARED_DATA
 
 from finetuner.errors import PlanError
-from finetuner.plan.memory import Kept, Parts, kept_by_a_rank, trained_parts
+from finetuner.plan.memory import ModelBytes, RankBytes, bytes_of_a_rank, bytes_of_training
 from finetuner.plan.parallel import FsdpOptions, ParallelPlan, ZeroOptions
+from finetuner.recipe.optimizers import TrainedTensor
+from finetuner.recipe.sections import OptimizerSection
 from finetuner.training.metrics import read_metrics
 from finetuner.training.watchdog import stacks_when_stuck
 from finetuner.world import available_ram
@@ -73,20 +75,20 @@ def zero(stage: int, offload: bool = False) -> ParallelPlan:
 @pytest.mark.parametrize(
     ("engine", "kept"),
     [
-        (ParallelPlan(replicate=8), Kept(160, 0)),
-        (ParallelPlan("fsdp2", shard=8, fsdp=FsdpOptions()), Kept(20, 0)),
-        (ParallelPlan("fsdp2", shard=8, fsdp=FsdpOptions(offload=True)), Kept(0, 20)),
-        (zero(1), Kept(20 + 40 + 15, 0)),
-        (zero(2), Kept(20 + 5 + 15, 0)),
-        (zero(3), Kept(20, 0)),
-        (zero(2, offload=True), Kept(0, 15)),
+        (ParallelPlan(replicate=8), RankBytes(160, 0)),
+        (ParallelPlan("fsdp2", shard=8, fsdp=FsdpOptions()), RankBytes(20, 0)),
+        (ParallelPlan("fsdp2", shard=8, fsdp=FsdpOptions(offload=True)), RankBytes(0, 20)),
+        (zero(1), RankBytes(20 + 40 + 15, 0)),
+        (zero(2), RankBytes(20 + 5 + 15, 0)),
+        (zero(3), RankBytes(20, 0)),
+        (zero(2, offload=True), RankBytes(0, 15)),
     ],
 )
 def test_what_a_rank_of_eight_keeps_of_ten_weights_that_are_trained(engine, kept):
-    parts = trained_parts(10, parallel=engine, bf16=True, optimizer="adamw_torch")
-    expected = Parts(20, 40, 120) if engine.zero is not None else Parts(40, 40, 80)
+    parts = bytes_of_training([TrainedTensor((2, 5))], OptimizerSection(), parallel=engine, bf16=True)
+    expected = ModelBytes(20, 40, 120) if engine.zero is not None else ModelBytes(40, 40, 80)
     assert parts == expected
-    assert kept_by_a_rank(parts, engine) == (Kept(22, 0) if engine == zero(3) else kept)
+    assert bytes_of_a_rank(parts, engine) == (RankBytes(22, 0) if engine == zero(3) else kept)
 
 
 def test_the_memory_of_a_container_is_its_limit_without_the_pages_of_files(tmp_path):

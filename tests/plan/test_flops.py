@@ -9,11 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from finetuner.data.batches import Layout, collate
+from finetuner.estimate.fit import trained_tensors
 from finetuner.models.empty_model import meta_model
 from finetuner.models.from_scratch import scratch_config
 from finetuner.models.model_flops import training_flops
 from finetuner.plan.flops import Work, parts_of_shape, peak_of, work_of_shape
-from finetuner.recipe.gpt_shape import PRESETS, shape_of
+from finetuner.recipe.gpt_shape import PRESETS, shape_of, tensors_of_shape
 from finetuner.recipe.sections import GPTSection
 
 LLAMA_MIX = {"preset": "gpt-nano", "bias": True, "tie_embeddings": False, "key_value_heads": 2, "norm": "layer"}
@@ -32,6 +33,8 @@ def test_the_parts_and_the_work_of_a_shape_are_those_of_its_model(choices):
     model = meta_model(scratch_config(GPTSection(**choices), Words()), dtype=torch.float32, attention=("sdpa",))
     assert sum(parts_of_shape(shape, 1000).values()) == model.num_parameters()
     assert work_of_shape(shape, 1000) == training_flops(model, model, 64)
+    ours, theirs = tensors_of_shape(shape, 1000), trained_tensors(model)
+    assert sorted(map(str, ours)) == sorted(map(str, theirs))
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -8,6 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 from conftest import ROOT
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
 from finetuner.cli import main
@@ -15,6 +16,8 @@ from finetuner.errors import RecipeError
 from finetuner.recipe import KEYS, load
 from finetuner.recipe.explain import default_of, explain, json_schema, reference, type_of
 from finetuner.recipe.foreign.translate import MEANINGS
+from finetuner.recipe.schema import FACTS, SECTIONS
+from finetuner.recipe.sections.facts import KeyFacts, facts_of
 
 EXAMPLES = sorted((ROOT / "examples").rglob("*.y*ml"))
 
@@ -93,6 +96,19 @@ def test_the_page_is_current() -> None:
 def test_the_schema_file_is_current() -> None:
     file = ROOT / "docs" / "recipe.schema.json"
     assert json.loads(file.read_text()) == json_schema(), "write it anew: finetuner schema > docs/recipe.schema.json"
+
+
+def test_every_key_says_its_facts_and_a_key_without_them_is_refused() -> None:
+    assert set(FACTS) == set(KEYS)
+    assert {facts.resume for facts in FACTS.values()} == {"must_match", "free", "noted"}
+    assert {key for key in FACTS if not FACTS[key].prepared_rows} < set(SECTIONS["data"].model_fields)
+    for key, facts in FACTS.items():
+        assert (facts.needs is None) == (not key.startswith(("lora_", "peft_", "loraplus_", "bnb_"))), key
+        assert len([fact for fact in KEYS[key][1].metadata if isinstance(fact, KeyFacts)]) == 1
+    names = [name for facts in FACTS.values() for name in facts.aliases]
+    assert len(names) == len(set(names)) and not set(names) & set(KEYS)
+    with pytest.raises(TypeError, match="the key 'rank' does not say its KeyFacts"):
+        facts_of("rank", FieldInfo(annotation=int, default=1))
 
 
 def test_every_key_is_on_the_page_and_in_the_schema() -> None:

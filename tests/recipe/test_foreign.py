@@ -12,7 +12,7 @@ from finetuner.cli import main
 from finetuner.errors import RecipeError
 from finetuner.recipe import KEYS, dump_recipe, load
 from finetuner.recipe.convert import convert
-from finetuner.recipe.foreign.axolotl import DIFFERENT, PLUGINS, UNSUPPORTED_VALUES
+from finetuner.recipe.foreign.axolotl import PLUGINS, UNSUPPORTED_VALUES
 from finetuner.recipe.foreign.tools import ELSEWHERE, LLAMA_FACTORY_TOOL, TRL_TOOL
 from finetuner.recipe.foreign.translate import MEANINGS, VALUES
 
@@ -94,8 +94,16 @@ def test_an_unsupported_key_is_refused_by_name_unless_it_is_off(recipe, key: str
     message = refusal(recipe(f"{BASE}{key}: some value\n"))
     assert f"r.yml:6:1: '{key}' is not supported yet: {MEANINGS[key].unsupported}." in message
     assert "1 mistake\n" in message
-    for off in ("", "false", "[]", "{}"):
+    for off in ("", "false", "[]", "{}") if MEANINGS[key].only_value is None else ("", "true"):
         assert load(recipe(f"{BASE}{key}: {off}\n")).recipe == load(recipe(BASE)).recipe
+
+
+def test_new_embeddings_at_the_mean_are_what_holds_and_drawn_ones_are_refused_with_the_reason(recipe) -> None:
+    (note,) = load(recipe(f"{BASE}mean_resizing_embeddings: true\n")).notes
+    assert note.quiet and note.message == "left out: it says what holds anyway"
+    said = refusal(recipe(f"{BASE}mean_resizing_embeddings: false\n"))
+    assert "not supported yet: new embeddings that are drawn at random" in said
+    assert "new rows always start at the mean of the old ones" in said
 
 
 @pytest.mark.parametrize("key", sorted(key for key, m in MEANINGS.items() if m.without_effect is not None))
@@ -264,7 +272,6 @@ def test_convert_writes_nothing_when_a_key_blocks_and_never_over_a_file(recipe, 
 
 def test_no_key_of_ours_stands_in_another_tools_table() -> None:
     assert sorted(set(MEANINGS) & set(KEYS)) == []
-    assert sorted(set(DIFFERENT) - set(KEYS)) == []
     assert sorted(set(VALUES) - set(KEYS)) == []
 
 

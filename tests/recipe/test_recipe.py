@@ -652,6 +652,17 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"deepspeed": {"zero_optimization": {"stage": 1}}},
     ),
     ("fsdp", {"fsdp": ["full_shard", "no_shard"]}, {"fsdp": ["full_shard"]}),
+    ("fsdp", {"fsdp": ["no_shard", "offload"]}, {"fsdp": ["full_shard", "offload"]}),
+    (
+        "fsdp_config",
+        {"fsdp": ["full_shard", "auto_wrap"], "fsdp_config": {"auto_wrap_policy": "NO_WRAP"}},
+        {"fsdp": ["full_shard"], "fsdp_config": {"auto_wrap_policy": "NO_WRAP"}},
+    ),
+    (
+        "fsdp_config",
+        {"fsdp_config": {"cpu_ram_efficient_loading": True, "sync_module_states": False}},
+        {"fsdp_config": {"cpu_ram_efficient_loading": True, "sync_module_states": True}},
+    ),
     ("fsdp_version", {"fsdp_version": 2}, {"fsdp_version": 2, "fsdp": ["full_shard"]}),
     ("dp_shard_size", {"dp_shard_size": 2}, {"dp_shard_size": 2, "fsdp": ["full_shard"]}),
     ("optimizer", {"optimizer": "adamw_bnb_8bit", "fsdp": ["full_shard"]}, {"fsdp": ["full_shard"]}),
@@ -673,6 +684,9 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("embedding_lr_scale", {"embedding_lr": 1e-5, "embedding_lr_scale": 2.0}, {"embedding_lr": 1e-5}),
     ("saves_per_epoch", {"save_steps": 5, "saves_per_epoch": 2}, {"saves_per_epoch": 2}),
     ("load_in_4bit", {"adapter": "qlora", "load_in_4bit": False}, {"adapter": "qlora"}),
+    ("bnb_config_kwargs", {"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}, {"adapter": "qlora"}),
+    ("quantized_cache", {"adapter": "lora", "quantized_cache": True}, {"adapter": "qlora", "quantized_cache": True}),
+    ("peft_use_dora", {"adapter": "qlora", "peft_use_dora": True}, {"adapter": "lora", "peft_use_dora": True}),
     ("load_in_8bit", {"load_in_8bit": True}, {"load_in_8bit": True, "adapter": "lora"}),
     ("fp16", {"bf16": True, "fp16": True}, {"bf16": False, "fp16": True}),
     ("lora_target_linear", {"lora_target_linear": True}, {"lora_target_linear": True, "adapter": "lora"}),
@@ -728,6 +742,9 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("base_model", {"base_model": "from-scratch", "tokenizer": "byte"}, SCRATCH),
     ("model", SCRATCH | {"model": {"layers": 2}}, SCRATCH),
+    ("model", SCRATCH | {"model": {"preset": "gpt-nano", "heads": 3}}, SCRATCH),
+    ("model", SCRATCH | {"model": {"preset": "gpt-nano", "key_value_heads": 3}}, SCRATCH),
+    ("model", SCRATCH | {"model": {"preset": "gpt-nano", "width": 132, "heads": 4}}, SCRATCH),
     ("sequence_len", SCRATCH | {"sequence_len": 2048}, SCRATCH),
     ("adapter", SCRATCH | {"adapter": "lora"}, SCRATCH),
     ("tokenizer", {"tokenizer": "char"}, {"tokenizer": "a/b"}),
@@ -860,7 +877,7 @@ def test_every_rule_has_a_case() -> None:
             sections = [s.model_validate({k: v for k, v in (NEEDED | wrong).items() if k in s.model_fields})
                         for s in SECTIONS.values()]  # fmt: skip
             found += list(rule({k: getattr(s, k) for s in sections for k in type(s).model_fields}))
-        assert found, f"no case for the rule about {keys}"
+        assert found, f"no case for the rule {rule.__name__} about {keys}"
 
 
 # --- speed ---

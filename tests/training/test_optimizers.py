@@ -11,9 +11,9 @@ from torch import nn
 from finetuner.errors import CheckpointError, PlanError, RecipeError
 from finetuner.parallel.optimizer_state import SideBySide, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from finetuner.recipe import load
-from finetuner.recipe.optimizers import OPTIMIZERS, read_arguments
+from finetuner.recipe.optimizers import OPTIMIZERS, TrainedTensor, read_arguments
 from finetuner.recipe.sections import AdapterSection, OptimizerSection, RatesSection
-from finetuner.training.optimizer import build_optimizer, own_rates
+from finetuner.training.optimizer import BUILDERS, build_optimizer, own_rates
 
 pytestmark = pytest.mark.slow
 
@@ -129,6 +129,47 @@ def test_the_state_of_every_optimizer_goes_through_names_and_back(name):
     before, after = optimizer_tensors(first, ours), optimizer_tensors(second, again)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the state, without step counters and bitsandbytes' code books (qmap)."""
+    return sum(
+        tensor.nbytes
+        for state in optimizer.state.values()
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and tensor.ndim and not name.startswith("qmap")
+    )
+
+
+STATE_CASES = [
+    *((name, ARGUMENTS.get(name, {})) for name in sorted(OPTIMIZERS)),
+    ("adamw_torch", {"amsgrad": True}),
+    ("adamw_bnb_8bit", {"min_8bit_size": 1_000_000}),
+    ("adamw_bnb_8bit", {"min_8bit_size": 1}),
+    ("sgd", {}),
+    ("rmsprop", {"momentum": 0.9}),
+    ("rmsprop", {"momentum": 0.9, "centered": True}),
+    ("adafactor", {"beta1": 0.9}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), STATE_CASES)
+def test_the_bytes_of_state_that_are_counted_are_those_of_the_optimizer_after_a_step(name, arguments):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"odd": (5001,), "experts": (3, 16, 32)} if name != "muon" else {"odd": (5001,)}
+    parameters = small_parameters()
+    parameters |= {key: nn.Parameter(torch.randn(shape, generator=generator)) for key, shape in shapes.items()}
+    optimizer = make(parameters, **keys_of(name) | {"optim_args": arguments})
+    step(optimizer, parameters, 0)
+    given = read_arguments(arguments)
+    tensors = [TrainedTensor(tuple(p.shape), key == "embed") for key, p in parameters.items()]
+    counted = sum(OPTIMIZERS[name].state_bytes(tensor, given) for tensor in tensors)
+    assert counted == state_bytes(optimizer)
+    assert counted > 0 or (name, arguments) == ("sgd", {})
+
+
+def test_every_builder_is_used_and_every_row_has_one():
+    assert {row.builder for row in OPTIMIZERS.values()} == set(BUILDERS)
 
 
 def test_muon_has_nothing_to_do_without_a_hidden_matrix():

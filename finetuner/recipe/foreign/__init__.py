@@ -1,1 +1,1 @@
-"""Recipes of other tools: what each of their keys means here."""
+"""Recipes of other tools, and the meaning of their keys here."""

@@ -1,13 +1,14 @@
-"""Axolotl's keys that are not ours by the same name: what each means here.
+"""Axolotl's keys that are not ours by the same name, and their meaning here.
 
-Most of Axolotl's keys are ours, with its meaning; those are in the sections. Where ours means something else, DIFFERENT
-says so. Names and meanings: axolotl-ai-cloud/axolotl, src/axolotl/utils/schemas, 2025 to 2026.
+Most of Axolotl's keys are ours, with its meaning. Those are in the sections, whose KeyFacts say its other names for a
+key and where ours means something else. Names and meanings: axolotl-ai-cloud/axolotl, src/axolotl/utils/schemas, 2025
+to 2026.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from finetuner.recipe.foreign.base import Foreign, blocked, ignored, renamed, spread, translated
+from finetuner.recipe.foreign.base import Foreign, blocked, ignored, same, translated
 from finetuner.redaction import SECRET_KEYS
 
 _LOSS_HEAD = (
@@ -24,7 +25,7 @@ _SP = "splitting one sequence over several GPUs"
 
 
 def _attention(name: str) -> Foreign:
-    """`sdp_attention: true` and its kind: each was a switch of its own before attn_implementation."""
+    """The meaning of `sdp_attention: true` and its kind, from before attn_implementation."""
     return translated(lambda on: {"attn_implementation": name} if on else {})
 
 
@@ -34,7 +35,7 @@ def _flash(on: Any) -> Mapping[str, Any]:
 
 
 def _pretraining(given: Any) -> Mapping[str, Any]:
-    """Plain texts that are read while training; one entry, a list of them, or a path alone."""
+    """Streamed datasets for pretraining_dataset: one entry, a list of them, or a path alone."""
     entries: list[Any] = []
     for entry in given if isinstance(given, list) else [given]:
         values = {"path": entry} if isinstance(entry, str) else entry
@@ -51,37 +52,29 @@ def _plain_precision(key: str) -> Foreign:
 
 
 AXOLOTL: dict[str, Foreign] = {
-    # other spellings
-    "sequence_length": renamed("sequence_len"),
-    "max_seq_length": renamed("sequence_len"),
-    "tokenizer_config": renamed("tokenizer"),
-    "evaluation_strategy": renamed("eval_strategy"),
-    "gradient_checkpoint": renamed("gradient_checkpointing"),
     "auto_resume_from_checkpoints": translated(lambda on: {"resume_from_checkpoint": True} if on else {}),
     "metric_for_best_model": blocked("a metric other than eval_loss", says_nothing=("eval_loss", "loss")),
     "greater_is_better": blocked("a metric other than eval_loss, which is better when lower"),
-    "bnb_config": renamed("bnb_config_kwargs"),
     # what the model's own files say
-    **spread("model_type type_of_model", ignored("the model's own config says which class it is")),
-    **spread(
+    **same("model_type type_of_model", ignored("the model's own config says which class it is")),
+    **same(
         "tokenizer_type tokenizer_use_fast tokenizer_legacy", ignored("the tokenizer's own files say which class it is")
     ),
     # trackers and uploads
     "use_trackio": blocked("this tracker", "Write use_wandb, use_tensorboard or use_mlflow."),
     "push_to_hub": ignored("the result is uploaded if hub_model_id is given", loud=True),
-    **spread("revision_of_model model_revision", blocked("a revision of the model", "Give its downloaded folder.")),
-    **spread("overrides_of_model_config model_config", blocked("changing the model's config", "Change config.json.")),
-    "noisy_embedding_alpha": renamed("neftune_noise_alpha"),
-    **spread("resize_token_embeddings_to_32x", blocked("a vocabulary of a multiple of 32", "Remove it.")),
+    **same("revision_of_model model_revision", blocked("a revision of the model", "Give its downloaded folder.")),
+    **same("overrides_of_model_config model_config", blocked("changing the model's config", "Change config.json.")),
+    **same("resize_token_embeddings_to_32x", blocked("a vocabulary of a multiple of 32", "Remove it.")),
     "gradient_checkpointing_kwargs": ignored("recomputing is never reentrant: the gradient is the same either way"),
-    **spread(
+    **same(
         "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers",
         ignored("every trained weight is used in each step; buckets are those of PyTorch"),
     ),
-    "shuffle_merged_datasets": ignored("the order of all rows is drawn anew in each epoch"),
+    "shuffle_merged_datasets": ignored("all rows are shuffled again in each epoch"),
     "data_seed": blocked("a seed of the data's own", "Set seed."),
-    "loraplus_lr_embedding": ignored("LoRA adapts linear layers alone; embeddings are trained whole, at embedding_lr"),
-    **spread("lr_decay_steps lr_decay_ratio", blocked("this detail of the schedule")),
+    "loraplus_lr_embedding": ignored("LoRA adapts linear layers alone; embeddings have embedding_lr"),
+    **same("lr_decay_steps lr_decay_ratio", blocked("this detail of the schedule")),
     # attention
     "flash_attention": translated(_flash),
     "sdp_attention": _attention("sdpa"),
@@ -103,11 +96,15 @@ AXOLOTL: dict[str, Foreign] = {
     "wandb_log_model": ignored("models are not uploaded to a tracker"),
     "hf_mlflow_log_artifacts": ignored("models are not uploaded to a tracker"),
     "hf_use_auth_token": ignored("the hub token of `hf auth login` is used where there is one"),
-    "mean_resizing_embeddings": blocked("new embeddings at the mean of the old", "Remove it: new rows are drawn."),
-    "embeddings_skip_upcast": ignored("trained embeddings are fp32, and frozen ones keep the base's format"),
+    "mean_resizing_embeddings": Foreign(
+        unsupported="new embeddings that are drawn at random",
+        instead="Remove it, or write true: new rows always start at the mean of the old ones.",
+        only_value=True,
+    ),
+    "embeddings_skip_upcast": ignored("trained embeddings are fp32, and frozen ones have the base's format"),
     "auto_find_batch_size": blocked("looking for a batch size by running out of memory", "Set micro_batch_size."),
-    "dataset_processes": ignored("tokenising uses every core by itself"),
-    "dataset_num_proc": ignored("tokenising uses every core by itself"),
+    "dataset_processes": ignored("tokenizing uses every core by itself"),
+    "dataset_num_proc": ignored("tokenizing uses every core by itself"),
     "dataset_keep_in_memory": ignored("rows are mapped from disk and cached by the system"),
     "preprocess_iterable": ignored("rows are read in batches"),
     "merge_lora": ignored("merging is a command: python -m finetuner.merge RECIPE"),
@@ -134,12 +131,12 @@ AXOLOTL: dict[str, Foreign] = {
     "default_system_message": blocked("a system message for every template", "Put it into the rows or the template."),
     "split_thinking": blocked("splitting the reasoning off", "Put it into the rows."),
     "telemetry": ignored("nothing is reported to anyone"),
-    **spread(
+    **same(
         " ".join(SECRET_KEYS),
         blocked("secrets in a recipe", "Use `hf auth login`, `wandb login` or the service's environment variable."),
     ),
     # Liger, cut cross entropy and other kernels
-    **spread(
+    **same(
         "liger_rope liger_rms_norm liger_rms_norm_gated liger_layer_norm liger_swiglu liger_glu_activation "
         "liger_cross_entropy liger_fused_linear_cross_entropy liger_use_token_scaling cut_cross_entropy "
         "flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_fuse_mlp "
@@ -147,15 +144,15 @@ AXOLOTL: dict[str, Foreign] = {
         "chunked_cross_entropy_num_chunks use_kernels",
         ignored(_LOSS_HEAD, loud=True),
     ),
-    **spread(
+    **same(
         "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel unsloth_lora_mlp unsloth_lora_qkv "
         "unsloth_lora_o",
         ignored(_KERNELS, loud=True),
     ),
-    **spread("sample_packing_group_size sample_packing_bin_size sample_packing_sequentially", ignored(_PACKER)),
-    **spread("multipack_real_batches pretrain_multipack_buffer_size", ignored(_PACKER)),
+    **same("sample_packing_group_size sample_packing_bin_size sample_packing_sequentially", ignored(_PACKER)),
+    **same("multipack_real_batches pretrain_multipack_buffer_size", ignored(_PACKER)),
     "batch_flattening": ignored("sample_packing does this job"),
-    **spread(
+    **same(
         "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor",
         ignored("batches are cut from a token store in memory: there are no workers to tune"),
     ),
@@ -163,7 +160,7 @@ AXOLOTL: dict[str, Foreign] = {
     "flash_optimum": blocked("BetterTransformer"),
     "s2_attention": blocked("shifted sparse attention", "Write attn_implementation: auto."),
     # generation while training
-    **spread(
+    **same(
         "eval_table_size eval_max_new_tokens do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset "
         "bench_split",
         blocked(
@@ -172,68 +169,68 @@ AXOLOTL: dict[str, Foreign] = {
     ),
     # other ways of training
     "rl": blocked(_RL),
-    **spread(
+    **same(
         "trl vllm dpo_beta rl_beta dpo_use_weighting dpo_use_logits_to_keep orpo_alpha rpo_alpha simpo_gamma cpo_alpha "
         "kto_desirable_weight kto_undesirable_weight reward_model process_reward_model num_labels ebft kd_trainer "
         "center_rewards_coefficient dpo_label_smoothing dpo_loss_type dpo_norm_loss dpo_padding_free",
         blocked(_RL),
     ),
-    **spread("max_prompt_len", Foreign(without_effect="it belongs to preference learning")),
+    **same("max_prompt_len", Foreign(without_effect="it belongs to preference learning")),
     "pretraining_dataset": translated(_pretraining),
     "pretraining_sample_concatenation": ignored("it belongs to pretraining_dataset"),
-    **spread(
+    **same(
         "qat quantization ptq torchao_quantization fp8 fp8_enable_fsdp_float8_all_gather nvfp4",
         blocked("training in or for 8-bit and 4-bit floats", "Remove it; `adapter: qlora` trains on a 4-bit base."),
     ),
-    **spread(
-        "gptq gptq_disable_exllama awq", blocked("GPTQ and AWQ bases", "Take the unquantised base and adapter: qlora.")
+    **same(
+        "gptq gptq_disable_exllama awq", blocked("GPTQ and AWQ bases", "Take the unquantized base and adapter: qlora.")
     ),
-    "model_quantization_config": blocked("bases stored in MXFP4", "Take an unquantised base."),
-    "model_quantization_config_kwargs": blocked("bases stored in MXFP4", "Take an unquantised base."),
+    "model_quantization_config": blocked("bases stored in MXFP4", "Take an unquantized base."),
+    "model_quantization_config_kwargs": blocked("bases stored in MXFP4", "Take an unquantized base."),
     "use_mxfp4": blocked("MXFP4"),
     "load_in_fp8": blocked("8-bit float bases"),
-    **spread(
+    **same(
         "relora relora_steps relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_prune_method "
         "relora_cpu_offload jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps",
         blocked("ReLoRA", "Remove it; LoRA is `adapter: lora`."),
     ),
-    **spread(
+    **same(
         "lisa_n_layers lisa_step_interval lisa_layers_attribute",
         blocked("LISA", "Train some layers with unfrozen_parameters."),
     ),
-    **spread(
+    **same(
         "lora_target_parameters llama4_linearized_experts quantize_moe_experts use_scattermoe use_sonicmoe "
         "experts_implementation expert_parallel_size moe_kernels router_aux_loss_coef gate_router",
         blocked(_MOE),
     ),
-    **spread("processor_type image_size image_resize_algorithm multimodal image_base_path", blocked(_MULTIMODAL)),
-    **spread("is_multimodal skip_multimodal", blocked(_MULTIMODAL)),
-    **spread(
+    **same("processor_type image_size image_resize_algorithm multimodal image_base_path", blocked(_MULTIMODAL)),
+    **same("is_multimodal skip_multimodal", blocked(_MULTIMODAL)),
+    **same(
         "sequence_parallel_degree context_parallel_size tensor_parallel_size "
         "heads_k_stride ring_attn_func sequence_parallel_mode",
         blocked(_SP, "Remove it; `fsdp` shards the model over GPUs.", says_nothing=(1,)),
     ),
-    **spread("use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks", blocked("PoSE")),
-    **spread(
+    **same("use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks", blocked("PoSE")),
+    **same(
         "use_ray ray_run_name ray_num_workers resources_per_worker",
         blocked("Ray", "Start with accelerate launch or torchrun."),
     ),
-    **spread(
+    **same(
         "use_comet comet_api_key comet_workspace comet_project_name comet_experiment_key comet_mode comet_online "
         "comet_experiment_config",
         blocked("Comet", "Remove it; metrics.jsonl has every figure."),
     ),
-    **spread(
+    **same(
         "use_otel_metrics otel_metrics_host otel_metrics_port trackio_space_id swanlab_project use_swanlab "
         "swanlab_experiment_name swanlab_mode swanlab_workspace",
         blocked("this tracker", "Remove it; metrics.jsonl has every figure."),
     ),
-    **spread(
+    **same(
         "gradio_title gradio_share gradio_server_name gradio_server_port gradio_max_new_tokens gradio_temperature",
         ignored("there is no demo page"),
     ),
     "optim_target_modules": blocked("GaLore and its kin", "Choose another optimizer."),
-    **spread("adam_beta3 adam_epsilon2", blocked("optimizers with a third moment")),
+    **same("adam_beta3 adam_epsilon2", blocked("optimizers with a third moment")),
     "lr_quadratic_warmup": blocked("a quadratic warmup", "Remove it: the warmup is linear."),
     "lr_div_factor": blocked("the one-cycle schedule", "Write lr_scheduler: cosine."),
     "torchdistx_path": blocked("the AnyPrecision optimizer"),
@@ -244,16 +241,16 @@ AXOLOTL: dict[str, Foreign] = {
     ),
     "max_packed_sequence_len": Foreign(unsupported="a packed length of its own", instead="Set sequence_len."),
     "rope_scaling": Foreign(unsupported="rope_scaling at the top level", instead="Change the model's config.json."),
-    **spread(
+    **same(
         "max_memory gpu_memory_limit",
-        blocked("spreading one rank's model over devices", "Use fsdp or deepspeed to shard it."),
+        blocked("one rank's model on several devices", "Use fsdp or deepspeed to shard it."),
     ),
     "overrides_of_model_kwargs": blocked("free-form arguments of from_pretrained"),
     "cls_model_config": blocked("a config class of your own", "Remove it: the model's config names its class."),
     "tokenizer_use_mistral_common": blocked("mistral-common's tokenizer", "Remove it: the model's own is used."),
     "added_tokens_overrides": blocked("renaming reserved tokens", "Add tokens with `tokens`."),
     "fix_untrained_tokens": blocked("mending untrained tokens"),
-    "peft": blocked("LoftQ and torchao adapters", "Remove it; `adapter: qlora` quantises with bitsandbytes."),
+    "peft": blocked("LoftQ and torchao adapters", "Remove it; `adapter: qlora` quantizes with bitsandbytes."),
     "peft_layer_replication": blocked("replicating layers"),
     "peft_trainable_token_indices": blocked(
         "naming token rows to train", "Rows of new tokens are trained by themselves."
@@ -274,18 +271,17 @@ AXOLOTL: dict[str, Foreign] = {
     "dataset_shard_num": blocked("training on a part of all datasets", "Use `shards` or a split slice of a dataset."),
     "dataset_shard_idx": blocked("training on a part of all datasets", "Use `shards` or a split slice of a dataset."),
     "skip_prepare_dataset": blocked("rows that are rendered while training"),
-    **spread(
-        "gptq_groupsize gptq_model_v1", blocked("GPTQ and AWQ bases", "Take the unquantised base and adapter: qlora.")
+    **same(
+        "gptq_groupsize gptq_model_v1", blocked("GPTQ and AWQ bases", "Take the unquantized base and adapter: qlora.")
     ),
-    "adam_eps": renamed("adam_epsilon"),
     "eta_min": blocked("the schedule's end as a rate", "Write cosine_min_lr_ratio, as a fraction of learning_rate."),
     "torch_dtype": ignored("bf16 and fp16 say what is computed in"),
-    **spread(
+    **same(
         "sample_packing_eff_est sample_packing_seq_len_multiplier total_num_tokens total_supervised_tokens "
         "is_preprocess",
         ignored("it is counted from the rows"),
     ),
-    **spread(
+    **same(
         "fused_attn_kernel use_dsv4_kernels use_glm_dsa_kernels gemma4_hybrid_attn_impl dsv4_fp4_grouped_mode "
         "use_eaft eaft_alpha eaft_k tiled_mlp tiled_mlp_num_shards ple_cpu_offload nvfp4_merge_aware llmcompressor "
         "use_onebitllms reinit_weights",
@@ -294,7 +290,7 @@ AXOLOTL: dict[str, Foreign] = {
     "freeze_mm_modules": blocked(_MULTIMODAL),
     "expert_parallel_num_nvl_bytes": blocked(_MOE),
     "expert_parallel_token_capacity": blocked(_MOE),
-    **spread(
+    **same(
         "swanlab_description swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer "
         "swanlab_log_model swanlab_lark_webhook_url swanlab_lark_secret trackio_project_name trackio_run_name",
         blocked("this tracker", "Remove it; metrics.jsonl has every figure."),
@@ -305,17 +301,17 @@ AXOLOTL: dict[str, Foreign] = {
 
 # Axolotl's keys for datasets[], as above. `type` and the like are ours.
 DATASET: dict[str, Foreign] = {
-    **spread(
+    **same(
         "template_thinking_key field_thinking", blocked("reasoning in a column of its own", "Put it into the messages.")
     ),
-    **spread("field_chosen field_rejected field_prompt chosen_format rejected_format prompt_format", blocked(_RL)),
+    **same("field_chosen field_rejected field_prompt chosen_format rejected_format prompt_format", blocked(_RL)),
     "conversation": blocked(
         "conversation templates by FastChat's names", "Write chat_template: chatml, or another name."
     ),
     "input_transform": blocked("code in a recipe"),
     "input_format": blocked("FastChat prompts"),
     "preprocess_shards": ignored("rows are read in batches"),
-    **spread("step_separator max_completion_length train_on_last_step_only", blocked(_RL)),
+    **same("step_separator max_completion_length train_on_last_step_only", blocked(_RL)),
     "drop_system_message": blocked("leaving out system messages", "Take them out of the rows."),
     "logprobs_field": blocked("distillation"),
     "temperature": blocked("distillation"),
@@ -326,7 +322,7 @@ _AO = "torchao's optimizers. Write adamw_bnb_8bit"
 _KERNEL_HUB = "attention kernels from the hub. Write flash_attention_2"
 
 # Axolotl's row types that are not ours, by how they begin.
-ROW_TYPES: dict[str, str] = {
+UNSUPPORTED_ROW_TYPES: dict[str, str] = {
     **dict.fromkeys(
         ("ebft", "bradley_terry", "stepwise_supervised", "chatml.", "llama3.", "user_defined.", "orpo.", "gsm8k",
          "chat_template.argilla", "passthrough"), _RL),
@@ -408,21 +404,4 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
 PLUGINS = {
     "axolotl.integrations.liger.LigerPlugin": _LOSS_HEAD,
     "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin": _LOSS_HEAD,
-}
-
-# Where our key has Axolotl's name and not quite its meaning.
-DIFFERENT = {
-    "sequence_len": "there the default is 512",
-    "generate_samples": "there true or false, and with each evaluation",
-    "excess_length_strategy": "there only drop and truncate",
-    "weight_decay": "there also on embeddings of some models; here on matrices only",
-    "adapter": "there qlora needs load_in_4bit as well; here it says it by itself",
-    "warmup_ratio": "there rounded down in some versions; here up",
-    "learning_rate": "the same peak; the first warmup step has rate 0, as in transformers",
-    "bf16": "there `full` loads the trained weights in bf16 too; here trained weights are always fp32",
-    "resume_from_checkpoint": "there a path only; here also true for the newest one",
-    "save_total_limit": "there no limit by default; here 3",
-    "seed": "there not set by default in some versions; here 42",
-    "logging_steps": "there 500 by default in some versions; here 1",
-    "attn_implementation": "there chosen by transformers when left out; here flash attention where it can run",
 }

@@ -1,4 +1,4 @@
-"""Whose recipe it is."""
+"""The tools whose recipes are read, and the recognition of a recipe's tool by its keys."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,11 +7,12 @@ from typing import Any
 from finetuner.recipe.foreign.base import Foreign
 from finetuner.recipe.foreign.trainers import LLAMA_FACTORY, LLAMA_FACTORY_DEFAULTS, TRL, TRL_DEFAULTS
 from finetuner.recipe.foreign.translate import MEANINGS
+from finetuner.recipe.schema import FACTS
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool, what its keys mean here, and what its silence means where ours means something else."""
+    """A tool: the meaning of its keys here, and its defaults where ours are others."""
 
     name: str
     meanings: Mapping[str, Foreign]
@@ -23,28 +24,15 @@ LLAMA_FACTORY_TOOL = Tool("LLaMA-Factory", {**MEANINGS, **LLAMA_FACTORY}, LLAMA_
 TRL_TOOL = Tool("TRL", {**MEANINGS, **TRL}, TRL_DEFAULTS)
 
 
-# What other tools and libraries call a key of ours, where one of their words stands in a recipe of ours.
+# Words of other tools and libraries -> our key, for errors about one that stands in a recipe of ours.
 ELSEWHERE: dict[str, str] = {
     **{key: meaning.becomes for table in (LLAMA_FACTORY, TRL) for key, meaning in table.items() if meaning.becomes},
-    "alpha": "lora_alpha",
-    "batch_size": "micro_batch_size",
-    "dropout": "lora_dropout",
-    "epochs": "num_epochs",
-    "grad_accum": "gradient_accumulation_steps",
-    "lr": "learning_rate",
-    "max_length": "sequence_len",
-    "r": "lora_r",
-    "rank": "lora_r",
-    "scheduler": "lr_scheduler",
-    "target_modules": "lora_target_modules",
-    "train_batch_size": "micro_batch_size",
-    "val_split": "val_set_size",
-    "val_size": "val_set_size",
+    **{word: key for key, facts in FACTS.items() for word in facts.known_as},
 }
 
 
 def tool_of(values: Mapping[str, Any]) -> Tool:
-    """Whose keys these are. Axolotl's are ours as well, so a recipe of ours is one of Axolotl's."""
+    """Return the tool whose keys these are. A recipe of ours is one of Axolotl's, whose keys are ours as well."""
     if "base_model" in values or "model_name_or_path" not in values:
         return AXOLOTL_TOOL
     own = {"stage", "finetuning_type", "dataset", "template", "cutoff_len"}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetuner.recipe.foreign.axolotl import AXOLOTL
-from finetuner.recipe.foreign.base import Foreign, blocked, ignored, renamed, spread, translated
+from finetuner.recipe.foreign.base import Foreign, blocked, ignored, renamed, same, translated
 
 TRAINING_ARGUMENTS: dict[str, Foreign] = {
     "model_name_or_path": renamed("base_model"),
@@ -26,13 +26,13 @@ TRAINING_ARGUMENTS: dict[str, Foreign] = {
     "torch_dtype": ignored("bf16 and fp16 say what is computed in"),
     "dtype": ignored("bf16 and fp16 say what is computed in"),
     "use_liger_kernel": AXOLOTL["liger_rms_norm"],
-    **spread(
+    **same(
         "do_train do_eval do_predict log_level log_level_replica logging_strategy logging_first_step plot_loss "
         "preprocessing_num_workers dataset_num_proc overwrite_cache disable_tqdm logging_nan_inf_filter "
         "ddp_find_unused_parameters",
         ignored("it only steers that tool's screen, cache or processes"),
     ),
-    **spread("push_to_hub_model_id", blocked("this way to upload", "Write hub_model_id.")),
+    **same("push_to_hub_model_id", blocked("this way to upload", "Write hub_model_id.")),
     **{
         key: AXOLOTL[key]
         for key in (
@@ -79,8 +79,8 @@ LLAMA_FACTORY: dict[str, Foreign] = TRAINING_ARGUMENTS | {
     "use_dora": renamed("peft_use_dora"),
     "quantization_bit": translated(lambda bits: {"load_in_4bit": True, "adapter": "qlora"} if bits == 4 else {
         "load_in_8bit": True}),
-    "quantization_method": Foreign(unsupported="quantising without bitsandbytes", says_nothing=("bnb", "bitsandbytes")),
-    "double_quantization": ignored("4-bit bases are double quantised unless bnb_config_kwargs says otherwise"),
+    "quantization_method": Foreign(unsupported="quantizing without bitsandbytes", says_nothing=("bnb", "bitsandbytes")),
+    "double_quantization": ignored("4-bit bases are double quantized unless bnb_config_kwargs says otherwise"),
     "cutoff_len": renamed("sequence_len"),
     "dataset": translated(_named_datasets),
     "eval_dataset": blocked("held-out data by its name in dataset_info.json", "Name a file under test_datasets."),
@@ -98,17 +98,17 @@ LLAMA_FACTORY: dict[str, Foreign] = TRAINING_ARGUMENTS | {
     "pure_bf16": blocked("training in pure bf16", "Write bf16: true; trained weights stay fp32."),
     "mask_history": blocked("training the last turn alone", "Put `train: false` into the other turns."),
     "resize_vocab": ignored("embeddings grow with the vocabulary"),
-    **spread("streaming buffer_size mix_strategy", blocked("streaming corpora")),
-    **spread("pref_beta pref_loss ref_model reward_model kto_chosen_weight kto_rejected_weight dpo_label_smoothing",
+    **same("streaming buffer_size mix_strategy", blocked("streaming corpora")),
+    **same("pref_beta pref_loss ref_model reward_model kto_chosen_weight kto_rejected_weight dpo_label_smoothing",
              blocked("preference and reinforcement learning")),
-    **spread("freeze_trainable_layers freeze_trainable_modules", blocked("freeze tuning", "Use unfrozen_parameters.")),
-    **spread("use_galore use_badam use_apollo use_llama_pro pissa_init pissa_convert", blocked("this way of training")),
-    **spread("predict_with_generate max_new_tokens top_p temperature", blocked("generating during evaluation")),
+    **same("freeze_trainable_layers freeze_trainable_modules", blocked("freeze tuning", "Use unfrozen_parameters.")),
+    **same("use_galore use_badam use_apollo use_llama_pro pissa_init pissa_convert", blocked("this way of training")),
+    **same("predict_with_generate max_new_tokens top_p temperature", blocked("generating during evaluation")),
     "image_max_pixels": blocked("images and audio"),
     "video_max_pixels": blocked("images and audio"),
 }  # fmt: skip
 
-# What a LLaMA-Factory recipe means when it is silent and ours would mean something else.
+# LLaMA-Factory's defaults where ours are others.
 LLAMA_FACTORY_DEFAULTS: dict[str, Any] = {
     "micro_batch_size": 8, "num_epochs": 3.0, "learning_rate": 5e-5, "lr_scheduler": "linear", "sequence_len": 2048,
     "excess_length_strategy": "truncate", "gradient_checkpointing": True, "lora_r": 8, "logging_steps": 500,
@@ -141,7 +141,7 @@ TRL: dict[str, Foreign] = TRAINING_ARGUMENTS | {
     "use_dora": renamed("peft_use_dora"),
     "lora_task_type": ignored("it is always CAUSAL_LM"),
     "bnb_4bit_quant_type": translated(lambda kind: {"bnb_config_kwargs": {"bnb_4bit_quant_type": kind}}),
-    "use_bnb_nested_quant": ignored("4-bit bases are double quantised unless bnb_config_kwargs says otherwise"),
+    "use_bnb_nested_quant": ignored("4-bit bases are double quantized unless bnb_config_kwargs says otherwise"),
     "dataset_name": translated(lambda path: {"datasets": [{"path": path, "type": "chat_template"}]}),
     "dataset_mixer": translated(_mixer),
     "dataset_mixture": translated(_mixture),

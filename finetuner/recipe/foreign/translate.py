@@ -1,21 +1,21 @@
-"""A document with another tool's keys -> one with ours, with a note or a problem for each."""
+"""Rewrites a document with another tool's keys into one with ours, with a note or a problem for each."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from finetuner.recipe.document import Document
-from finetuner.recipe.foreign.axolotl import AXOLOTL, DATASET, PLUGINS, ROW_TYPES, UNSUPPORTED_VALUES
-from finetuner.recipe.foreign.base import Foreign, blocked
+from finetuner.recipe.foreign.axolotl import AXOLOTL, DATASET, PLUGINS, UNSUPPORTED_ROW_TYPES, UNSUPPORTED_VALUES
+from finetuner.recipe.foreign.base import Foreign, blocked, renamed
 from finetuner.recipe.problems import KeyPath, Note, Problem, did_you_mean
-from finetuner.recipe.schema import KEYS, NOT_YET
+from finetuner.recipe.schema import FACTS, KEYS, NOT_YET
+from finetuner.recipe.yaml_document import YamlDocument
 
 # Every key that is not ours and still understood.
 MEANINGS: dict[str, Foreign] = {
     key: meaning
     for key, meaning in (AXOLOTL | {key: blocked(capability) for key, capability in NOT_YET.items()}).items()
     if key not in KEYS
-}
+} | {alias: renamed(key) for key, facts in FACTS.items() for alias in facts.aliases}
 ALIASES: dict[str, str] = {key: meaning.becomes for key, meaning in MEANINGS.items() if meaning.becomes}
 
 # Axolotl's older or longer names of values that are ours.
@@ -39,7 +39,7 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
 }
 
 
-# Keys of older recipes that stand in a block now: (key, block, what the block's key is called).
+# Keys of older recipes that stand in a block now: key -> (block, the block's key).
 MOVED_INTO = {
     key: ("bnb_config_kwargs", key)
     for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
@@ -51,8 +51,8 @@ _CHATS = {  # ShareGPT's rows: what `type: sharegpt` stood for
 }
 
 
-def translate(document: Document, meanings: Mapping[str, Foreign] = MEANINGS) -> list[Note]:
-    """Rewrite the document's values in place, so that only our keys and unknown ones are left."""
+def translate(document: YamlDocument, meanings: Mapping[str, Foreign] = MEANINGS) -> list[Note]:
+    """Rewrite the document's values in place, so that only our keys and unknown ones are left; return the notes."""
     translation = Translation(document)
     translation.blocks()
     for key in list(document.values):
@@ -66,7 +66,7 @@ def translate(document: Document, meanings: Mapping[str, Foreign] = MEANINGS) ->
             for key in [k for k in entry if k in DATASET] if isinstance(entry, dict) else ():
                 translation.key((name, i), key, DATASET[key])
             if isinstance(entry, dict):
-                translation.message_parts((name, i), entry)
+                translation.message_properties((name, i), entry)
         translation.row_types(name)
     translation.fsdp1()
     translation.values()
@@ -74,8 +74,8 @@ def translate(document: Document, meanings: Mapping[str, Foreign] = MEANINGS) ->
 
 
 def _unsupported_rows(kind: str) -> str | None:
-    """What the row type stands for, where it is Axolotl's and not ours."""
-    for start, capability in ROW_TYPES.items():
+    """The capability that a row type of Axolotl's stands for, if it is not one of ours."""
+    for start, capability in UNSUPPORTED_ROW_TYPES.items():
         if kind.startswith(start):
             return capability
     module = kind != "chat_template.default" and len(kind.split(".")) > 1 and kind.replace(".", "_").isidentifier()
@@ -85,12 +85,12 @@ def _unsupported_rows(kind: str) -> str | None:
 class Translation:
     """The rewriting of one document; `notes` grows as it goes."""
 
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: YamlDocument) -> None:
         self.document = document
         self.notes: list[Note] = []
 
     def key(self, block: KeyPath, key: str, meaning: Foreign) -> None:
-        """One key of the block at `block` (the whole recipe: ())."""
+        """Rewrite one key of the block at `block`, which is () for the recipe itself."""
         values = self._block(block)
         path, value = (*block, key), values[key]
         origin = self.document.origin(path, of_key=True)
@@ -114,7 +114,7 @@ class Translation:
         del values[key]
 
     def plugins(self) -> None:
-        """Plugins of Axolotl's that have a counterpart here; any other is a problem."""
+        """Note Axolotl's plugins that have a counterpart here; any other is a problem."""
         named = self.document.values.pop("plugins")
         origin = self.document.origin(("plugins",), of_key=True)
         for i, name in enumerate(named if isinstance(named, list) else [named] if named else []):
@@ -128,7 +128,7 @@ class Translation:
                 self.document.problems.append(Problem(message + did_you_mean(str(name), PLUGINS), place))
 
     def values(self) -> None:
-        """Values that another tool spells otherwise, or that it alone can do."""
+        """Rewrite values that another tool spells otherwise, and refuse those that it alone can do."""
         for key, refused in UNSUPPORTED_VALUES.items():
             value = self.document.values.get(key)
             if isinstance(value, str) and value in refused:
@@ -147,7 +147,7 @@ class Translation:
             self.notes.append(Note((key,), f"'{value}' is read as {meant}", self.document.origin((key,))))
 
     def row_types(self, name: str) -> None:
-        """`type` of the entries of datasets or test_datasets."""
+        """Rewrite or refuse `type` of the entries of datasets or test_datasets."""
         entries = self.document.values.get(name)
         for i, entry in enumerate(entries if isinstance(entries, list) else ()):
             kind = entry.get("type") if isinstance(entry, dict) else None
@@ -163,30 +163,25 @@ class Translation:
                 entry["type"] = "alpaca"  # so that it is said once
 
     def chats(self, entry: dict[Any, Any], kind: str, where: KeyPath) -> None:
-        """`type: sharegpt`: messages as {"from": ..., "value": ...} in the column `conversations`."""
+        """Rewrite `type: sharegpt`: messages as {"from": ..., "value": ...} in the column `conversations`."""
         for key, value in _CHATS.items():
             if key == "type" or entry.get(key) is None:
                 entry[key] = value
         meant = "chat_template of the column `conversations`, with the keys `from` and `value`"
         self.notes.append(Note(("type",), f"'{kind}' is read as {meant}", self.document.origin(where)))
 
-    def message_parts(self, where: KeyPath, entry: dict[Any, Any]) -> None:
-        """`message_field_role` and `_content`: Axolotl's older spellings of message_property_mappings."""
-        for part in ("role", "content"):
-            key, block = f"message_field_{part}", entry.get("message_property_mappings")
+    def message_properties(self, where: KeyPath, entry: dict[Any, Any]) -> None:
+        """Move message_field_role and _content, Axolotl's older spellings, into message_property_mappings."""
+        for name in ("role", "content"):
+            key, block = f"message_field_{name}", entry.get("message_property_mappings")
             if key in entry and (block is None or isinstance(block, dict)):
                 entry["message_property_mappings"] = {} if block is None else block
-                self._move((*where, key), (*where, "message_property_mappings", part))
+                self._move((*where, key), (*where, "message_property_mappings", name))
 
     def blocks(self) -> None:
-        """What stood at the top level, or in another block, in older recipes."""
+        """Move keys that older recipes have at the top level, or in another block."""
+        self._tokens_with_a_role()
         values = self.document.values
-        tokens, special = values.get("tokens"), values.get("special_tokens")
-        if isinstance(tokens, dict) and (special is None or isinstance(special, dict)):
-            values["special_tokens"] = special = {} if special is None else special
-            for key in list(tokens):
-                self._move(("tokens", key), ("special_tokens", key))
-            del values["tokens"]
         arguments = values.get("optim_args")
         for key, ours in (("eps", "adam_epsilon"), ("weight_decay", "weight_decay")):
             if isinstance(arguments, dict) and key in arguments:
@@ -197,8 +192,18 @@ class Translation:
                 values[target[0]] = {} if block is None else block
                 self._move((key,), target)
 
+    def _tokens_with_a_role(self) -> None:
+        """`tokens: {pad_token: ...}` -> special_tokens."""
+        values = self.document.values
+        tokens, special = values.get("tokens"), values.get("special_tokens")
+        if isinstance(tokens, dict) and (special is None or isinstance(special, dict)):
+            values["special_tokens"] = {} if special is None else special
+            for key in list(tokens):
+                self._move(("tokens", key), ("special_tokens", key))
+            del values["tokens"]
+
     def fsdp1(self) -> None:
-        """What FSDP1 let people switch off, and FSDP2 always does."""
+        """Leave out what FSDP1 let people switch off, and FSDP2 always does."""
         config = self.document.values.get("fsdp_config")
         for key in ("use_orig_params", "fsdp_use_orig_params", "limit_all_gathers", "fsdp_limit_all_gathers"):
             if isinstance(config, dict) and config.get(key) is False:
@@ -207,7 +212,7 @@ class Translation:
                 self.notes.append(Note((f"fsdp_config.{key}",), "without effect: FSDP2 always does this", where))
 
     def fractions(self) -> None:
-        """transformers reads steps below 1 as a fraction of all steps."""
+        """Rewrite or refuse steps below 1, which transformers reads as a fraction of all steps."""
         values = self.document.values
         warmup = values.get("warmup_steps")
         if isinstance(warmup, float) and 0 < warmup < 1 and values.get("warmup_ratio") is None:
@@ -244,7 +249,10 @@ class Translation:
             self.notes.append(Note((str(key),), f"is read as {'.'.join(map(str, target))}", origin))
 
     def _replace(self, path: KeyPath, meant: Mapping[str, Any]) -> None:
-        """`flash_attention: true` -> attn_implementation, at the same place. A key of ours that is given decides."""
+        """Put our keys in the place of a foreign one (`flash_attention: true` -> attn_implementation).
+
+        A key of ours that is given as well decides.
+        """
         origin = self.document.origin(path, of_key=True)
         assert origin is not None
         for key, value in meant.items():

@@ -1,4 +1,4 @@
-"""Rules that span keys, and files that must exist. Each finding names the key that should change."""
+"""Rules that span keys, and files that must exist. Each finding names the key to change."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Rules about what is trained."""
+"""Rules about the adapter, and about the parameters that are trained without one."""
 
 import re
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def _expressions_compile(values: Values) -> Iterator[Finding]:
             yield Finding(where, f"'{text}' is not a regular expression: {error}.")
 
 
-def _a_part_is_of_a_full_model(values: Values) -> Iterator[Finding]:
+def _unfrozen_parameters_without_an_adapter(values: Values) -> Iterator[Finding]:
     if values["unfrozen_parameters"] is None:
         return
     if values["adapter"] is not None:
@@ -59,5 +59,5 @@ RULES: tuple[Rule, ...] = (
     (("lora_target_linear", "lora_target_modules"), _one_way_to_name_targets),
     (("peft_layers_to_transform", "peft_layers_pattern", "lora_target_modules"), _one_way_to_choose_blocks),
     (("lora_target_modules", "unfrozen_parameters"), _expressions_compile),
-    (("adapter", "unfrozen_parameters"), _a_part_is_of_a_full_model),
+    (("adapter", "unfrozen_parameters"), _unfrozen_parameters_without_an_adapter),
 )

@@ -1,4 +1,4 @@
-"""What a rule is: validated values in, findings out."""
+"""The contract of a rule: validated values in, findings out."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ Values = Mapping[str, Any]  # key -> validated value; a key in error is missing
 
 
 class Finding(NamedTuple):
-    """A mistake that no key has by itself, shown at `where`, which should change, with the lines of `also`."""
+    """A mistake that no key has by itself, shown at `where`, the key to change, with the lines of `also`."""
 
     where: KeyPath
     message: str
@@ -20,7 +20,7 @@ Rule = tuple[tuple[str, ...], Callable[[Values], Iterator[Finding]]]  # the keys
 
 
 def one_of(first: str, second: str, why: str) -> Rule:
-    """At most one of the two keys is given."""
+    """Return the rule that at most one of two keys is given."""
 
     def rule(values: Values) -> Iterator[Finding]:
         if values[first] is not None and values[second] is not None:

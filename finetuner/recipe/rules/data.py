@@ -1,4 +1,4 @@
-"""Rules about rows."""
+"""Rules about datasets, their formats and templates, and packing."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from finetuner.recipe.rules.files import DATA_SUFFIXES
 from finetuner.recipe.sections import DatasetEntry, InstructionFormat
 from finetuner.recipe.sections.datasets import CHAT_TEMPLATES, FALLBACK, KEYS_OF_TYPE
 
-_SEEN_APART = "pretrain_multipack_attn"
+_PACK_ATTENTION = "pretrain_multipack_attn"
 
 
 def _entries(values: Values) -> Iterator[tuple[str, int, DatasetEntry]]:
@@ -19,7 +19,7 @@ def _entries(values: Values) -> Iterator[tuple[str, int, DatasetEntry]]:
                 yield key, i, entry
 
 
-def _whole_rows_held_out(values: Values) -> Iterator[Finding]:
+def _held_out_size(values: Values) -> Iterator[Finding]:
     size = values["val_set_size"]
     if size >= 1 and size != int(size):
         yield Finding(("val_set_size",), f"{size} is neither a fraction below 1 nor a whole number of rows.")
@@ -31,14 +31,14 @@ def _keys_of_their_type(values: Values) -> Iterator[Finding]:
     for key, i, entry in _entries(values):
         for name in sorted(entry.model_fields_set & set(KEYS_OF_TYPE)):
             default = type(entry).model_fields[name].default
-            if entry.type != KEYS_OF_TYPE[name] and getattr(entry, name) != default:
+            if entry.type != KEYS_OF_TYPE[name] and dict(entry)[name] != default:
                 yield Finding((key, i, name), f"{name} is for `type: {KEYS_OF_TYPE[name]}`. Remove it.")
 
 
 def _names_are_the_hubs(values: Values) -> Iterator[Finding]:
     for key, i, entry in _entries(values):
         for name in ("name", "revision"):
-            if getattr(entry, name) is not None and entry.path.endswith(DATA_SUFFIXES):
+            if dict(entry)[name] is not None and entry.path.endswith(DATA_SUFFIXES):
                 yield Finding((key, i, name), f"{name} chooses a part of a hub dataset; a file has none. Remove it.")
 
 
@@ -50,7 +50,7 @@ def _only_text_is_cut(values: Values) -> Iterator[Finding]:
             yield Finding((key, i, "sample_by"), message)
 
 
-def _shards_that_are(values: Values) -> Iterator[Finding]:
+def _shards_that_exist(values: Values) -> Iterator[Finding]:
     for key, i, entry in _entries(values):
         if entry.shards_idx >= (entry.shards or 1):
             count = f"shards is {entry.shards}" if entry.shards else "shards is not given"
@@ -75,7 +75,7 @@ def _weights_of_all_or_none(values: Values) -> Iterator[Finding]:
 
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-_FORMATS = {
+_PLACEHOLDERS_OF = {
     "format": ("instruction", "input", "system"),
     "no_input_format": ("instruction", "system"),
     "system_format": ("system",),
@@ -86,8 +86,8 @@ def _placeholders_of_a_format(values: Values) -> Iterator[Finding]:
     for key, i, entry in _entries(values):
         if not isinstance(entry.type, InstructionFormat):
             continue
-        for name, known in _FORMATS.items():
-            used = _PLACEHOLDER.findall(getattr(entry.type, name))
+        for name, known in _PLACEHOLDERS_OF.items():
+            used = _PLACEHOLDER.findall(dict(entry.type)[name])
             for word in sorted(set(used) - set(known)):
                 listed = ", ".join(f"{{{one}}}" for one in known)
                 message = f"{{{word}}} stands for nothing in {name}; it may have {listed}.{did_you_mean(word, known)}"
@@ -98,7 +98,7 @@ def _placeholders_of_a_format(values: Values) -> Iterator[Finding]:
 
 
 def _one_chat_template(values: Values) -> Iterator[Finding]:
-    """A trained model answers in one form, and its tokenizer is saved with one template."""
+    """A trained model answers in one form, and its tokenizer is saved with one template: all datasets must agree."""
     default = values["chat_template"], values["chat_template_jinja"]
     first: tuple[tuple[str | None, str | None], tuple[str | int, ...]] | None = None
     for key, i, entry in _entries(values):
@@ -145,34 +145,34 @@ def _packing_makes_lengths_equal(values: Values) -> Iterator[Finding]:
         yield Finding(("group_by_length",), message, (("sample_packing",),))
 
 
-def _only_texts_see_each_other(values: Values) -> Iterator[Finding]:
-    if values[_SEEN_APART]:
+def _only_plain_texts_see_each_other(values: Values) -> Iterator[Finding]:
+    if values[_PACK_ATTENTION]:
         return
     if not values["sample_packing"]:
-        message = f"{_SEEN_APART} is about the documents of a pack. Write `sample_packing: true`, or remove it."
-        yield Finding((_SEEN_APART,), message, (("sample_packing",),))
+        message = f"{_PACK_ATTENTION} is about the documents of a pack. Write `sample_packing: true`, or remove it."
+        yield Finding((_PACK_ATTENTION,), message, (("sample_packing",),))
     for i, entry in enumerate(values["datasets"]):
-        if entry.type != "completion":
+        if not entry.is_plain_text:
             message = (
-                f"{_SEEN_APART}: false is for plain texts, and these rows are `type: {entry.type}`: an answer would be "
-                "learned from other rows' words. Remove it."
+                f"{_PACK_ATTENTION}: false is for plain texts, and these rows are `type: {entry.type}`: an answer "
+                "would be predicted from other rows' words. Remove it."
             )
-            yield Finding((_SEEN_APART,), message, (("datasets", i, "type"),))
+            yield Finding((_PACK_ATTENTION,), message, (("datasets", i, "type"),))
 
 
 _SOURCES = ("datasets", "test_datasets")
 
 RULES: tuple[Rule, ...] = (
-    (("val_set_size", "test_datasets"), _whole_rows_held_out),
+    (("val_set_size", "test_datasets"), _held_out_size),
     (_SOURCES, _keys_of_their_type),
     (_SOURCES, _names_are_the_hubs),
     (_SOURCES, _only_text_is_cut),
-    (_SOURCES, _shards_that_are),
+    (_SOURCES, _shards_that_exist),
     ((*_SOURCES, "mix_by"), _weights_of_all_or_none),
     (_SOURCES, _placeholders_of_a_format),
     ((*_SOURCES, "chat_template", "chat_template_jinja"), _one_chat_template),
     ((*_SOURCES, "chat_template"), _a_template_of_that_name),
     ((*_SOURCES, "chat_template", "chat_template_jinja"), _template_and_its_text),
     (("sample_packing", "group_by_length"), _packing_makes_lengths_equal),
-    ((_SEEN_APART, "sample_packing", "datasets"), _only_texts_see_each_other),
+    ((_PACK_ATTENTION, "sample_packing", "datasets"), _only_plain_texts_see_each_other),
 )

@@ -6,7 +6,7 @@ from finetuner.recipe.rules.base import Finding, Rule, Values
 
 
 def _strategy_and_steps_agree(what: str) -> Rule:
-    """`what`: eval or save."""
+    """Return the rule that a strategy and its steps do not contradict each other; `what`: eval or save."""
     strategy, steps, per_epoch = f"{what}_strategy", f"{what}_steps", f"{what}s_per_epoch"
 
     def rule(values: Values) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Rules about the update rule: its arguments, and the engines that can spread it."""
+"""Rules about the optimizer: its arguments, and the engines that can shard its state."""
 
 from collections.abc import Iterator
 
@@ -35,7 +35,7 @@ def _betas_are_used(values: Values) -> Iterator[Finding]:
             yield Finding((key,), message, (("optimizer",),))
 
 
-def _state_can_be_spread(values: Values) -> Iterator[Finding]:
+def _engine_can_shard_the_state(values: Values) -> Iterator[Finding]:
     name = values["optimizer"]
     engines = {"fsdp": "FSDP", "fsdp_config": "FSDP", "deepspeed": "DeepSpeed"}
     for key, engine in engines.items():
@@ -43,7 +43,7 @@ def _state_can_be_spread(values: Values) -> Iterator[Finding]:
         if values[key] and why is not None:
             message = f"optimizer {name} is not supported under {engine}: {why}. Write `optimizer: adamw_torch`."
             if engine == "FSDP" and "deepspeed" not in OPTIMIZERS[name].not_sharded:
-                message += " DeepSpeed can spread it: `deepspeed: deepspeed_configs/zero2.json` instead of fsdp."
+                message += " DeepSpeed can shard it: `deepspeed: deepspeed_configs/zero2.json` instead of fsdp."
             yield Finding(("optimizer",), message, ((key,),))
             return
 
@@ -51,5 +51,5 @@ def _state_can_be_spread(values: Values) -> Iterator[Finding]:
 RULES: tuple[Rule, ...] = (
     (("optimizer", "optim_args"), _arguments_are_known),
     (("optimizer", "adam_beta1", "adam_beta2", "adam_epsilon"), _betas_are_used),
-    (("optimizer", "fsdp", "fsdp_config", "deepspeed"), _state_can_be_spread),
+    (("optimizer", "fsdp", "fsdp_config", "deepspeed"), _engine_can_shard_the_state),
 )

@@ -17,13 +17,17 @@ def _four_bits_are_qlora(values: Values) -> Iterator[Finding]:
     if adapter is None and four_bits:
         message = "a 4-bit base cannot be trained itself, only an adapter on it. Add `adapter: qlora`, or remove this."
         yield Finding(("load_in_4bit",), message)
-    if values["bnb_config_kwargs"] != FourBitSection() and adapter != "qlora":
-        message = "bnb_config_kwargs has no effect without `adapter: qlora`. Write that, or remove the block."
-        yield Finding(("bnb_config_kwargs",), message, (("adapter",),))
-    if values["quantized_cache"] and adapter != "qlora":
-        message = "quantized_cache has no effect without `adapter: qlora`. Write that, or remove this line."
-        yield Finding(("quantized_cache",), message, (("adapter",),))
-    if values["peft_use_dora"] and adapter == "qlora":
+
+
+def _keys_of_a_4_bit_base(values: Values) -> Iterator[Finding]:
+    if values["adapter"] != "qlora":
+        if values["bnb_config_kwargs"] != FourBitSection():
+            message = "bnb_config_kwargs has no effect without `adapter: qlora`. Write that, or remove the block."
+            yield Finding(("bnb_config_kwargs",), message, (("adapter",),))
+        if values["quantized_cache"]:
+            message = "quantized_cache has no effect without `adapter: qlora`. Write that, or remove this line."
+            yield Finding(("quantized_cache",), message, (("adapter",),))
+    elif values["peft_use_dora"]:
         message = "DoRA measures the columns of full weights, which a 4-bit base has not. Write `adapter: lora`, or "
         yield Finding(("peft_use_dora",), message + "remove this line.", (("adapter",),))
 
@@ -38,6 +42,7 @@ def _eight_bits_are_loras(values: Values) -> Iterator[Finding]:
 
 
 RULES: tuple[Rule, ...] = (
-    (("adapter", "load_in_4bit", "bnb_config_kwargs", "quantized_cache", "peft_use_dora"), _four_bits_are_qlora),
+    (("adapter", "load_in_4bit"), _four_bits_are_qlora),
+    (("adapter", "bnb_config_kwargs", "quantized_cache", "peft_use_dora"), _keys_of_a_4_bit_base),
     (("adapter", "load_in_8bit"), _eight_bits_are_loras),
 )

@@ -1,4 +1,4 @@
-"""Rules about a model from scratch, and a tokenizer made for it."""
+"""Rules about a model from scratch and its tokenizer."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ def _shape_and_name(values: Values) -> Iterator[Finding]:
         yield Finding(("model",), message + "write `base_model: from-scratch`.", (("base_model",),))
 
 
-def _whole_shape(values: Values) -> Iterator[Finding]:
+def _complete_shape(values: Values) -> Iterator[Finding]:
     if values["model"] is None:
         return
     choices = choices_of(values["model"])
@@ -25,6 +25,12 @@ def _whole_shape(values: Values) -> Iterator[Finding]:
     if missing:
         message = f"model has no {', '.join(missing)}. Write them, or a preset (`preset: gpt-nano`)."
         yield Finding(("model",), message)
+    if "rope_theta" in values["model"].model_fields_set and choices["positions"] == "learned":
+        yield Finding(("model", "rope_theta"), "rope_theta has no effect with learned positions. Remove it.")
+
+
+def _heads_divide_the_width(values: Values) -> Iterator[Finding]:
+    choices = choices_of(values["model"]) if values["model"] is not None else {}
     width, heads = choices.get("width"), choices.get("heads")
     shared = choices.get("key_value_heads", heads)
     if width and heads and width % heads:
@@ -36,8 +42,6 @@ def _whole_shape(values: Values) -> Iterator[Finding]:
     if heads and shared and heads % shared:
         message = f"{heads} heads cannot share {shared} key_value_heads evenly. Write a divisor of {heads}."
         yield Finding(("model",), message)
-    if "rope_theta" in values["model"].model_fields_set and choices["positions"] == "learned":
-        yield Finding(("model", "rope_theta"), "rope_theta has no effect with learned positions. Remove it.")
 
 
 def _rows_fit_the_context(values: Values) -> Iterator[Finding]:
@@ -47,7 +51,7 @@ def _rows_fit_the_context(values: Values) -> Iterator[Finding]:
         yield Finding(("sequence_len",), f"{message}`sequence_len: {context}`, or a longer context.", (("model",),))
 
 
-def _whole_and_unadapted(values: Values) -> Iterator[Finding]:
+def _no_adapter_from_scratch(values: Values) -> Iterator[Finding]:
     if values["base_model"] == FROM_SCRATCH and values["adapter"] is not None:
         message = "a model from scratch has nothing to adapt: all of it is trained. Remove this line."
         yield Finding(("adapter",), message, (("base_model",),))
@@ -63,19 +67,19 @@ def _tokenizer_of_its_own(values: Values) -> Iterator[Finding]:
         yield Finding(("tokenizer",), message, (("base_model",),))
 
 
-def _text_to_make_it_from(values: Values) -> Iterator[Finding]:
+def _text_for_the_tokenizer(values: Values) -> Iterator[Finding]:
     named = values["tokenizer"]
     if values["base_model"] != FROM_SCRATCH or not (
         named == "char" or (isinstance(named, NewTokenizer) and not named.train.files)
     ):
         return
-    what = "tokenizer: char takes the characters of the datasets" if named == "char" else "train learns from datasets"
-    instead = "Write `tokenizer: byte`." if named == "char" else "Name `files` to learn from."
+    what = "tokenizer: char takes the characters of the datasets" if named == "char" else "train reads the datasets"
+    instead = "Write `tokenizer: byte`." if named == "char" else "Name `files` to train it on."
     if values["streaming"]:
         message = f"{what}, and a stream is not read before training. {instead}"
         yield Finding(("tokenizer",), message, (("streaming",),))
     for i, entry in enumerate(values["datasets"]):
-        if entry.type != "completion":
+        if not entry.is_plain_text:
             message = f"{what}, which must be plain text (`type: completion`). {instead}"
             yield Finding(("tokenizer",), message, (("datasets", i),))
             return
@@ -83,9 +87,10 @@ def _text_to_make_it_from(values: Values) -> Iterator[Finding]:
 
 RULES: tuple[Rule, ...] = (
     (("base_model", "model"), _shape_and_name),
-    (("model",), _whole_shape),
+    (("model",), _complete_shape),
+    (("model",), _heads_divide_the_width),
     (("model", "sequence_len"), _rows_fit_the_context),
-    (("base_model", "adapter"), _whole_and_unadapted),
+    (("base_model", "adapter"), _no_adapter_from_scratch),
     (("base_model", "tokenizer"), _tokenizer_of_its_own),
-    (("base_model", "tokenizer", "streaming", "datasets"), _text_to_make_it_from),
+    (("base_model", "tokenizer", "streaming", "datasets"), _text_for_the_tokenizer),
 )

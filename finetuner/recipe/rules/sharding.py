@@ -30,10 +30,19 @@ def _one_strategy(values: Values) -> Iterator[Finding]:
     if also is not None and named and also != named[0]:
         message = f"fsdp says {named[0]}, fsdp_config.sharding_strategy says {also}. Remove one."
         yield Finding(("fsdp_config",), message, (("fsdp",),))
-    strategy = also or (named[0] if named else "full_shard")
+
+
+def _copies_are_not_offloaded(values: Values) -> Iterator[Finding]:
+    words, config = values["fsdp"], values["fsdp_config"]
     offloads = "offload" in words or (config is not None and config.offload_params)
-    if strategy == "no_shard" and offloads:
-        yield Finding(("fsdp",), "no_shard keeps a whole copy on each rank, which cannot be offloaded. Use full_shard.")
+    chosen = config.sharding_strategy if config is not None else None
+    chosen = chosen or next((word for word in words if word in STRATEGIES), None)
+    if chosen == "no_shard" and offloads:
+        yield Finding(("fsdp",), "no_shard keeps a full copy on each rank, which cannot be offloaded. Use full_shard.")
+
+
+def _details_agree(values: Values) -> Iterator[Finding]:
+    words, config = values["fsdp"], values["fsdp_config"]
     if config is None:
         return
     if config.auto_wrap_policy == "NO_WRAP" and ("auto_wrap" in words or config.transformer_layer_cls_to_wrap):
@@ -65,7 +74,7 @@ def _sizes_are_of_shards(values: Values) -> Iterator[Finding]:
 
 
 def deepspeed_findings(raw: Mapping[str, Any], *, check_files: bool) -> Iterator[Finding]:
-    """Mistakes in DeepSpeed's configuration: a block in the recipe, or the file that it names if files are checked."""
+    """Yield the mistakes in DeepSpeed's configuration: the recipe's block, or its file if files are checked."""
     given = raw.get("deepspeed")
     if isinstance(given, str) and not check_files:
         return
@@ -86,6 +95,8 @@ def deepspeed_findings(raw: Mapping[str, Any], *, check_files: bool) -> Iterator
 RULES: tuple[Rule, ...] = (
     (("fsdp", "fsdp_config", "deepspeed"), _one_engine),
     (("fsdp", "fsdp_config"), _one_strategy),
+    (("fsdp", "fsdp_config"), _copies_are_not_offloaded),
+    (("fsdp", "fsdp_config"), _details_agree),
     (("fsdp", "fsdp_config", "fsdp_version"), _one_version),
     (("fsdp", "fsdp_config", "dp_replicate_size", "dp_shard_size"), _sizes_are_of_shards),
 )

@@ -1,4 +1,4 @@
-"""Rules about rows that are read while training: nobody knows how many there are."""
+"""Rules about streams, whose rows are read while training: their number is not known."""
 
 from collections.abc import Iterator
 
@@ -27,7 +27,7 @@ def _known_length(values: Values) -> Iterator[Finding]:
 
 
 def _full_rows_are_counted(values: Values) -> Iterator[Finding]:
-    plain = all(entry.type == "completion" for entry in values["datasets"])
+    plain = all(entry.is_plain_text for entry in values["datasets"])
     if values["streaming"] and values["max_tokens"] is not None and not (plain or values["sample_packing"]):
         message = (
             "nobody knows how many tokens the rows of this stream have. Write max_steps, or `sample_packing: true`."
@@ -38,7 +38,7 @@ def _full_rows_are_counted(values: Values) -> Iterator[Finding]:
 def _whole_splits(values: Values) -> Iterator[Finding]:
     for i, entry in enumerate(values["datasets"] if values["streaming"] else ()):
         for name in ("shards", "max_samples"):
-            if getattr(entry, name) is not None:
+            if dict(entry)[name] is not None:
                 message = f"{name} chooses rows by their number, and streaming reads all of them. Remove it."
                 yield Finding(("datasets", i, name), message, (("streaming",),))
         if not entry.split.replace("_", "").replace("-", "").replace(".", "").isalnum():

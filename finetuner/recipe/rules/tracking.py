@@ -1,4 +1,4 @@
-"""Rules about trackers: what is named is used."""
+"""Rules about trackers: the keys of one that is not used are mistakes."""
 
 from collections.abc import Iterator
 

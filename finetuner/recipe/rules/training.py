@@ -1,11 +1,11 @@
-"""Rules about batches, length, rate, precision, evaluation and saving."""
+"""Rules about batches, length, rate, precision, compilation and results."""
 
 from collections.abc import Iterator
 
 from finetuner.recipe.optimizers import WORDS, fits
 from finetuner.recipe.problems import did_you_mean
 from finetuner.recipe.rules.base import Finding, Rule, Values, one_of
-from finetuner.recipe.schedules import ARGUMENTS, option_mistakes
+from finetuner.recipe.schedules import SCHEDULES, option_mistakes
 
 
 def _one_precision(values: Values) -> Iterator[Finding]:
@@ -34,7 +34,7 @@ def _floor_is_cosines(values: Values) -> Iterator[Finding]:
 
 def _shape_takes_its_options(values: Values) -> Iterator[Finding]:
     shape, given = values["lr_scheduler"], values["lr_scheduler_kwargs"]
-    known, sound = ARGUMENTS[shape], True
+    known, sound = SCHEDULES[shape].options, True
     for key, value in given.items():
         where = ("lr_scheduler_kwargs", key)
         sound = sound and key in known and fits(value, known[key])
@@ -55,7 +55,7 @@ def _fresh_or_resumed(values: Values) -> Iterator[Finding]:
         )
 
 
-def _texts_of_a_whole_model(values: Values) -> Iterator[Finding]:
+def _samples_need_the_full_model(values: Values) -> Iterator[Finding]:
     if values["generate_samples"] is None:
         if values["generate_prompt"]:
             message = "generate_prompt has no effect without generate_samples. Add that, or remove this line."
@@ -63,7 +63,7 @@ def _texts_of_a_whole_model(values: Values) -> Iterator[Finding]:
         return
     for key in ("fsdp", "fsdp_config", "deepspeed"):
         if values[key]:
-            message = f"generate_samples needs the whole model on a rank, which {key} cuts into parts. Remove it; "
+            message = f"generate_samples needs the full model on a rank, and {key} shards it. Remove it; "
             message += "`finetuner generate` writes text with the result."
             yield Finding(("generate_samples",), message, ((key,),))
             return
@@ -88,10 +88,10 @@ RULES: tuple[Rule, ...] = (
     one_of("save_steps", "saves_per_epoch", "both say when to save"),
     (("bf16", "fp16"), _one_precision),
     (("rampup_batch_size", "group_by_length", "max_steps"), _ramp_has_its_steps),
-    one_of("embedding_lr", "embedding_lr_scale", "both say how fast embeddings learn"),
+    one_of("embedding_lr", "embedding_lr_scale", "both say the rate of embeddings"),
     (("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_scheduler"), _floor_is_cosines),
     (("lr_scheduler", "lr_scheduler_kwargs", "learning_rate"), _shape_takes_its_options),
-    (("generate_samples", "generate_prompt", "fsdp", "fsdp_config", "deepspeed"), _texts_of_a_whole_model),
+    (("generate_samples", "generate_prompt", "fsdp", "fsdp_config", "deepspeed"), _samples_need_the_full_model),
     (("torch_compile", "torch_compile_backend", "torch_compile_mode"), _compiled_how),
     (("hub_model_id", "hub_private_repo"), _private_where),
     (("overwrite_output_dir", "resume_from_checkpoint"), _fresh_or_resumed),

@@ -1,4 +1,4 @@
-"""Keys that were written although they can have no effect; a default in their place would be no mistake.
+"""Rules about keys that were written although they can have no effect; leaving them out would be no mistake.
 
 Where the key that switches them off is written too (`adapter:`), they are the boilerplate of a template and only noted;
 where it is missing, it was probably forgotten. How often to evaluate is boilerplate in any case, and noted.
@@ -9,13 +9,14 @@ from typing import Any
 
 from finetuner.recipe.problems import KeyPath
 from finetuner.recipe.rules.base import Finding
+from finetuner.recipe.schema import keys_where
 
-_ADAPTER_PREFIXES = ("lora_", "peft_", "loraplus_")
+_ADAPTER_KEYS = frozenset(keys_where(lambda facts: facts.needs == "lora"))
 _EVALUATION_KEYS = ("eval_steps", "evals_per_epoch", "eval_on_start")
 
 
 def given_findings(raw: Mapping[str, Any]) -> Iterator[Finding]:
-    """The mistakes among them."""
+    """Yield the keys of an adapter in a recipe without the key `adapter`: mistakes."""
     if "adapter" not in raw:
         for key in _adapter_keys(raw):
             message = f"{key} has no effect without `adapter: lora`. Add that line, or remove this one."
@@ -23,25 +24,25 @@ def given_findings(raw: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def given_notes(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """The boilerplate among them, and why it has no effect."""
+    """Yield the boilerplate, which is only noted, and why each key has no effect."""
     if "adapter" in raw and raw["adapter"] is None:
         for key in _adapter_keys(raw):
             yield (key,), "without effect: adapter is empty, so every weight is trained"
     if raw.get("lora_target_linear") is True and raw.get("lora_target_modules"):
         yield ("lora_target_modules",), "without effect: lora_target_linear adapts every linear layer"
-    if not _rows_held_out(raw):
+    if not _has_held_out_rows(raw):
         missing = raw.get("val_set_size") is None  # templates say how often, and leave out of what
         for key in _evaluation_keys(raw):
             yield (key,), "without effect: no row is held out" + "; `val_set_size: 0.05` holds some out" * missing
 
 
 def _adapter_keys(raw: Mapping[str, Any]) -> list[str]:
-    return [key for key, value in raw.items() if key.startswith(_ADAPTER_PREFIXES) and value not in (None, False)]
+    return [key for key, value in raw.items() if key in _ADAPTER_KEYS and value not in (None, False)]
 
 
 def _evaluation_keys(raw: Mapping[str, Any]) -> list[str]:
     return [key for key in _EVALUATION_KEYS if raw.get(key)]
 
 
-def _rows_held_out(raw: Mapping[str, Any]) -> bool:
+def _has_held_out_rows(raw: Mapping[str, Any]) -> bool:
     return bool(raw.get("val_set_size") or raw.get("test_datasets"))

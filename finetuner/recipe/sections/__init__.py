@@ -21,7 +21,7 @@ from finetuner.recipe.sections.training import (
     PrecisionSection,
     RateGroup,
     RatesSection,
-    RegularisationSection,
+    RegularizationSection,
     ScheduleSection,
 )
 
@@ -31,6 +31,6 @@ __all__ = [
     "FsdpConfig", "GPTSection", "GuardSection", "InstructionFormat", "MessageProperties",
     "ModelSection", "NewTokenizer", "OptimizerSection", "OutputSection",
     "PackingSection", "PrecisionSection", "QuantizationSection",
-    "RateGroup", "RatesSection", "RegularisationSection",
+    "RateGroup", "RatesSection", "RegularizationSection",
     "ScheduleSection", "Section", "ShardingSection", "SpecialTokens", "TokenizerSection", "TrackingSection",
 ]  # fmt: skip

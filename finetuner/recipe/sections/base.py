@@ -1,4 +1,4 @@
-"""What every section is made of: a frozen, strict, closed model, and field types that carry their unit."""
+"""The base of every section, a frozen, strict, closed model, and field types that carry their unit."""
 
 import re
 from collections.abc import Iterator
@@ -13,29 +13,29 @@ from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
-    """Frozen, strict, closed."""
+    """A block of a recipe: frozen, strict (the text "4" is not the number 4), and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What a number counts; `finetuner explain` and the reference show it."""
+    """The unit of a number, which `finetuner explain` and the reference show."""
 
     name: str
 
 
 def unit_of(field: FieldInfo) -> str | None:
-    """The unit that a field's type carries, wherever in `X | None` it stands."""
+    """Return the unit that a field's type carries, wherever in `X | None` it stands."""
     return next((unit.name for unit in _units([*field.metadata, field.annotation])), None)
 
 
-def _units(parts: Any) -> Iterator[Unit]:
-    for part in parts:
-        if isinstance(part, Unit):
-            yield part
-        yield from _units(getattr(part, "__metadata__", ()))
-        yield from _units(get_args(part))
+def _units(types: Any) -> Iterator[Unit]:
+    for one in types:
+        if isinstance(one, Unit):
+            yield one
+        yield from _units(getattr(one, "__metadata__", ()))
+        yield from _units(get_args(one))
 
 
 def _at_home(name: str) -> str:
@@ -74,6 +74,7 @@ TokenBudget = Annotated[
 Seconds = Annotated[float, Field(gt=0.0), Unit("seconds")]
 Share = Annotated[float, Field(ge=0.0, le=1.0), Unit("fraction of 1")]
 Chance = Annotated[float, Field(ge=0.0, lt=1.0), Unit("probability")]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a moving average, for each step
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Rate = Annotated[float, Field(gt=0.0), Unit("per step")]

@@ -1,13 +1,54 @@
-"""One source of rows: where they lie, and how a row becomes text."""
+"""One source of rows: where they lie, and how a row becomes text.
 
-from typing import Annotated, Any, Literal
+A further `type` is a row of ROW_TYPES and its name in TypeName here, its own keys in DatasetEntry, and a file of its
+name in data/formats/.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Strict, Tag
 
 from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Names, Positive, Rows, Section
 
 TypeName = Literal["alpaca", "completion", "chat_template", "input_output", "prompt_completion"]
-# Chat templates that come with finetuner, by name; data/templates.py holds them.
+
+
+@dataclass(frozen=True)
+class RowTypeFacts:
+    """Facts of one `type` of rows.
+
+    meaning: its rows, in the words of the reference. columns: those that a row must have. column_key: the key of the
+    entry that names such a column. keys: keys of an entry that other types do not read; column_key is among them.
+    is_plain_text: a row is one text, all of it trained on, so that rows may be joined and cut.
+    """
+
+    meaning: str
+    columns: tuple[str, ...] = ()
+    column_key: str | None = None
+    keys: tuple[str, ...] = ()
+    is_plain_text: bool = False
+
+
+ROW_TYPES: dict[str, RowTypeFacts] = {
+    "alpaca": RowTypeFacts("instruction, input (may be missing), output", ("instruction", "output")),
+    "completion": RowTypeFacts("plain text", column_key="field", keys=("field",), is_plain_text=True),
+    "chat_template": RowTypeFacts(
+        "a list of messages",
+        column_key="field_messages",
+        keys=(
+            "field_messages", "field_tools", "message_property_mappings", "message_field_training", "roles",
+            "roles_to_train", "train_on_eos", "train_on_eot", "chat_template", "chat_template_jinja",
+        ),
+    ),
+    "input_output": RowTypeFacts("segments of text with a label", ("segments",)),
+    "prompt_completion": RowTypeFacts("two texts", ("prompt", "completion")),
+}  # fmt: skip
+assert tuple(ROW_TYPES) == get_args(TypeName)
+# key of an entry -> the `type` that reads it; with any other it would have no effect
+KEYS_OF_TYPE: dict[str, str] = {key: name for name, row_type in ROW_TYPES.items() for key in row_type.keys}
+
+# Chat templates that come with finetuner, by name; their texts are in data/templates.py.
 CHAT_TEMPLATES = (
     "alpaca", "aya", "chatml", "cohere", "command_a", "deepseek_v2", "deepseek_v3", "exaone", "exaone4",
     "falcon_h1", "gemma", "gemma3", "gemma3n", "gemma4", "granite", "jamba", "llama3", "llama3_2_vision",
@@ -26,13 +67,13 @@ class InstructionFormat(Section):
     field_system: str = Field("system", min_length=1, description="Column of the system text; may be missing.")
     field_instruction: str = Field("instruction", min_length=1, description="Column of the question or order.")
     field_input: str = Field("input", min_length=1, description="Column of a text to work on; may be missing.")
-    field_output: str = Field("output", min_length=1, description="Column of the answer, which is learned.")
+    field_output: str = Field("output", min_length=1, description="Column of the answer, which is trained on.")
     format: str = Field("{instruction} {input} ", description="The prompt of a row that has an input.")
     no_input_format: str = Field("{instruction} ", description="The prompt of a row that has none.")
 
 
 class MessageProperties(Section):
-    """What a message calls its parts."""
+    """Names of the keys of a message."""
 
     role: str = Field("role", min_length=1, description="Who speaks.")
     content: str = Field("content", min_length=1, description="What is said.")
@@ -55,9 +96,8 @@ class DatasetEntry(Section):
     path: DiskName = Field(min_length=1, description="A file, a folder, or a hub id.")
     type: RowType = Field(
         None,
-        description="alpaca: instruction, input (may be missing), output. completion: plain text. chat_template: a "
-        "list of messages. input_output: segments of text with a label. prompt_completion: two texts. A block of "
-        "field_* and format keys: your own. Left out: rows that are tokenised already (input_ids, labels).",
+        description=" ".join(f"{name}: {row_type.meaning}." for name, row_type in ROW_TYPES.items())
+        + " A block of field_* and format keys: your own. Left out: rows of tokens (input_ids, labels).",
     )
     split: str = Field("train", description="Which split of the dataset, or a slice of it such as train[:10%].")
     name: str | None = Field(None, description="Which configuration of a hub dataset.")
@@ -74,8 +114,8 @@ class DatasetEntry(Section):
     max_samples: Rows | None = Field(None, description="Take the first rows only, so many.")
     weight: Positive | None = Field(
         None,
-        description="How much of the mixture comes from here, beside the weights of the other datasets; the largest "
-        "mixture is made that repeats no row.",
+        description="Share of the mixture that comes from here, relative to the weights of the other datasets; the "
+        "largest mixture is taken that repeats no row.",
     )
     field: str = Field("text", min_length=1, description="Column that holds the text of a completion row.")
     field_messages: str = Field(
@@ -85,16 +125,17 @@ class DatasetEntry(Section):
         "tools", min_length=1, description="Column that holds the tools a chat_template row may call; may be missing."
     )
     message_property_mappings: MessageProperties = Field(
-        MessageProperties(), description="What a message calls its parts, where it is not role and content."
+        MessageProperties(), description="Names of the keys of a message, where they are not role and content."
     )
     message_field_training: str | None = Field(
-        None, description="Key of a message that says whether it is learned (true or false, 1 or 0), above its role."
+        None,
+        description="Key of a message that says whether it is trained on (true, false, 1 or 0), whatever its role.",
     )
     roles: Roles = Field({}, description="Role of the chat template -> names that the rows give it.")
-    roles_to_train: Names = Field(("assistant",), description="Roles whose messages are learned.")
+    roles_to_train: Names = Field(("assistant",), description="Roles whose messages are trained on.")
     train_on_eos: Ends = Field(
         "turn",
-        description="Which ends of turns are learned: those of learned turns (turn), all, the last one's, or none.",
+        description="Which ends of turns are trained on: those of trained turns (turn), all, the last one's, or none.",
     )
     train_on_eot: Ends | None = Field(
         None, description="The same for turns that end with another token than end-of-text; default: as train_on_eos."
@@ -102,16 +143,33 @@ class DatasetEntry(Section):
     chat_template: str | None = Field(None, description="As the recipe's chat_template, which it stands above.")
     chat_template_jinja: str | None = Field(None, description="As the recipe's chat_template_jinja.")
 
+    @property
+    def row_format(self) -> str | None:
+        """Name of the file of data/formats/ that renders the rows; None for rows that hold tokens."""
+        return "instruction" if isinstance(self.type, InstructionFormat) else self.type
 
-# Which `type` a key belongs to; with any other it would have no effect.
-KEYS_OF_TYPE: dict[str, str] = {
-    "field": "completion",
-    **dict.fromkeys(
-        (
-            "field_messages", "field_tools", "message_property_mappings", "message_field_training",
-            "roles", "roles_to_train", "train_on_eos", "train_on_eot", "chat_template",
-            "chat_template_jinja",
-        ),
-        "chat_template",
-    ),
-}  # fmt: skip
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether a row is one text, all of it trained on."""
+        return isinstance(self.type, str) and ROW_TYPES[self.type].is_plain_text
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        """Columns that every row must have."""
+        if self.type is None:
+            return ("input_ids", "labels")
+        if isinstance(self.type, InstructionFormat):
+            return (self.type.field_instruction, self.type.field_output)
+        row_type = ROW_TYPES[self.type]
+        named = (dict(self)[row_type.column_key],) if row_type.column_key is not None else ()
+        return (*named, *row_type.columns)
+
+    @property
+    def column_advice(self) -> str:
+        """Advice for a recipe whose rows lack a required column."""
+        if self.type is None:
+            return "Say what the rows are (`type: alpaca`, `type: chat_template`, ...)"
+        if isinstance(self.type, InstructionFormat):
+            return "Name the columns in the `type` block (field_*)"
+        key = ROW_TYPES[self.type].column_key
+        return f"Name the column with `{key}`" if key is not None else "Rename the columns"

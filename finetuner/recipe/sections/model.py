@@ -1,18 +1,19 @@
-"""The model, and how its attention is computed; the tokenizer."""
+"""The model, the computation of its attention, and the tokenizer."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from finetuner.recipe.sections.base import Chance, Count, DiskName, Names, Positive, Section, TokenCount
+from finetuner.recipe.sections.facts import FREE, MUST_MATCH, NOTED, ONLY_HERE, KeyFacts
 
 
 class GPTSection(Section):
-    """The shape of a model that begins with random weights: a preset, and what is to be different; or all of it."""
+    """The shape of a model from scratch, whose first weights are random: a preset, or keys, or both."""
 
     preset: Literal["gpt-nano", "gpt2-small", "gpt2-medium", "gpt2-large", "llama-1b"] | None = Field(
         None,
-        description="A shape by name: gpt-nano (under 1M parameters beside the vocabulary), gpt2-small (124M), "
+        description="A shape by name: gpt-nano (under 1M parameters besides the vocabulary), gpt2-small (124M), "
         "gpt2-medium (355M), gpt2-large (774M), llama-1b (as Llama 3.2's 1B).",
     )
     layers: Count | None = Field(None, description="Blocks of attention and MLP, one after another.")
@@ -41,22 +42,27 @@ class GPTSection(Section):
 
 
 class ModelSection(Section):
-    """Which model, and how its attention is computed."""
+    """The base model, and the computation of its attention."""
 
-    base_model: DiskName = Field(
+    base_model: Annotated[DiskName, MUST_MATCH] = Field(
         min_length=1,
         description="Hub id or folder of the model to start from; from-scratch: random weights, as `model` says.",
     )
-    model: GPTSection | None = Field(None, description="The shape of a model from scratch.")
-    pickled_weights: bool = Field(
+    model: Annotated[GPTSection | None, KeyFacts(resume="must_match", axolotl=ONLY_HERE)] = Field(
+        None, description="The shape of a model from scratch."
+    )
+    pickled_weights: Annotated[bool, NOTED] = Field(
         False,
         description="Read weights that are pickled (.bin), which other readers may run code from: turned into "
         "safetensors once, in dataset_prepared_path.",
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
-        "auto", description="auto: flash attention where it is installed and the device is a GPU, else SDPA."
-    )
+    trust_remote_code: Annotated[bool, FREE] = Field(False, description="Run Python code that comes with the model.")
+    attn_implementation: Annotated[
+        Literal["auto", "eager", "sdpa", "flash_attention_2"],
+        KeyFacts(
+            resume="noted", axolotl="there chosen by transformers when left out; here flash attention where it can run"
+        ),
+    ] = Field("auto", description="auto: flash attention where it is installed and the device is a GPU, else SDPA.")
 
 
 class SpecialTokens(Section):
@@ -69,16 +75,16 @@ class SpecialTokens(Section):
 
 
 class TokenizerTraining(Section):
-    """A byte-level BPE: it begins with the 256 bytes, and joins the pair that is most frequent, again and again."""
+    """A byte-level BPE: from the 256 bytes on, the most frequent pair of tokens is joined into one, again and again."""
 
     vocab_size: Annotated[int, Field(ge=257)] = Field(description="Tokens in all, end-of-text among them.")
-    files: Names = Field((), description="Files of text, or of rows with a text, to learn from; default: `datasets`.")
+    files: Names = Field((), description="Files of text, or of rows with a text, to train it on; default: `datasets`.")
 
 
 class NewTokenizer(Section):
-    """A tokenizer that is made for this run."""
+    """A tokenizer that is trained for this run."""
 
-    train: TokenizerTraining = Field(description="Learn a byte-level BPE from text.")
+    train: TokenizerTraining = Field(description="Train a byte-level BPE on text.")
 
 
 def _is_block(value: Any) -> str:
@@ -86,14 +92,19 @@ def _is_block(value: Any) -> str:
 
 
 class TokenizerSection(Section):
-    """Which tokenizer, and the tokens added to it."""
+    """The tokenizer, and the tokens added to it."""
 
     tokenizer: Annotated[
-        Annotated[DiskName | None, Tag("name")] | Annotated[NewTokenizer, Tag("block")], Discriminator(_is_block)
+        Annotated[
+            Annotated[DiskName | None, Tag("name")] | Annotated[NewTokenizer, Tag("block")], Discriminator(_is_block)
+        ],
+        KeyFacts(resume="must_match", axolotl=ONLY_HERE, aliases=("tokenizer_config",)),
     ] = Field(
         None,
         description="Hub id or folder of the tokenizer; default: base_model's own. For a model from scratch also byte "
-        "(256 of them), char (the characters of the datasets), or a block `train` that learns one.",
+        "(256 of them), char (the characters of the datasets), or a block `train`, for a new BPE.",
     )
-    special_tokens: SpecialTokens = Field(SpecialTokens(), description="Tokens with a role, by role.")
-    tokens: Names = Field((), description="Tokens added to the vocabulary.")
+    special_tokens: Annotated[SpecialTokens, MUST_MATCH] = Field(
+        SpecialTokens(), description="Tokens with a role, by role."
+    )
+    tokens: Annotated[Names, MUST_MATCH] = Field((), description="Tokens added to the vocabulary.")

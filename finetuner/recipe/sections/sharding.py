@@ -1,4 +1,4 @@
-"""How a model is spread over ranks: FSDP and DeepSpeed."""
+"""Sharding of a model over ranks: FSDP and DeepSpeed."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, Strict
 
 from finetuner.recipe.sections.base import Count, DiskName, Seconds, Section
+from finetuner.recipe.sections.facts import FREE
 
 FsdpWord = Literal[
     "full_shard", "shard_grad_op", "hybrid_shard", "hybrid_shard_zero2", "no_shard", "auto_wrap", "offload"
@@ -44,18 +45,18 @@ class FsdpConfig(Section):
     offload_params: bool = Field(False, description="Keep parameters, gradients and optimizer in the CPU's memory.")
     cpu_offload_pin_memory: bool = Field(True, description="Pin what is offloaded: faster copies, more locked memory.")
     cpu_ram_efficient_loading: bool = Field(
-        False, description="Only rank 0 reads the model and hands each rank its part; else every rank reads all of it."
+        False, description="Only rank 0 reads the model and sends each rank its shard; else every rank reads all of it."
     )
     state_dict_type: StateDictType = Field(
         "FULL_STATE_DICT",
-        description="Checkpoints as one file that rank 0 writes, or (SHARDED_STATE_DICT) each rank's part by itself.",
+        description="Checkpoints as one file that rank 0 writes, or (SHARDED_STATE_DICT) each rank's shard by itself.",
     )
     final_state_dict_type: Annotated[Literal["FULL_STATE_DICT"], BeforeValidator(_upper)] = Field(
         "FULL_STATE_DICT", description="The result of a run is always ordinary safetensors."
     )
     auto_wrap_policy: Annotated[Literal["TRANSFORMER_BASED_WRAP", "NO_WRAP"], BeforeValidator(_upper)] = Field(
         "TRANSFORMER_BASED_WRAP",
-        description="What is gathered at once: a transformer layer, or (NO_WRAP) the whole model.",
+        description="The unit that is gathered: a transformer layer, or (NO_WRAP) the full model.",
     )
     transformer_layer_cls_to_wrap: Annotated[tuple[str, ...], Strict(False), BeforeValidator(_names)] = Field(
         (), description="Classes of the layers that are gathered one by one; default: what the model itself names."
@@ -84,26 +85,26 @@ class FsdpConfig(Section):
 
 
 class ShardingSection(Section):
-    """How the model is spread over ranks. With neither fsdp nor deepspeed, each rank has a copy (DDP)."""
+    """Sharding of the model over ranks. With neither fsdp nor deepspeed, each rank has a copy (DDP)."""
 
-    fsdp: Annotated[tuple[FsdpWord, ...], Strict(False), BeforeValidator(_words)] = Field(
+    fsdp: Annotated[tuple[FsdpWord, ...], Strict(False), BeforeValidator(_words), FREE] = Field(
         (),
         description="full_shard (parameters, gradients, optimizer), shard_grad_op (gathered weights stay until the "
         "backward is done), hybrid_shard (within a node, copies between nodes), with auto_wrap and offload.",
     )
-    fsdp_config: FsdpConfig | None = Field(None, description="Details of FSDP.")
-    fsdp_version: Literal[1, 2] | None = Field(None, description="The same as fsdp_config.version.")
-    dp_replicate_size: Count | None = Field(
+    fsdp_config: Annotated[FsdpConfig | None, FREE] = Field(None, description="Details of FSDP.")
+    fsdp_version: Annotated[Literal[1, 2] | None, FREE] = Field(None, description="The same as fsdp_config.version.")
+    dp_replicate_size: Annotated[Count | None, FREE] = Field(
         None, description="Copies of the sharded model; default: one, and with hybrid_shard one for each node."
     )
-    dp_shard_size: Count | None = Field(
+    dp_shard_size: Annotated[Count | None, FREE] = Field(
         None, description="Ranks that share one copy; default: all, and with hybrid_shard those of a node."
     )
     # the others wait while the main rank writes and hashes a checkpoint: 84 GB for 7B parameters
-    ddp_timeout: Seconds = Field(
+    ddp_timeout: Annotated[Seconds, FREE] = Field(
         3600.0, description="How long a rank waits for the others before the run is given up; a checkpoint takes less."
     )
-    deepspeed: DiskName | dict[str, Any] | None = Field(
+    deepspeed: Annotated[DiskName | dict[str, Any] | None, FREE] = Field(
         None, description='A DeepSpeed JSON file, or its contents as a block; "auto" in it is filled in from here.'
     )
 

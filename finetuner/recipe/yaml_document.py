@@ -1,4 +1,4 @@
-"""YAML text -> plain values, and the place in the text of every key and value.
+"""Parses YAML text into plain values, and the place of every key and value in the text.
 
 YAML 1.2, so that `2e-4` is a number and `no` is text. Duplicate keys, other tags than the core ones, several documents
 and texts that would grow without bound are refused.
@@ -27,18 +27,21 @@ TOO_MUCH = (
 
 
 @dataclass
-class Document:
-    """A parsed recipe: its values, and where each key and each value stands."""
+class YamlDocument:
+    """A parsed recipe: its values, and the places of its keys and of their values.
+
+    is_complete: all of its values are here, whatever the problems.
+    """
 
     source: str
     values: dict[str, Any] = field(default_factory=dict)
     keys: dict[KeyPath, Origin] = field(default_factory=dict)
     places: dict[KeyPath, Origin] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    is_whole: bool = False  # all of its values are here, whatever the problems
+    is_complete: bool = False
 
     def origin(self, path: KeyPath, *, of_key: bool = False) -> Origin | None:
-        """The nearest place known for `path`: itself, else the block it is missing from."""
+        """Return the nearest place that is known for `path`: its own, else that of the block it is missing from."""
         table = self.keys if of_key else self.places
         for end in range(len(path), 0, -1):
             if path[:end] in table:
@@ -48,9 +51,9 @@ class Document:
         return None
 
 
-def parse_yaml(text: str, source: str) -> Document:
-    """Parse one YAML mapping; problems are collected in the result, never raised."""
-    document = Document(source)
+def parse_yaml(text: str, source: str) -> YamlDocument:
+    """Parse one YAML mapping. Problems are in the result, never raised."""
+    document = YamlDocument(source)
     try:
         excess = _first_excess(text, source)
         if excess is not None:
@@ -64,7 +67,7 @@ def parse_yaml(text: str, source: str) -> Document:
         document.problems.append(Problem(f"{source} is not YAML text: {str(error).splitlines()[0]}"))
         return document
     if root is None:
-        document.is_whole = True
+        document.is_complete = True
         return document
     if not isinstance(root, MappingNode):
         document.problems.append(
@@ -73,12 +76,12 @@ def parse_yaml(text: str, source: str) -> Document:
         return document
     builder = _Builder(document, text.splitlines())
     document.values = builder.mapping(root, (), 0)
-    document.is_whole = builder.num_nodes <= MAX_NODES
+    document.is_complete = builder.num_nodes <= MAX_NODES
     return document
 
 
 def parse_value(text: str) -> Any:
-    """One YAML value, as written behind `key=` on the command line. Raises ValueError with the reason."""
+    """Parse one YAML value, as written behind `key=` on the command line. Raises ValueError with the reason."""
     document = parse_yaml("value: " + text if "\n" not in text else "value:\n" + indent(text, " "), "override")
     if document.problems:
         raise ValueError(document.problems[0].message)
@@ -86,9 +89,9 @@ def parse_value(text: str) -> Any:
 
 
 class _Builder:
-    """Walks the node tree once, counting as it goes."""
+    """Builds plain values from the node tree in one walk, and counts the nodes that come out."""
 
-    def __init__(self, document: Document, lines: list[str]) -> None:
+    def __init__(self, document: YamlDocument, lines: list[str]) -> None:
         self.document, self.lines, self.num_nodes = document, lines, 0
         self.constructor = YAML(typ="safe", pure=True).constructor
 
@@ -155,7 +158,7 @@ _KINDS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 
 
 def _first_excess(text: str, source: str) -> Problem | None:
-    """What composing the text would recurse into or grow by without bound, or settle without a word."""
+    """The first place where composing the text would nest or grow without bound, or let one anchor replace another."""
     lines = text.splitlines()
     depth = num_nodes = 0
     anchors: set[str] = set()

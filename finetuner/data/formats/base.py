@@ -1,0 +1,65 @@
+"""The contract of a dataset format: a row in, its text and the characters that are trained on out.
+
+A format knows nothing of tokens; data/encoding.py tokenizes what it renders.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetuner.data.files import Row
+from finetuner.errors import DataError
+from finetuner.recipe.sections import DataSection, DatasetEntry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]  # [start, stop) in characters
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as text.
+
+    spans: the characters that are trained on. wraps: the tokenizer adds its own begin and end of text; a chat template
+    writes them itself, so that a second BOS would be one too many. contents: the text that came from the row's cells,
+    in which words that look like special tokens are words.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    wraps: bool
+    contents: tuple[Span, ...] = ()
+
+
+Renderer = Callable[[Row], Rendered]  # raises DataError for a row that cannot become text
+# (entry, section, tokenizer) -> its rows' renderer; raises DataError if the tokenizer cannot render them
+BuildRenderer = Callable[[DatasetEntry, DataSection, "PreTrainedTokenizerBase"], Renderer]
+
+
+def answered(prompt: str, answer: str, contents: tuple[Span, ...] | None = None) -> Rendered:
+    """A prompt and, trained on, its answer. `contents` of the prompt: all of it where it is not given."""
+    stop = len(prompt) + len(answer)
+    if contents is None:
+        return Rendered(prompt + answer, ((len(prompt), stop),), wraps=True, contents=((0, stop),))
+    return Rendered(prompt + answer, ((len(prompt), stop),), wraps=True, contents=(*contents, (len(prompt), stop)))
+
+
+def text_of(row: Row, column: str) -> str:
+    """The text in a cell. Raises DataError if the row has no such column, or something else in it."""
+    value = cell_of(row, column)
+    if not isinstance(value, str):
+        raise DataError(f"column '{column}' holds {kind_of(value)}, but must be text")
+    return value
+
+
+def cell_of(row: Row, column: str) -> Any:
+    """The value of a cell. Raises DataError if the row has no such column."""
+    if column not in row:
+        raise DataError(f"it has no column '{column}'; its columns are: {', '.join(row) or 'none'}")
+    return row[column]
+
+
+def kind_of(value: Any) -> str:
+    """A cell's type and the beginning of its value, in words for a message."""
+    return "nothing" if value is None else f"{type(value).__name__} {value!r:.60}"

@@ -1,0 +1,24 @@
+"""`type: chat_template`: a list of messages, in the form that the chat template gives them (data/chat.py)."""
+
+from typing import TYPE_CHECKING
+
+from finetuner.data.chat import build_chat_renderer
+from finetuner.data.formats.base import Renderer
+from finetuner.data.messages import MessageReader
+from finetuner.recipe.sections import DataSection, DatasetEntry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
+    """Return the renderer of conversations. Raises DataError if the tokenizer has no chat template that can be used."""
+    reader = MessageReader.of(entry)
+    chat = build_chat_renderer(
+        tokenizer,
+        kwargs=section.chat_template_kwargs,
+        eot_tokens=section.eot_tokens,
+        train_on_eos=entry.train_on_eos,
+        train_on_eot=entry.train_on_eot,
+    )
+    return lambda row: chat.render(reader.read(row))

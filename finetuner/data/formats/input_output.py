@@ -1,0 +1,34 @@
+"""`type: input_output`: a column `segments` of {text, label}, joined as they are; those with a true label are trained
+on. Begin and end of text are up to the row."""
+
+from typing import TYPE_CHECKING
+
+from finetuner.data.files import Row
+from finetuner.data.formats.base import Rendered, Renderer, cell_of, kind_of
+from finetuner.errors import DataError
+from finetuner.recipe.sections import DataSection, DatasetEntry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
+    """Return the renderer of labeled segments."""
+    return _render
+
+
+def _render(row: Row) -> Rendered:
+    segments = cell_of(row, "segments")
+    if not isinstance(segments, list) or not segments:
+        raise DataError(f"column 'segments' holds {kind_of(segments)}, but must be a list of {{text, label}}")
+    text, spans = "", []
+    for i, segment in enumerate(segments):
+        piece = segment.get("text") if isinstance(segment, dict) else None
+        if not isinstance(piece, str) or not isinstance(segment.get("label"), bool):
+            raise DataError(
+                f"segment {i} must have text in 'text', and true or false in 'label'; it is {segment!r:.150}"
+            )
+        if segment["label"]:
+            spans.append((len(text), len(text) + len(piece)))
+        text += piece
+    return Rendered(text, tuple(spans), wraps=False)
