@@ -39,7 +39,7 @@ def feed_of(case: dict[str, bool], given: argparse.Namespace, folder: Path) -> A
 
     from finetuner.data.batches import Layout
     from finetuner.data.cache import prepare_once
-    from finetuner.data.step_batches import build_feed
+    from finetuner.data.train_loader import build_feed
     from finetuner.plan.run import Plan
     from finetuner.recipe import load_recipe
     from finetuner.world import World
@@ -78,7 +78,7 @@ def feed_of(case: dict[str, bool], given: argparse.Namespace, folder: Path) -> A
 
 
 def measure(way: str, case: dict[str, bool], given: argparse.Namespace) -> dict[str, float]:
-    from finetuner.data.step_batches import prefetched
+    from finetuner.data.train_loader import prefetched
 
     waits, tokens, cpu = [], 0, 0.0
     with tempfile.TemporaryDirectory() as folder:

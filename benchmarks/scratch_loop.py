@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from finetuner.console import Screen, quiet_libraries
 from finetuner.data.inputs import prepare_rows
-from finetuner.data.step_batches import build_feed
+from finetuner.data.train_loader import build_feed
 from finetuner.models.from_scratch import begun_model, scratch_config
 from finetuner.models.gpt import GPTForCausalLM
 from finetuner.parallel.launch import build_accelerator

@@ -15,10 +15,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from finetuner.data.order import row_order
 from finetuner.data.prepare import prepare
+from finetuner.data.shuffling import row_order
+from finetuner.data.token_store import IGNORE, TokenStore
 from finetuner.data.tokenizer import load_tokenizer
-from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.models.adapter import add_lora
 from finetuner.recipe import Recipe, load
 from finetuner.run import train as run

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from finetuner.commands.generate import Manner, Speaker, speaker_of
-from finetuner.data.sandbox import ChatTemplate, compile_template
+from finetuner.data.template_sandbox import ChatTemplate, compile_template
 from finetuner.errors import DataError, ModelError
 from finetuner.models.generation import as_text, choose, context_of, ends_of, sampled
 from finetuner.models.generation_config import stop_ids

@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.text import Text
 
 from finetuner.console import Screen
+from finetuner.data.chat_templates import chosen_template
 from finetuner.data.preview import Shown, SourceView, look, packs_of, shown, visible
-from finetuner.data.stream import is_joined
-from finetuner.data.templates import chosen_template
+from finetuner.data.row_stream import is_joined
 from finetuner.data.tokenizer import load_tokenizer
 from finetuner.data.tokenizer_source import tokenizer_name
 from finetuner.errors import DataError

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finetuner.data.order import order_by_length, row_order
-from finetuner.data.tokens import IGNORE, Document, Ids, Rows
+from finetuner.data.shuffling import order_by_length, row_order
+from finetuner.data.token_store import IGNORE, Document, Ids, Rows
 from finetuner.plan.run import Plan
 from finetuner.plan.schedule import Schedule
 from finetuner.recipe.sections import PackingSection

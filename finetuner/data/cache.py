@@ -29,7 +29,7 @@ from finetuner.data.fetch import fetch, held, is_address
 from finetuner.data.packing import Packs
 from finetuner.data.prepare import Prepared, Report, SourceShare, packed, prepare, require_kept
 from finetuner.data.sources import TableSource, load_source
-from finetuner.data.store import map_store, store_facts
+from finetuner.data.token_store_writer import map_store, store_facts
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry, PackingSection
 from finetuner.world import World

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from finetuner.data.chat import build_chat_renderer
+from finetuner.data.chat_renderer import build_chat_renderer
 from finetuner.data.encoding import Encoder
-from finetuner.data.files import Row
 from finetuner.data.formats import (
     Rendered,
     render_alpaca,
@@ -15,8 +14,9 @@ from finetuner.data.formats import (
     render_segments,
 )
 from finetuner.data.messages import MessageReader
+from finetuner.data.row_files import Row
 from finetuner.data.sources import Placed
-from finetuner.data.tokens import IGNORE, Document, read_tokens
+from finetuner.data.token_store import IGNORE, Document, read_tokens
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry, InstructionFormat
 

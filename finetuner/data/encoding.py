@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.byte_level import ByteLevel
+from finetuner.data.fastokens_backend import ByteLevel
 from finetuner.data.formats import Rendered, Span
-from finetuner.data.tokens import IGNORE, Document, Ids
+from finetuner.data.token_store import IGNORE, Document, Ids
 from finetuner.errors import DataError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetuner.data.files import Row
+from finetuner.data.row_files import Row
 from finetuner.errors import DataError
 from finetuner.recipe.sections import InstructionFormat
 

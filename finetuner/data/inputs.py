@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 from finetuner.console import Screen
 from finetuner.data.cache import prepare_once
+from finetuner.data.chat_templates import chosen_template
 from finetuner.data.prepare import Prepared, held_out_only
-from finetuner.data.templates import chosen_template
 from finetuner.data.tokenizer import Vocabulary, load_tokenizer
 from finetuner.data.tokenizer_source import tokenizer_name
 from finetuner.recipe import Recipe

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.tokens import Ids, TokenStore
+from finetuner.data.token_store import Ids, TokenStore
 
 
 @dataclass(frozen=True, eq=False)

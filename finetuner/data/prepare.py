@@ -25,12 +25,12 @@ from finetuner.data.documents import (
     Texts,
 )
 from finetuner.data.fetch import is_address
-from finetuner.data.mixing import mixed
-from finetuner.data.order import held_out_rows
+from finetuner.data.mixture import mixed
 from finetuner.data.packing import Packs
+from finetuner.data.shuffling import held_out_rows
 from finetuner.data.sources import Placed, Source, load_source
-from finetuner.data.store import Collector, FileCollector, MemoryCollector
-from finetuner.data.tokens import Document, Rows, TokenStore
+from finetuner.data.token_store import Document, Rows, TokenStore
+from finetuner.data.token_store_writer import Collector, FileCollector, MemoryCollector
 from finetuner.errors import DataError
 from finetuner.recipe.rules import looks_local
 from finetuner.recipe.sections import DataSection, DatasetEntry

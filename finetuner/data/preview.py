@@ -13,10 +13,10 @@ import numpy as np
 
 from finetuner.data.packing import Packs
 from finetuner.data.prepare import TOO_LONG, prepare
+from finetuner.data.row_stream import documents_of
 from finetuner.data.sources import load_source
-from finetuner.data.stream import documents_of
-from finetuner.data.stream_source import head_of
-from finetuner.data.tokens import IGNORE, Ids, TokenStore
+from finetuner.data.streaming_source import head_of
+from finetuner.data.token_store import IGNORE, Ids, TokenStore
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from finetuner.data.fetch import fetch, is_address
-from finetuner.data.files import Kind, Row, RowFile, local_file
+from finetuner.data.row_files import Kind, Row, RowFile, local_file
 from finetuner.errors import DataError
 from finetuner.recipe.rules import DATA_SUFFIXES, looks_local
 from finetuner.recipe.sections import DatasetEntry, InstructionFormat

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from finetuner.data.formats import Span
 from finetuner.data.messages import Conversation, Messages
-from finetuner.data.sandbox import ChatTemplate
+from finetuner.data.template_sandbox import ChatTemplate
 from finetuner.errors import DataError
 
 KINDS = {"c": "content", "t": "reasoning_content"}

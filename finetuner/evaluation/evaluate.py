@@ -14,11 +14,11 @@ import torch
 from finetuner.console import Screen, quiet_libraries
 from finetuner.data.batches import evaluation_batches, layout_of
 from finetuner.data.cache import prepare_once
+from finetuner.data.chat_templates import chosen_template
 from finetuner.data.inputs import prepare_rows
 from finetuner.data.prepare import Part, Prepared, held_out_only
-from finetuner.data.templates import chosen_template
+from finetuner.data.token_store import IGNORE, Ids
 from finetuner.data.tokenizer import load_tokenizer
-from finetuner.data.tokens import IGNORE, Ids
 from finetuner.errors import DataError, ModelError, RecipeError
 from finetuner.evaluation.benchmark_tasks import Tasks, TaskScore, require_tasks, score_tasks
 from finetuner.evaluation.candidates import Candidate, Lineup, candidates, lineup_of_model, lineup_of_run

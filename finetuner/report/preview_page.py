@@ -9,7 +9,7 @@ import numpy as np
 
 from finetuner.data.packing import Packs
 from finetuner.data.preview import Shown, SourceView, lengths_of, visible
-from finetuner.data.tokens import IGNORE, Ids
+from finetuner.data.token_store import IGNORE, Ids
 
 MAX_BARS = 40
 WIDTH, BAR, CHART = 920, 16, 160  # pixels

@@ -38,9 +38,9 @@ from finetuner.data.cache import packs_held_out, tokenizer_digest
 from finetuner.data.dropped_rows import LISTED
 from finetuner.data.inputs import prepare_rows
 from finetuner.data.prepare import Prepared
-from finetuner.data.step_batches import Feed, build_feed, prefetched
 from finetuner.data.token_bytes import token_bytes
 from finetuner.data.tokenizer import Vocabulary, special_ids
+from finetuner.data.train_loader import Feed, build_feed, prefetched
 from finetuner.errors import FinetunerError, LostConnectionError, PreemptedError
 from finetuner.estimate.fit import require_fit
 from finetuner.export.hub import require_hub, upload_result

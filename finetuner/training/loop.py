@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetuner.data.batches import Batch, Layout, evaluation_batches
-from finetuner.data.order import mix
 from finetuner.data.prepare import Part
-from finetuner.data.tokens import Rows
+from finetuner.data.shuffling import mix
+from finetuner.data.token_store import Rows
 from finetuner.errors import PreemptedError
 from finetuner.objectives.text_score import TextScore, total
 from finetuner.parallel.engine import Engine

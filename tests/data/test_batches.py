@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetuner.data.batches import FILLER_ROW, Batch, collate, evaluation_batches, step_batches
-from finetuner.data.order import held_out_rows, mix, row_order
-from finetuner.data.tokens import IGNORE, TokenStore
+from finetuner.data.shuffling import held_out_rows, mix, row_order
+from finetuner.data.token_store import IGNORE, TokenStore
 from finetuner.plan.run import Plan
 from finetuner.plan.schedule import Schedule
 from finetuner.recipe.sections import EvaluationSection, OutputSection, ScheduleSection

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from finetuner.data.documents import CUT, SPLIT, SPLIT_IN_PART, TOO_LONG, UNTRAINED
 from finetuner.data.prepare import Prepared, prepare
 from finetuner.data.sources import load_source
-from finetuner.data.tokens import IGNORE, TokenStore
+from finetuner.data.token_store import IGNORE, TokenStore
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 

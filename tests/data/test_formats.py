@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetuner.data.prepare import Prepared, prepare
-from finetuner.data.tokens import IGNORE
+from finetuner.data.token_store import IGNORE
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.documents import BLANK
 from finetuner.data.prepare import Prepared, prepare
-from finetuner.data.tokens import IGNORE
+from finetuner.data.token_store import IGNORE
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 

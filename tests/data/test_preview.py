@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from finetuner.cli import main
 from finetuner.commands.preview import colours, marks
 from finetuner.data.preview import shown, visible
-from finetuner.data.tokens import IGNORE
+from finetuner.data.token_store import IGNORE
 
 EOS = "<|endoftext|>"
 ROWS = [

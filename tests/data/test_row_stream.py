@@ -21,8 +21,8 @@ from test_batches import all_ranks, make_plan
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.batches import Layout
-from finetuner.data.step_batches import Prefetched, StreamFeed, prefetched
-from finetuner.data.stream import RowStream, StreamState, cut_into_rows
+from finetuner.data.row_stream import RowStream, StreamState, cut_into_rows
+from finetuner.data.train_loader import Prefetched, StreamFeed, prefetched
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 

@@ -30,9 +30,9 @@ from finetuner.data import encoding
 from finetuner.data import prepare as preparation
 from finetuner.data.cache import SETTLED_NS, prepare_once, source_facts
 from finetuner.data.documents import BAD, DUPLICATE
-from finetuner.data.files import CHUNK, local_file
-from finetuner.data.mixing import mixed
+from finetuner.data.mixture import mixed
 from finetuner.data.prepare import BY_WEIGHT, Prepared, packed, prepare, require_kept, source_names
+from finetuner.data.row_files import CHUNK, local_file
 from finetuner.data.sources import load_source
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry, PackingSection

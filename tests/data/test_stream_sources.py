@@ -22,10 +22,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from finetuner.data.batches import Layout
 from finetuner.data.documents import BAD, TOO_LONG, Outcome
 from finetuner.data.dropped_rows import Listing
-from finetuner.data.reconnecting import PATIENT, Patience, SteadyFile, open_http
-from finetuner.data.step_batches import StreamFeed, build_feed
-from finetuner.data.stream import RowStream
-from finetuner.data.stream_source import START, EndlessRows
+from finetuner.data.remote_files import PATIENT, Patience, SteadyFile, open_http
+from finetuner.data.row_stream import RowStream
+from finetuner.data.streaming_source import START, EndlessRows
+from finetuner.data.train_loader import StreamFeed, build_feed
 from finetuner.errors import CheckpointError, DataError, LostConnectionError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 
@@ -391,7 +391,7 @@ def test_a_run_whose_server_goes_away_says_how_to_go_on_and_goes_on_as_if_nothin
         datasets=[{"path": f"{address}/a.jsonl", "type": "completion"}], streaming=True, on_bad_row="skip",
         streaming_multipack_buffer_size=6, sequence_len=16, max_steps=12, save_steps=1, micro_batch_size=4,
     )  # fmt: skip
-    monkeypatch.setattr("finetuner.data.step_batches.Patience", partial(Patience, waits=(0.0, 0.0)))
+    monkeypatch.setattr("finetuner.data.train_loader.Patience", partial(Patience, waits=(0.0, 0.0)))
     unbroken = train(recipe)
     said = capsys.readouterr().out
     assert re.search(r"of \d+ rows read, not learned as they stand \(the first of each are in .*dropped.jsonl\):", said)

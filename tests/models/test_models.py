@@ -6,8 +6,8 @@ from conftest import make_model
 from torch.nn import functional as F  # noqa: N812
 
 from finetuner.data.batches import collate
+from finetuner.data.token_store import IGNORE, TokenStore
 from finetuner.data.tokenizer import load_tokenizer
-from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.errors import ModelError
 from finetuner.models.adapter import adapter_tensors, add_lora, read_adapter, write_adapter
 from finetuner.models.attention import choose_attention

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Ll
 
 from finetuner.data.batches import Layout, collate
 from finetuner.data.packing import Packs, best_fit_decreasing
-from finetuner.data.tokens import IGNORE, TokenStore
+from finetuner.data.token_store import IGNORE, TokenStore
 from finetuner.errors import ModelError
 from finetuner.models.document_isolation import require_isolation
 from finetuner.objectives.next_token import TokenLoss

@@ -8,9 +8,9 @@ import torch
 from conftest import largest_difference, weights_of, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetuner.data.chat_templates import chosen_template
 from finetuner.data.documents import TOO_SHORT
 from finetuner.data.prepare import prepare
-from finetuner.data.templates import chosen_template
 from finetuner.errors import ModelError
 from finetuner.models.compilation import compile_layers
 from finetuner.models.load import load_model

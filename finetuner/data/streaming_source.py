@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 from finetuner.data.fetch import data_files_in, is_address, open_filesystem
-from finetuner.data.files import CHUNK, Kind, Row, RowFile
-from finetuner.data.reconnecting import (
+from finetuner.data.remote_files import (
     PATIENT,
     Opened,
     Patience,
@@ -24,6 +23,7 @@ from finetuner.data.reconnecting import (
     open_http,
     open_in,
 )
+from finetuner.data.row_files import CHUNK, Kind, Row, RowFile
 from finetuner.data.sources import (
     ROW_KINDS,
     Placed,

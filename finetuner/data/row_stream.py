@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from finetuner.data.batches import as_one
 from finetuner.data.documents import DocumentMaker, Outcome
 from finetuner.data.dropped_rows import READ, Listing, dropped_share, notes_of
-from finetuner.data.order import mix, row_order
 from finetuner.data.packing import best_fit_decreasing
-from finetuner.data.reconnecting import PATIENT, Patience
-from finetuner.data.stream_source import START, EndlessRows, FileFacts, Place
-from finetuner.data.tokens import Document
+from finetuner.data.remote_files import PATIENT, Patience
+from finetuner.data.shuffling import mix, row_order
+from finetuner.data.streaming_source import START, EndlessRows, FileFacts, Place
+from finetuner.data.token_store import Document
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.tokens import Ids
+from finetuner.data.token_store import Ids
 from finetuner.errors import DataError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuner.data.formats import Rendered, Span
 from finetuner.data.messages import Conversation, Messages
-from finetuner.data.sandbox import ChatTemplate, compile_template
+from finetuner.data.template_sandbox import ChatTemplate, compile_template
 from finetuner.data.template_spans import (
     USUAL_ROLES,
     Outline,

@@ -12,8 +12,8 @@ from test_formats import CONTENTS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from finetuner.data.byte_level import CHECKED, ByteLevel, LoadedTokenizer
 from finetuner.data.encoding import Encoder
+from finetuner.data.fastokens_backend import CHECKED, ByteLevel, LoadedTokenizer
 from finetuner.data.formats import Rendered
 from finetuner.data.prepare import prepare
 from finetuner.errors import DataError

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.tokens import Ids, TokenStore, joined_digest
+from finetuner.data.token_store import Ids, TokenStore, joined_digest
 
 _WAITING_TOKENS = 1 << 17  # are written at once: documents are often too short to be worth a call each
 

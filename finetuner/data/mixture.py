@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.order import mix, row_order
+from finetuner.data.shuffling import mix, row_order
 
 
 def mixed(

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from finetuner.data.batches import Batch, Layout, dealt, step_batches
-from finetuner.data.reconnecting import Patience
-from finetuner.data.stream import RowStream, StreamState
-from finetuner.data.stream_source import FileFacts
-from finetuner.data.tokens import Rows
+from finetuner.data.remote_files import Patience
+from finetuner.data.row_stream import RowStream, StreamState
+from finetuner.data.streaming_source import FileFacts
+from finetuner.data.token_store import Rows
 from finetuner.errors import CheckpointError
 from finetuner.plan.run import Plan
 from finetuner.plan.schedule import Schedule
