@@ -39,7 +39,7 @@ def feed_of(case: dict[str, bool], given: argparse.Namespace, folder: Path) -> A
 
     from finetuner.data.batches import Layout
     from finetuner.data.cache import prepare_once
-    from finetuner.data.train_loader import build_feed
+    from finetuner.data.train_loader import build_train_loader
     from finetuner.plan.run import Plan
     from finetuner.recipe import load_recipe
     from finetuner.world import World
@@ -74,16 +74,16 @@ def feed_of(case: dict[str, bool], given: argparse.Namespace, folder: Path) -> A
         rows = prepare_once(recipe.data, recipe.packing, tokenizer, plan.seed, World()).train_rows
     schedule = plan.schedule(recipe, len(rows))
     layout = Layout(packed=case.get("packed", False))
-    return build_feed(recipe.data, tokenizer, rows, plan, schedule, layout, None)
+    return build_train_loader(recipe.data, tokenizer, rows, plan, schedule, layout, None)
 
 
 def measure(way: str, case: dict[str, bool], given: argparse.Namespace) -> dict[str, float]:
-    from finetuner.data.train_loader import prefetched
+    from finetuner.data.train_loader import prefetching
 
     waits, tokens, cpu = [], 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
         feed = feed_of(case, given, Path(folder))
-        with prefetched(feed, given.steps, pin=False) as ahead:
+        with prefetching(feed, given.steps, pin=False) as ahead:
             ask = ahead if way == "ahead" else feed.batches
             cpu = time.process_time()
             for step in range(given.steps):

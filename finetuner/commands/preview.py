@@ -7,14 +7,12 @@ from pathlib import Path
 from rich.text import Text
 
 from finetuner.console import Screen
-from finetuner.data.chat_templates import chosen_template
-from finetuner.data.preview import Shown, SourceView, look, packs_of, shown, visible
-from finetuner.data.row_stream import is_joined
-from finetuner.data.tokenizer import load_tokenizer
-from finetuner.data.tokenizer_source import tokenizer_name
+from finetuner.data.inputs import build_tokenizer
+from finetuner.data.preview import SourcePreview, TokenRun, escape_invisible, pack_previews, preview_sources, token_runs
+from finetuner.data.row_stream import joins_documents
 from finetuner.errors import DataError
 from finetuner.recipe import Loaded
-from finetuner.report.preview_page import Document, page
+from finetuner.report.preview_page import PreviewDocument, render_preview_page
 from finetuner.world import World
 
 TRAINED, SPECIAL, SPECIAL_TRAINED, NUMBER = "bold green", "magenta", "bold magenta", "dim"
@@ -30,26 +28,25 @@ def preview(
     recipe, screen = loaded.recipe, Screen(speaks=True)
     for note in loaded.notes:
         screen.line(f"note: {note}")
-    name = tokenizer_name(recipe, World()) or recipe.model.base_model
-    ends = recipe.data.eot_tokens or ()
-    tokenizer = load_tokenizer(recipe.tokenizer, name, recipe.model.trust_remote_code, ends=ends).tokenizer
-    tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)
+    tokenizer = build_tokenizer(recipe.model, recipe.tokenizer, recipe.data, World()).tokenizer
     with tempfile.TemporaryDirectory() as folder:
-        views = look(recipe.data, tokenizer, recipe.output.seed, rows=rows, only=source, folder=Path(folder))
+        views = preview_sources(recipe.data, tokenizer, recipe.output.seed, rows=rows, only=source, folder=Path(folder))
         documents = [
-            Document(view, i, list(shown(*view.store.document(i), tokenizer, singly=ids or html is not None)))
+            PreviewDocument(
+                view, i, list(token_runs(*view.store.document(i), tokenizer, singly=ids or html is not None))
+            )
             for view in views
             for i in range(min(count, len(view.store)))
         ]
         coloured = screen.terminal and not screen.console.no_color
         for document in documents:
-            pieces = shown(*document.view.store.document(document.number), tokenizer, singly=ids)
-            screen.line(heading(document.view, document.number))
+            pieces = token_runs(*document.source.store.document(document.number), tokenizer, singly=ids)
+            screen.line(heading(document.source, document.number))
             screen.console.print(colours(pieces, ids=ids) if coloured else Text(marks(pieces, ids=ids)))
             screen.line()
-        cut = recipe.data.streaming and is_joined(recipe.data)
+        cut = recipe.data.streaming and joins_documents(recipe.data)
         packed = recipe.packing.sample_packing and not cut
-        packs = packs_of(views, recipe.data.sequence_len) if packed else None
+        packs = pack_previews(views, recipe.data.sequence_len) if packed else None
         screen.line(
             "green is learned, magenta a special token"
             if coloured
@@ -62,7 +59,9 @@ def preview(
         if packs is not None:
             screen.line(f"{len(packs):,} packs of {packs.capacity:,} tokens, {packs.fill:.1%} full")
         if html is not None:
-            text = page(recipe_name, views, documents, sequence_len=recipe.data.sequence_len, packs=packs, rows=rows)
+            text = render_preview_page(
+                recipe_name, views, documents, sequence_len=recipe.data.sequence_len, packs=packs, rows=rows
+            )
             try:
                 html.write_text(text, encoding="utf-8")
             except OSError as error:
@@ -70,7 +69,7 @@ def preview(
             screen.line(f"done: {html}")
 
 
-def heading(view: SourceView, number: int) -> str:
+def heading(view: SourcePreview, number: int) -> str:
     _, labels = view.store.document(number)
     trained = int((labels[1:] >= 0).sum())
     share = trained / max(1, len(labels))
@@ -80,7 +79,7 @@ def heading(view: SourceView, number: int) -> str:
     )
 
 
-def facts(view: SourceView) -> str:
+def facts(view: SourcePreview) -> str:
     """What became of a source's rows, in a line."""
     store = view.store
     median = int(sorted(store.lengths)[len(store) // 2])
@@ -91,29 +90,29 @@ def facts(view: SourceView) -> str:
     )
 
 
-def colours(pieces: Iterator[Shown], *, ids: bool) -> Text:
+def colours(pieces: Iterator[TokenRun], *, ids: bool) -> Text:
     """For a terminal: what is learned in green, special tokens in magenta."""
     text = Text()
     for piece in pieces:
         style = (SPECIAL_TRAINED if piece.trained else SPECIAL) if piece.special else TRAINED if piece.trained else ""
-        text.append(visible(piece.text), style)
+        text.append(escape_invisible(piece.text), style)
         if ids:
             text.append(f"{_number(piece)} ", NUMBER)
     return text
 
 
-def marks(pieces: Iterator[Shown], *, ids: bool) -> str:
+def marks(pieces: Iterator[TokenRun], *, ids: bool) -> str:
     """The same without colours: ⟦learned⟧, ‹special token›."""
     out, trained = "", False
     for piece in pieces:
         if piece.trained != trained:
             out += "⟦" if piece.trained else "⟧"
             trained = piece.trained
-        out += f"‹{visible(piece.text)}›" if piece.special else visible(piece.text)
+        out += f"‹{escape_invisible(piece.text)}›" if piece.special else escape_invisible(piece.text)
         if ids:
             out += f"{_number(piece)} "
     return out + ("⟧" if trained else "")
 
 
-def _number(piece: Shown) -> str:
+def _number(piece: TokenRun) -> str:
     return "".join(f"·{one}" for one in piece.ids)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from finetuner.console import Screen, quiet_libraries
 from finetuner.data.tokenizer import load_tokenizer
-from finetuner.data.tokenizer_source import texts_of, tokenizer_name
+from finetuner.data.tokenizer_source import read_texts, resolve_tokenizer
 from finetuner.recipe import Loaded
 from finetuner.world import World
 
@@ -22,12 +22,12 @@ def make_tokenizer(loaded: Loaded) -> None:
         screen.line(f"note: {note}")
     quiet_libraries(screen)
     with screen.work("making the tokenizer", "rows") as work:
-        name = tokenizer_name(recipe, World(), work.at) or recipe.model.base_model
+        name = resolve_tokenizer(recipe.tokenizer, recipe.data, World(), work.at) or recipe.model.base_model
     tokenizer = load_tokenizer(recipe.tokenizer, name, recipe.model.trust_remote_code).tokenizer
     rows = [("tokenizer", name), ("vocabulary", f"{len(tokenizer):,} tokens")]
     texts, num_bytes = [], 0
     plain = tuple(entry for entry in recipe.data.datasets if entry.type == "completion")
-    for text in texts_of(plain, recipe):
+    for text in read_texts(plain, recipe.data):
         texts.append(text[:_SAMPLE_BYTES])
         num_bytes += len(texts[-1].encode())
         if num_bytes >= _SAMPLE_BYTES:

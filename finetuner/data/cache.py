@@ -1,4 +1,4 @@
-"""Prepared once: documents on disk, in a folder whose name says all that they depend on.
+"""PreparedData once: documents on disk, in a folder whose name says all that they depend on.
 
     <dataset_prepared_path>/<key>/      train.* and held_out.* tokens, packs, dropped.jsonl; prepared.json
     <dataset_prepared_path>/<key>.lock  held by the process that prepares
@@ -27,11 +27,13 @@ import numpy as np
 
 from finetuner.data.fetch import fetch, held, is_address
 from finetuner.data.packing import Packs
-from finetuner.data.prepare import Prepared, Report, SourceShare, packed, prepare, require_kept
+from finetuner.data.prepare import prepare_documents
+from finetuner.data.prepared_data import PreparedData, SourceShare, pack_documents, require_few_dropped
 from finetuner.data.sources import TableSource, load_source
 from finetuner.data.token_store_writer import map_store, store_facts
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry, PackingSection
+from finetuner.storage.progress import ProgressReport, no_progress
 from finetuner.world import World
 
 if TYPE_CHECKING:
@@ -50,8 +52,8 @@ def prepare_once(
     tokenizer: "PreTrainedTokenizerBase",
     seed: int,
     world: World,
-    report: Report = lambda done, total: None,
-) -> Prepared:
+    report: ProgressReport = no_progress,
+) -> PreparedData:
     """The documents of the recipe: prepared now and kept, or mapped from where an earlier start left them.
 
     The first rank of each node prepares, and the others wait for its folder. Safe for any number of processes at once.
@@ -75,13 +77,13 @@ def prepare_once(
                     break
         time.sleep(POLL_SECONDS)
     prepared = read_prepared(folder)
-    require_kept(prepared, section)
+    require_few_dropped(prepared, section)
     return prepared
 
 
 def prepared_already(
     section: DataSection, packing: PackingSection, tokenizer: "PreTrainedTokenizerBase", seed: int
-) -> Prepared | None:
+) -> PreparedData | None:
     """What prepare_once left, or None if it would have to prepare anew."""
     root = Path(section.dataset_prepared_path)
     if not (root / "files").is_dir():
@@ -108,7 +110,7 @@ def packs_held_out(packing: PackingSection) -> bool:
     return packing.sample_packing if chosen is None else chosen
 
 
-def read_prepared(folder: Path) -> Prepared:
+def read_prepared(folder: Path) -> PreparedData:
     """Map a folder that prepare_once wrote."""
     facts = json.loads((folder / MARK).read_text(encoding="utf-8"))
     train, held_out = (map_store(folder, name, facts[name]) for name in ("train", "held_out"))
@@ -120,7 +122,7 @@ def read_prepared(folder: Path) -> Prepared:
         capacity, parts = facts["packs"][name]
         return Packs(store, arrays[0], arrays[1], capacity, tuple(parts))
 
-    return Prepared(
+    return PreparedData(
         train,
         held_out,
         Counter(facts["counts"]),
@@ -138,7 +140,7 @@ def _write(
     packing: PackingSection,
     tokenizer: "PreTrainedTokenizerBase",
     seed: int,
-    report: Report,
+    report: ProgressReport,
     stamps: list[Any],
 ) -> None:
     mine = f"{folder.name}.{platform.node()}"
@@ -147,8 +149,8 @@ def _write(
     aside = folder.with_name(f"{mine}.{os.getpid()}.tmp")
     aside.mkdir()
     try:
-        prepared = prepare(section, tokenizer, seed, report, into=aside)
-        prepared = packed(
+        prepared = prepare_documents(section, tokenizer, seed, report, into=aside)
+        prepared = pack_documents(
             prepared, section.sequence_len, train=packing.sample_packing, held_out=packs_held_out(packing)
         )
         facts: dict[str, Any] = {
@@ -163,7 +165,7 @@ def _write(
             if packs is not None:
                 np.save(aside / f"{name}.members.npy", packs.members)
                 np.save(aside / f"{name}.starts.npy", packs.starts)
-                facts["packs"][name] = [packs.capacity, packs.parts]
+                facts["packs"][name] = [packs.capacity, packs.packs_per_group]
         (aside / MARK).write_text(json.dumps(facts), encoding="utf-8")
         if _stamps(section) != stamps:  # the name would speak of other bytes than were prepared
             raise DataError("a data file was written to while it was being prepared. Start again when it is whole.")

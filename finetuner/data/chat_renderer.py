@@ -1,7 +1,8 @@
-"""Conversation -> text by a chat template, and which of its characters are trained on.
+"""Render conversations with a chat template, and find which characters are trained on.
 
 A plain conversation is rendered once, and compared with what the template writes around stand-ins for its contents,
-which conversations with the same roles share. One with thoughts or tool calls is rendered on stand-ins of its own too.
+which is cached for conversations with the same roles. One with thoughts or tool calls is also rendered with stand-ins
+of its own.
 """
 
 import json
@@ -15,16 +16,16 @@ from finetuner.data.messages import Conversation, Messages
 from finetuner.data.template_sandbox import ChatTemplate, compile_template
 from finetuner.data.template_spans import (
     USUAL_ROLES,
+    MessageText,
     Outline,
-    Piece,
-    find_pieces,
-    literals_between,
-    mocked_plainly,
-    outline,
-    rewritten,
-    said_in_calls,
-    stand_in_for,
-    with_thoughts_apart,
+    build_outline,
+    choose_stand_in,
+    find_literals,
+    find_token_like_values,
+    locate_texts,
+    replace_contents,
+    rewritten_message,
+    split_off_thoughts,
 )
 from finetuner.errors import DataError
 from finetuner.recipe.sections.datasets import Ends
@@ -32,13 +33,15 @@ from finetuner.recipe.sections.datasets import Ends
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_REMEMBERED = 2048
+MAX_CACHED_OUTLINES = 2048
 
 
 @dataclass(frozen=True)
-class EndsOfTurns:
-    """Which tokens end a turn, and which of these ends are trained on: `of_text` rules where the token is the
-    tokenizer's end-of-text, `of_turn` where it is another."""
+class TurnEndings:
+    """The tokens that end a turn, and which turns have their ending trained on.
+
+    `of_text` rules where that token is the tokenizer's end-of-text (`eos`), `of_turn` where it is another.
+    """
 
     tokens: tuple[str, ...]
     eos: str | None
@@ -46,27 +49,28 @@ class EndsOfTurns:
     of_turn: Ends = "turn"
 
     def after(self, text: str, closing: str) -> str:
-        """The tokens with which `text` begins, with white space before them; "" if there are none.
+        """Return the tokens with which `text` begins, with white space before them; "" if there are none.
 
-        More than one only as far as `closing`, which follows the last answer of all, has them too: what else follows
-        at once begins the next turn ("</s>[INST]").
+        More than one only as far as `closing`, the text after the last answer of all, begins with them too: other
+        tokens that follow begin the next turn ("</s>[INST]").
         """
-        blank = len(text) - len(text.lstrip())
-        ending = text[:blank] + self._at(text, blank)
-        while (more := self._at(text, len(ending))) and closing.startswith(ending + more):
+        num_blanks = len(text) - len(text.lstrip())
+        ending = text[:num_blanks] + self._token_at(text, num_blanks)
+        while (more := self._token_at(text, len(ending))) and closing.startswith(ending + more):
             ending += more
         return ending if ending.strip() else ""
 
-    def _at(self, text: str, place: int) -> str:
-        return max((token for token in self.tokens if text.startswith(token, place)), key=len, default="")
+    def _token_at(self, text: str, start: int) -> str:
+        return max((token for token in self.tokens if text.startswith(token, start)), key=len, default="")
 
     def policy(self, ending: str) -> Ends:
+        """Return the rule for turns that end with this text."""
         return self.of_text if self.eos is not None and ending.endswith(self.eos) else self.of_turn
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """Where what a turn says stands in the text, and what the template writes behind it."""
+    """The span of a turn's own text, and the text that the template writes after it."""
 
     body: Span
     following: str
@@ -74,44 +78,56 @@ class _Turn:
 
 @dataclass(frozen=True)
 class ChatRenderer:
-    """A tokenizer's chat template, and what is learned of its text."""
+    """A tokenizer's chat template with the rules of what is trained on.
+
+    `only_answers`: answers and the ends of their turns are trained on, as {% generation %} markers in a template have
+    it. `kwargs`: further variables of the template.
+    """
 
     tokenizer: "PreTrainedTokenizerBase"
-    ends: EndsOfTurns
+    endings: TurnEndings
     kwargs: Mapping[str, Any]
-    only_answers: bool  # by role, with the ends of turns, as {% generation %} markers have it
+    only_answers: bool
     _outlines: dict[Hashable, Outline] = field(default_factory=dict)
     _templates: dict[str, ChatTemplate] = field(default_factory=dict)
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Raises DataError if the template refuses the conversation, or it cannot be told which text is whose."""
+        """Return the text of a conversation and its trained spans.
+
+        Raises DataError if the template refuses the conversation, or it cannot be told which text is the template's
+        and which is a message's.
+        """
         template = self._template(conversation.tools)
         _require_understood(conversation, template.text)
-        by_role = all(
-            wish == (message["role"] == "assistant")
-            for wish, message in zip(conversation.trained, conversation.messages, strict=True)
+        is_by_role = all(
+            is_trained == (message["role"] == "assistant")
+            for is_trained, message in zip(conversation.trained, conversation.messages, strict=True)
         )
-        if template.marks_answers and self.only_answers and by_role:
-            return self._with_tools(self._marked(template, conversation), conversation.tools)
-        text = template.render(conversation.messages, conversation.tools)
-        return self._with_tools(self._unmarked(template, conversation, text), conversation.tools)
+        if template.marks_answers and self.only_answers and is_by_role:
+            rendered = self._render_marked(template, conversation)
+        else:
+            rendered = self._render_unmarked(template, conversation)
+        return self._with_tool_contents(rendered, conversation.tools)
 
-    def _unmarked(self, template: ChatTemplate, conversation: Conversation, text: str) -> Rendered:
-        messages = with_thoughts_apart(template, conversation.messages)
+    def _render_unmarked(self, template: ChatTemplate, conversation: Conversation) -> Rendered:
+        text = template.render(conversation.messages, conversation.tools)
+        messages = split_off_thoughts(template, conversation.messages)
         if conversation.plain and messages is conversation.messages:
             return self._by_contents(template, conversation, text)
         return self._by_pieces(template, conversation, messages, text)
 
-    def _with_tools(self, rendered: Rendered, tools: list[Any] | None) -> Rendered:
-        """The same: what a row says of its tools is its own text too. A word of it that is a token and nothing more
-        could not be told from the template's."""
-        tokens, text = self.ends.tokens, rendered.text
-        found = said_in_calls(tools, text, (0, len(text)), tokens)
-        said = {(start, stop) for start, stop in found if text[start:stop] not in tokens}
-        return replace(rendered, contents=tuple(sorted({*rendered.contents, *said}))) if said else rendered
+    def _with_tool_contents(self, rendered: Rendered, tools: list[Any] | None) -> Rendered:
+        """Return the rendering with token-like values of the row's tools among its contents, which are words.
+
+        A value that is a token and nothing more cannot be told from the template's own, and is left as it is.
+        """
+        tokens, text = self.endings.tokens, rendered.text
+        found = find_token_like_values(tools, text, (0, len(text)), tokens)
+        values = {(start, stop) for start, stop in found if text[start:stop] not in tokens}
+        return replace(rendered, contents=tuple(sorted({*rendered.contents, *values}))) if values else rendered
 
     def _template(self, tools: list[Any] | None) -> ChatTemplate:
-        """The tokenizer's, or the one of its several that is for tools."""
+        """Return the tokenizer's template, or, if it has several, the one for tools."""
         text = str(self.tokenizer.get_chat_template(tools=tools))
         if text not in self._templates:
             self._templates[text] = compile_template(text, {**self.tokenizer.special_tokens_map, **self.kwargs})
@@ -121,107 +137,90 @@ class ChatRenderer:
         if tools is None and all(len(message) == 2 for message in messages):  # a role and a text, as nearly all are
             key: Hashable = (stand_in, *[message["role"] for message in messages])
         else:
-            key = json.dumps([mocked_plainly(messages, stand_in), tools], default=repr)
+            key = json.dumps([replace_contents(messages, stand_in), tools], default=repr)
         if "strftime_now" in template.text:
             key = (key, date.today())
         if key not in self._outlines:
-            if len(self._outlines) >= MAX_REMEMBERED:
+            if len(self._outlines) >= MAX_CACHED_OUTLINES:
                 self._outlines.clear()
-            self._outlines[key] = outline(template, mocked_plainly(messages, stand_in), tools, stand_in)
+            self._outlines[key] = build_outline(template, replace_contents(messages, stand_in), tools, stand_in)
         return self._outlines[key]
 
-    def _marked(self, template: ChatTemplate, conversation: Conversation) -> Rendered:
+    def _render_marked(self, template: ChatTemplate, conversation: Conversation) -> Rendered:
+        """Render with a template that marks the answers itself."""
         messages = conversation.messages
-        if any(message["role"] not in USUAL_ROLES for message in messages):  # which it may leave out
-            self._outline(template, messages, conversation.tools, stand_in_for(messages))
+        if any(message["role"] not in USUAL_ROLES for message in messages):
+            # raises if the template leaves a message of an unusual role out
+            self._outline(template, messages, conversation.tools, choose_stand_in(messages))
         text, spans = template.render_marked(messages, conversation.tools)
         spans = [(start, stop) for start, stop in spans if start < stop]
         if any(conversation.trained) and not spans:
             raise DataError("the chat template marks no answer of this conversation with {% generation %}")
-        return Rendered(text, tuple(spans), wraps=False, contents=self._known(template, conversation, text))
+        contents = self._find_contents(template, conversation, text)
+        return Rendered(text, tuple(spans), wraps=False, contents=contents)
 
-    def _known(self, template: ChatTemplate, conversation: Conversation, text: str) -> tuple[Span, ...]:
-        """Where the contents stand in the text of a template that marks the answers itself, if that can be told."""
-        messages = with_thoughts_apart(template, conversation.messages)
-        stand_in = stand_in_for(messages)
+    def _find_contents(self, template: ChatTemplate, conversation: Conversation, text: str) -> tuple[Span, ...]:
+        """Return the spans of the messages' texts; none if the template rewrites them."""
+        messages = split_off_thoughts(template, conversation.messages)
+        stand_in = choose_stand_in(messages)
         try:
             if conversation.plain and messages is conversation.messages:
-                pieces = [Piece(i, "c", message["content"]) for i, message in enumerate(messages)]
+                pieces = [MessageText(i, "c", message["content"]) for i, message in enumerate(messages)]
                 literals = self._outline(template, messages, conversation.tools, stand_in).literals
             else:
-                pieces, literals = literals_between(template, conversation, messages, stand_in)
-            return find_pieces(text, pieces, literals)
+                pieces, literals = find_literals(template, conversation, messages, stand_in)
+            return locate_texts(text, pieces, literals)
         except DataError:
             return ()
 
     def _by_contents(self, template: ChatTemplate, conversation: Conversation, text: str) -> Rendered:
-        """Of messages that are a role and a text: the text is learned, with the lead before and the end behind it."""
-        messages, stand_in = conversation.messages, stand_in_for(conversation.messages)
-        around = self._outline(template, messages, conversation.tools, stand_in)
-        pieces = [Piece(i, "c", message["content"]) for i, message in enumerate(messages)]
-        contents = find_pieces(text, pieces, around.literals)
+        """Find the trained spans where each message is a role and a text: the text, with the lead before it and the
+        ending after it."""
+        messages, stand_in = conversation.messages, choose_stand_in(conversation.messages)
+        outline = self._outline(template, messages, conversation.tools, stand_in)
+        pieces = [MessageText(i, "c", message["content"]) for i, message in enumerate(messages)]
+        contents = locate_texts(text, pieces, outline.literals)
         turns = [
-            _Turn((start - len(literal) + around.given(i), stop), after)
+            _Turn((start - len(literal) + outline.num_given(i), stop), after)
             for i, ((start, stop), literal, after) in enumerate(
-                zip(contents, around.literals[:-1], around.literals[1:], strict=True)
+                zip(contents, outline.literals[:-1], outline.literals[1:], strict=True)
             )
         ]
         return Rendered(text, self._trained_spans(conversation.trained, turns), wraps=False, contents=contents)
 
     def _by_pieces(self, template: ChatTemplate, conversation: Conversation, messages: Messages, text: str) -> Rendered:
-        """Where messages hold thoughts and tool calls too: an answer is what stands between the prompt for it and
-        what the template writes behind a plain answer in its place."""
-        stand_in = stand_in_for(messages)
-        around = self._outline(template, messages, conversation.tools, stand_in)
-        pieces, literals = literals_between(template, conversation, messages, stand_in)
-        spans = find_pieces(text, pieces, literals)
-        turns = []
-        for i, message in enumerate(messages):
-            own = [at for at, piece in enumerate(pieces) if piece.turn == i]
-            first = own[0] if own else sum(piece.turn < i for piece in pieces)
-            last = own[-1] + 1 if own else first
-            opened = spans[first - 1][1] if first else 0
-            before, behind, after = literals[first], literals[last], around.literals[i + 1]
-            thinks = any(pieces[at].kind == "t" for at in own)
-            given = around.before_thought(i, before) if thinks else around.given(i)
-            if message["role"] != "assistant":
-                start = spans[own[0]][0]
-            elif before.startswith(around.literals[i][:given]):
-                start = opened + given
-            elif own and not thinks and before.endswith(around.literals[i]):  # behind another's tool calls
-                start = spans[own[0]][0] - len(around.literals[i]) + given
-            else:
-                raise DataError(rewritten(i))
-            stop = spans[last - 1][1] if last else 0
-            if "tool_calls" in message:
-                if not behind.endswith(after):
-                    raise DataError(rewritten(i))
-                stop += len(behind) - len(after)
-            turns.append(_Turn((start, stop), after))
-        said = {
-            place
+        """Find the trained spans where messages hold thoughts or tool calls: an answer reaches from the prompt for it
+        to the text that the template writes after a plain answer in its place."""
+        stand_in = choose_stand_in(messages)
+        outline = self._outline(template, messages, conversation.tools, stand_in)
+        pieces, literals = find_literals(template, conversation, messages, stand_in)
+        spans = locate_texts(text, pieces, literals)
+        turns = [_find_turn(i, message, outline, pieces, literals, spans) for i, message in enumerate(messages)]
+        call_values = {
+            span
             for message, turn in zip(messages, turns, strict=True)
-            for place in said_in_calls(message.get("tool_calls"), text, turn.body, self.ends.tokens)
+            for span in find_token_like_values(message.get("tool_calls"), text, turn.body, self.endings.tokens)
         }
-        contents = tuple(sorted({*spans, *said}))
+        contents = tuple(sorted({*spans, *call_values}))
         return Rendered(text, self._trained_spans(conversation.trained, turns), wraps=False, contents=contents)
 
     def _trained_spans(self, trained: tuple[bool, ...], turns: list[_Turn]) -> tuple[Span, ...]:
-        """What is learned of each turn, and of its end."""
+        """Return the spans of the turns that are trained on, and of the endings that the rules train on.
+
+        Raises DataError if a trained turn has no ending although its ending is to be trained on, or has nothing in it.
+        """
         closing = turns[-1].following
-        last = max((i for i, wish in enumerate(trained) if wish), default=-1)
+        last = max((i for i, is_trained in enumerate(trained) if is_trained), default=-1)
+        endings = {text: self.endings.after(text, closing) for text in {turn.following for turn in turns}}
         spans = []
-        endings = {following: self.ends.after(following, closing) for following in {turn.following for turn in turns}}
         for i, turn in enumerate(turns):
             (start, stop), ending = turn.body, endings[turn.following]
-            policy = self.ends.policy(ending)
-            if trained[i] and not ending.strip() and (policy in ("turn", "all") or (policy == "last" and i == last)):
+            policy = self.endings.policy(ending)
+            wants_ending = trained[i] and (policy in ("turn", "all") or (policy == "last" and i == last))
+            if wants_ending and not ending:
                 raise DataError(_endless(i, turn.following))
-            with_end = ending.strip() and (
-                policy == "all" or (trained[i] and (policy == "turn" or (policy == "last" and i == last)))
-            )
             begin = start if trained[i] else stop
-            end = stop + len(ending) if with_end else stop
+            end = stop + len(ending) if wants_ending or policy == "all" else stop
             if trained[i] and begin == end:
                 raise DataError(f"message {i} is to be learned, but it is empty and its end is not learned")
             if begin < end:
@@ -229,8 +228,44 @@ class ChatRenderer:
         return tuple(spans)
 
 
+def _find_turn(
+    turn: int,
+    message: dict[str, Any],
+    outline: Outline,
+    pieces: list[MessageText],
+    literals: list[str],
+    spans: tuple[Span, ...],
+) -> _Turn:
+    """Return the body of a message in the rendered text, with its thought and tool calls, and the text after it.
+
+    spans[k] is the span of pieces[k], between literals[k] and literals[k + 1]. Raises DataError if the template writes
+    the turn otherwise than its outline.
+    """
+    own = [k for k, piece in enumerate(pieces) if piece.turn == turn]
+    first = own[0] if own else sum(piece.turn < turn for piece in pieces)
+    last = own[-1] + 1 if own else first
+    before, behind, after = literals[first], literals[last], outline.literals[turn + 1]
+    previous_stop = spans[first - 1][1] if first else 0
+    has_thought = any(pieces[k].kind == "t" for k in own)
+    num_given = outline.num_given_before_thought(turn, before) if has_thought else outline.num_given(turn)
+    if message["role"] != "assistant":
+        start = spans[own[0]][0]
+    elif before.startswith(outline.literals[turn][:num_given]):
+        start = previous_stop + num_given
+    elif own and not has_thought and before.endswith(outline.literals[turn]):  # after another message's tool calls
+        start = spans[own[0]][0] - len(outline.literals[turn]) + num_given
+    else:
+        raise DataError(rewritten_message(turn))
+    stop = spans[last - 1][1] if last else 0
+    if "tool_calls" in message:
+        if not behind.endswith(after):
+            raise DataError(rewritten_message(turn))
+        stop += len(behind) - len(after)
+    return _Turn((start, stop), after)
+
+
 def _require_understood(conversation: Conversation, template: str) -> None:
-    """A template that does not know of tools or thoughts leaves them out without a word."""
+    """Raise DataError if a template does not know of the row's tools or thoughts: it would silently omit them."""
     has = set().union(*conversation.messages, ["tools"] if conversation.tools else [])
     for key in ("tools", "tool_calls", "reasoning_content"):
         if key in has and key not in template:
@@ -241,6 +276,7 @@ def _require_understood(conversation: Conversation, template: str) -> None:
 
 
 def _endless(turn: int, following: str) -> str:
+    """Return the error for a template that ends a trained turn with no token."""
     return (
         f"the chat template writes {following[:30]!r} after message {turn}, which does not begin with a token that "
         "ends a turn: a model trained on it would not learn where to stop. Use a template that ends turns with a "
@@ -257,7 +293,10 @@ def build_chat_renderer(
     train_on_eos: Ends,
     train_on_eot: Ends | None,
 ) -> ChatRenderer:
-    """Raises DataError if the tokenizer has no chat template, or an eot token is not one token of its."""
+    """Return the renderer of a tokenizer's chat template.
+
+    Raises DataError if the tokenizer has no chat template, or an eot token is not a single token of it.
+    """
     if tokenizer.chat_template is None:
         raise DataError(
             f"the tokenizer '{tokenizer.name_or_path}' has no chat template, which `type: chat_template` needs. Take "
@@ -270,13 +309,16 @@ def build_chat_renderer(
             raise DataError(
                 f"eot_tokens: '{token}' is {len(ids)} tokens to this tokenizer. Add it as one: `tokens: ['{token}']`"
             )
-    known = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
-    ends = EndsOfTurns(
-        tokens=known if eot_tokens is None else tuple({*eot_tokens, *([eos] if eos else [])}),
+    added = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
+    endings = TurnEndings(
+        tokens=added if eot_tokens is None else tuple({*eot_tokens, *([eos] if eos else [])}),
         eos=eos,
         of_text=train_on_eos,
         of_turn=train_on_eot or train_on_eos,
     )
     return ChatRenderer(
-        tokenizer, ends, dict(kwargs), only_answers=train_on_eos == ends.of_turn == "turn" and eot_tokens is None
+        tokenizer,
+        endings,
+        dict(kwargs),
+        only_answers=train_on_eos == endings.of_turn == "turn" and eot_tokens is None,
     )

@@ -14,9 +14,10 @@ from finetuner.data.formats import (
     render_segments,
 )
 from finetuner.data.messages import MessageReader
+from finetuner.data.pretokenized import read_tokens
 from finetuner.data.row_files import Row
-from finetuner.data.sources import Placed
-from finetuner.data.token_store import IGNORE, Document, read_tokens
+from finetuner.data.sources import SourceRow
+from finetuner.data.token_store import IGNORE_INDEX, Document
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry, InstructionFormat
 
@@ -61,7 +62,7 @@ class Texts(NamedTuple):
     """Rows, and what each is before it is tokenised: a text, a document where the row holds tokens, or None for a row
     that is left out, which is among the outcomes."""
 
-    rows: Sequence[Placed]
+    rows: Sequence[SourceRow]
     texts: list[Rendered | Document | None]
     outcomes: list[Outcome]
 
@@ -85,12 +86,12 @@ class DocumentMaker:
         # Far more characters than so many tokens can stand for: not worth the minutes that tokenising them takes.
         self.hopeless = section.sequence_len * max(map(len, tokenizer.get_vocab())) * 8
 
-    def make(self, rows: Sequence[Placed]) -> Made:
+    def make(self, rows: Sequence[SourceRow]) -> Made:
         """Raises DataError at a row that cannot become tokens, unless on_bad_row says to skip it."""
         texts = self.render(rows)
         return self.fit(texts, self.tokenize(texts))
 
-    def render(self, rows: Sequence[Placed]) -> Texts:
+    def render(self, rows: Sequence[SourceRow]) -> Texts:
         outcomes: list[Outcome] = []
         return Texts(rows, [self._text(placed, outcomes) for placed in rows], outcomes)
 
@@ -112,7 +113,7 @@ class DocumentMaker:
             documents.append(fit(document, self.section, outcomes, placed))
         return Made(documents, outcomes)
 
-    def _text(self, placed: Placed, outcomes: list[Outcome]) -> Rendered | Document | None:
+    def _text(self, placed: SourceRow, outcomes: list[Outcome]) -> Rendered | Document | None:
         """None for a row that is skipped."""
         try:
             if isinstance(placed.row, DataError):
@@ -170,7 +171,7 @@ def _renderer_of_type(entry: DatasetEntry, section: DataSection, tokenizer: "Pre
     return lambda row: chat.render(reader.read(row))
 
 
-def fit(document: Document, section: DataSection, outcomes: list[Outcome], placed: Placed) -> list[Document]:
+def fit(document: Document, section: DataSection, outcomes: list[Outcome], placed: SourceRow) -> list[Document]:
     """The row's document as it is trained on: none, one, or, if it is split, several."""
     ids, labels = document
     limit, length = section.sequence_len, len(ids)
@@ -194,7 +195,7 @@ def fit(document: Document, section: DataSection, outcomes: list[Outcome], place
         split = section.excess_length_strategy == "split"
         outcome(SPLIT if split else CUT)
         pieces = [(ids[at : at + limit], labels[at : at + limit]) for at in range(0, length if split else 1, limit)]
-    trained = [(ids, labels) for ids, labels in pieces if (labels[1:] != IGNORE).any()]
+    trained = [(ids, labels) for ids, labels in pieces if (labels[1:] != IGNORE_INDEX).any()]
     kept = [(ids, labels) for ids, labels in trained if len(ids) >= section.min_sample_len]
     if not kept:
         outcome(TOO_SHORT if trained else UNTRAINED)

@@ -1,7 +1,7 @@
-"""Files read where they lie, over a connection that may break: what was read stays, and reading goes on behind it.
+"""Read remote files through connections that may break: reconnect, and go on at the byte that was reached.
 
-A connection that breaks can look like a file that ends. So bytes are counted against the size that the server said, and
-a file that is another one by then (its ETag, date or size) is an error, not a mixture of two.
+A connection that breaks can look like a file that ends, so bytes are counted against the size that the server gave. A
+file that was replaced meanwhile (another ETag, date or size) is an error, not a mixture of two versions.
 """
 
 import io
@@ -15,92 +15,102 @@ from urllib.request import Request, urlopen
 
 from finetuner.errors import DataError, LostConnectionError
 
-_SECONDS = 60.0  # without a byte
-_BUSY = (408, 425, 429, 500, 502, 503, 504)
-# The drivers' errors share no class. Theirs are of connections, unless one says that there is no such file.
+_TIMEOUT_SECONDS = 60.0  # without a byte
+_RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
+# The errors of fsspec's drivers share no class: all are taken for connection errors, unless one is in _FINAL.
 _DRIVERS = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "httpcore", "httpx", "requests", "s3fs", "urllib3")
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long to wait before each further try, in seconds, and whom to tell."""
+class RetryPolicy:
+    """Seconds to wait before each further attempt, and a callback that is told of them."""
 
     say: Callable[[str], None] = lambda text: None
-    waits: tuple[float, ...] = (1, 2, 4, 8, 16, 32)
+    wait_seconds: tuple[float, ...] = (1, 2, 4, 8, 16, 32)
 
 
-PATIENT = Patience()
+DEFAULT_RETRY = RetryPolicy()
 
 
-class Tries:
-    """Failures in a row of one connection."""
+class Retries:
+    """Counts consecutive failures of one connection, and waits between attempts."""
 
-    def __init__(self, name: str, patience: Patience) -> None:
-        self.name, self.patience, self.failures = name, patience, 0
+    def __init__(self, name: str, policy: RetryPolicy) -> None:
+        self.name, self.policy, self.num_failures = name, policy, 0
 
     def failed(self, error: Exception) -> None:
-        """Wait for the next try. Raises the error if waiting mends nothing, and LostConnectionError after the last
-        try."""
+        """Wait before the next attempt.
+
+        Raises `error` if it is not one of the connection, and LostConnectionError after the last attempt.
+        """
         if isinstance(error, HTTPError):
             error.close()
-        if not _may_pass(error):
+        if not _is_temporary(error):
             raise error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        waits = self.patience.waits
-        if self.failures == len(waits):
+        waits = self.policy.wait_seconds
+        if self.num_failures == len(waits):
             raise LostConnectionError(
                 f"cannot go on reading '{self.name}': {reason}.\n"
                 f"It was tried {len(waits) + 1} times over {sum(waits):g} seconds. Each checkpoint holds the place in "
                 "the rows: start again with resume_from_checkpoint=true when the server can be reached."
             ) from error
-        wait = waits[self.failures]
-        self.failures += 1
-        self.patience.say(f"note: the connection to {self.name} broke ({reason}); trying again in {wait:g} s")
+        wait = waits[self.num_failures]
+        self.num_failures += 1
+        self.policy.say(f"note: the connection to {self.name} broke ({reason}); trying again in {wait:g} s")
         time.sleep(wait)
 
-    def went_well(self) -> None:
-        self.failures = 0
+    def succeeded(self) -> None:
+        self.num_failures = 0
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_temporary(error: Exception) -> bool:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or getattr(chain[-1], "reason", None)) and isinstance(cause, BaseException):
         chain.append(cause)
     if any(isinstance(one, (*_FINAL, DataError)) for one in chain):
         return False
     if isinstance(error, HTTPError):
-        return error.code in _BUSY
+        return error.code in _RETRIED_STATUS
     kinds = (ConnectionError, TimeoutError, HTTPException)
-    return any(isinstance(one, kinds) or _is_of_a_driver(one) or _is_of_a_socket(one) for one in chain)
+    return any(isinstance(one, kinds) or _is_driver_error(one) or _is_network_error(one) for one in chain)
 
 
-def _is_of_a_driver(error: BaseException) -> bool:
+def _is_driver_error(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in _DRIVERS
 
 
-def _is_of_a_socket(error: BaseException) -> bool:
-    """URLError, gaierror, SSLError and their kind, but not a file system's."""
+def _is_network_error(error: BaseException) -> bool:
+    """Return whether it is an OSError of the network (URLError, gaierror, SSLError ...), not of a file system."""
     return isinstance(error, OSError) and type(error).__module__ in ("urllib.error", "socket", "ssl", "_socket")
 
 
-class Opened(NamedTuple):
-    """The bytes of a file from a place on; the size of the whole, if it is known; and what tells it from another."""
+class OpenedFile(NamedTuple):
+    """A remote file, opened at some byte.
+
+    `raw`: a stream of the bytes from there on. `size`: bytes of the full file, None if unknown. `version`: an ETag or
+    date; another version of the file has another.
+    """
 
     raw: Any
     size: int | None
     version: str
 
 
-class SteadyFile(io.RawIOBase):
-    """A file that is opened again where it broke. Raises LostConnectionError, or DataError if it changes meanwhile."""
+class ReconnectingFile(io.RawIOBase):
+    """A file that is opened again at the byte where its connection broke.
 
-    def __init__(self, name: str, open_at: Callable[[int], Opened], patience: Patience) -> None:
+    Reading raises LostConnectionError if it cannot be opened again, and DataError if it was replaced meanwhile.
+    """
+
+    def __init__(self, name: str, open_at: Callable[[int], OpenedFile], policy: RetryPolicy) -> None:
+        """`open_at(byte)` opens the file from that byte on."""
         super().__init__()
-        self.address, self.open_at, self.tries = name, open_at, Tries(name, patience)
-        self.at = 0
+        self.address, self.open_at, self.retries = name, open_at, Retries(name, policy)
+        self.at = 0  # the next byte
         self.raw: Any = None
-        self.opened = self._opened(first=None)
+        self.opened = self._open(expected=None)
 
     def readable(self) -> bool:
         return True
@@ -113,11 +123,11 @@ class SteadyFile(io.RawIOBase):
                     raise ConnectionError(f"it ended {self.opened.size - self.at:,} bytes too early")
             except Exception as error:  # a driver raises anything
                 self.raw.close()
-                self.tries.failed(error)
-                self.opened = self._opened(first=self.opened)
+                self.retries.failed(error)
+                self.opened = self._open(expected=self.opened)
                 continue
             self.at += count
-            self.tries.went_well()
+            self.retries.succeeded()
             return count
 
     def close(self) -> None:
@@ -125,44 +135,44 @@ class SteadyFile(io.RawIOBase):
             self.raw.close()
         super().close()
 
-    def _opened(self, first: Opened | None) -> Opened:
+    def _open(self, expected: OpenedFile | None) -> OpenedFile:
         while True:
             try:
                 opened = self.open_at(self.at)
             except Exception as error:  # a driver raises anything
-                self.tries.failed(error)
+                self.retries.failed(error)
                 continue
-            if first is not None and (opened.size, opened.version) != (first.size, first.version):
+            if expected is not None and (opened.size, opened.version) != (expected.size, expected.version):
                 opened.raw.close()
-                raise DataError(f"'{self.address}' was replaced by another file while it was read. Start anew")
+                raise DataError(f"'{self.address}' was replaced by another file while it was read. Start again")
             self.raw = opened.raw
             return opened
 
 
-def open_http(address: str, at: int) -> Opened:
-    """The file at an address from byte `at` on."""
-    # Identity: the size is then that of the file, and a .gz is not unpacked on its way.
+def open_http_at(address: str, at: int) -> OpenedFile:
+    """Open the file at an http(s) address from byte `at` on."""
+    # Identity: otherwise Content-Length would be the size of a compressed transfer, and a .gz might be unpacked.
     headers = {"Accept-Encoding": "identity", "User-Agent": "finetuner"} | ({"Range": f"bytes={at}-"} if at else {})
-    answer = urlopen(Request(address, headers=headers), timeout=_SECONDS)
+    answer = urlopen(Request(address, headers=headers), timeout=_TIMEOUT_SECONDS)
     size = answer.headers["Content-Length"]
     if answer.status == 206:
         size = answer.headers["Content-Range"].rpartition("/")[2]
-    elif at:  # the server gives whole files only
+    elif at:  # the server ignores Range and sends the file from its start
         _skip(answer, at)
     version = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
-    return Opened(answer, int(size) if size and size.isdigit() else None, version)
+    return OpenedFile(answer, int(size) if size and size.isdigit() else None, version)
 
 
-def open_in(fs: Any, place: str, at: int) -> Opened:
-    """The same in a filesystem of fsspec."""
+def open_fsspec_at(fs: Any, place: str, at: int) -> OpenedFile:
+    """Open a file of an fsspec filesystem from byte `at` on."""
     raw = fs.open(place, "rb")
     raw.seek(at)
-    return Opened(raw, fs.size(place), fs.ukey(place))
+    return OpenedFile(raw, fs.size(place), fs.ukey(place))
 
 
-def _skip(raw: Any, count: int) -> None:
-    while count:
-        some = len(raw.read(min(count, 1 << 20)))
-        if not some:
-            raise ConnectionError(f"it ended {count:,} bytes too early")
-        count -= some
+def _skip(raw: Any, num_bytes: int) -> None:
+    while num_bytes:
+        num_read = len(raw.read(min(num_bytes, 1 << 20)))
+        if not num_read:
+            raise ConnectionError(f"it ended {num_bytes:,} bytes too early")
+        num_bytes -= num_read

@@ -1,24 +1,21 @@
-"""Token ids and labels: of one document, of all of them, of rows that hold them already."""
+"""Token ids and labels of documents: the types, and the in-memory or mapped store of many documents."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.formats import cell_of
-from finetuner.errors import DataError
-
-IGNORE = -100  # the label of a token that is not trained on; transformers' and PyTorch's convention
+IGNORE_INDEX = -100  # the label of a token that is not trained on; transformers' and PyTorch's convention
 
 Ids = NDArray[np.int32]
-Document = tuple[Ids, Ids]  # ids and labels
+Document = tuple[Ids, Ids]  # (ids, labels), both of shape (tokens,)
 
 
-class Rows(Protocol):
-    """What batches are made of: documents (TokenStore), or packs of them (Packs)."""
+class TokenRows(Protocol):
+    """Training rows as batches take them: one document a row (TokenStore), or a pack of several (Packs)."""
 
     def __len__(self) -> int: ...
 
@@ -27,23 +24,25 @@ class Rows(Protocol):
     def length(self, i: int) -> int:
         """Tokens of row i."""
 
-    def documents(self, i: int) -> list[tuple[Ids, Ids]]:
-        """(ids, labels) of each document in row i."""
+    def documents(self, i: int) -> list[Document]:
+        """Documents of row i, in order."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Of all rows, in tokens."""
+        """Tokens of every row, shape (rows,)."""
 
     @property
     def sha256(self) -> str:
-        """Equal only if the same is learned from the same rows."""
+        """Digest of ids, labels and row borders: equal only if training sees the same rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenStore:
-    """All documents, end to end: document i is ids[offsets[i]:offsets[i + 1]], its labels likewise (ids or IGNORE).
+    """All documents, end to end.
 
-    `digest` and `trained` are those of a store that was read from disk, where counting would read it all.
+    `ids` and `labels`: (tokens,); document i is ids[offsets[i]:offsets[i + 1]], its labels likewise (a label is the id
+    or IGNORE_INDEX). `offsets`: (documents + 1,). `digest` and `trained` are given for a store that is mapped from
+    disk, where computing them would read every token.
     """
 
     ids: Ids
@@ -53,7 +52,8 @@ class TokenStore:
     trained: int | None = None
 
     @classmethod
-    def of(cls, documents: Iterable[tuple[Ids, Ids]]) -> "TokenStore":
+    def of(cls, documents: Iterable[Document]) -> "TokenStore":
+        """Return a store that holds a copy of these documents in memory."""
         pairs = list(documents)
         lengths = [len(ids) for ids, _ in pairs]
         empty = np.zeros(0, dtype=np.int32)
@@ -66,34 +66,39 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def document(self, i: int) -> tuple[Ids, Ids]:
-        part = slice(self.offsets[i], self.offsets[i + 1])
-        return self.ids[part], self.labels[part]
+    def document(self, i: int) -> Document:
+        """Return (ids, labels) of document i as views, without a copy."""
+        tokens = slice(self.offsets[i], self.offsets[i + 1])
+        return self.ids[tokens], self.labels[tokens]
 
-    def documents(self, i: int) -> list[tuple[Ids, Ids]]:
+    def documents(self, i: int) -> list[Document]:
+        """Return document i as a row of one document (see TokenRows)."""
         return [self.document(i)]
 
     def length(self, i: int) -> int:
+        """Tokens of document i."""
         return int(self.offsets[i + 1] - self.offsets[i])
 
     @property
     def lengths(self) -> NDArray[np.int64]:
+        """Tokens of every document, shape (documents,)."""
         return np.diff(self.offsets)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest document; 0 if there is none."""
+        """Tokens of the longest document; 0 if the store is empty."""
         return int(self.lengths.max(initial=0))
 
     @property
     def sha256(self) -> str:
-        """Of all ids, labels and borders: equal only if the same is learned."""
+        """Digest of all ids, labels and document borders: equal only if training sees the same documents."""
         if self.digest is not None:
             return self.digest
-        return joined_digest(*(hashlib.sha256(part.tobytes()) for part in (self.ids, self.labels, self.offsets)))
+        return combine_digests(*(hashlib.sha256(array.tobytes()) for array in (self.ids, self.labels, self.offsets)))
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all documents."""
         return len(self.ids)
 
     @property
@@ -101,36 +106,17 @@ class TokenStore:
         """Labels that a loss counts: the first token of a document has no position that predicts it."""
         if self.trained is not None:
             return self.trained
-        counted = self.labels != IGNORE
+        counted = self.labels != IGNORE_INDEX
         counted[self.offsets[:-1][np.diff(self.offsets) > 0]] = False
         return int(counted.sum())
 
 
-def joined_digest(*parts: "hashlib._Hash") -> str:
-    """One digest of several."""
-    return hashlib.sha256("".join(part.hexdigest() for part in parts).encode()).hexdigest()
+def join_documents(documents: Iterable[Document]) -> Document:
+    """Return the documents end to end as one, whose tokens all see those before them."""
+    pairs = list(documents)
+    return np.concatenate([ids for ids, _ in pairs]), np.concatenate([labels for _, labels in pairs])
 
 
-def read_tokens(row: Mapping[str, Any], vocab_size: int) -> tuple[Ids, Ids]:
-    """(ids, labels) of a row that is tokenised already: columns input_ids and labels, and attention_mask if there is
-    padding, which is left out. Raises DataError if they are not token ids of this vocabulary, or differ in length."""
-    columns = []
-    for name in ("input_ids", "labels"):
-        cell = cell_of(row, name)
-        try:
-            columns.append(np.array(cell, dtype=np.int64).reshape(-1))
-        except (TypeError, ValueError, OverflowError):
-            raise DataError(f"column '{name}' must be a list of token ids; it is {cell!r:.60}") from None
-    ids, labels = columns
-    mask = row.get("attention_mask")
-    kept = np.ones(len(ids), dtype=bool) if mask is None else np.array(mask, dtype=bool)
-    if not len(ids) == len(labels) == len(kept):
-        raise DataError(f"{len(ids)} input_ids, {len(labels)} labels and {len(kept)} attention_mask must be equal many")
-    ids, labels = ids[kept], labels[kept]
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(wrong):
-        raise DataError(f"input_ids has {wrong[0]}, but the tokenizer's ids are 0 to {vocab_size - 1}")
-    strange = labels[(labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))]
-    if len(strange):
-        raise DataError(f"labels has {strange[0]}, but must be token ids, or {IGNORE} where nothing is learned")
-    return ids.astype(np.int32), labels.astype(np.int32)
+def combine_digests(*digests: "hashlib._Hash") -> str:
+    """Return one sha256 of several digests, in this order."""
+    return hashlib.sha256("".join(digest.hexdigest() for digest in digests).encode()).hexdigest()

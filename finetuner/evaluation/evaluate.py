@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from finetuner.console import Screen, quiet_libraries
-from finetuner.data.batches import evaluation_batches, layout_of
+from finetuner.data.batch_sampler import evaluation_batches
+from finetuner.data.batches import layout_of
 from finetuner.data.cache import prepare_once
-from finetuner.data.chat_templates import chosen_template
-from finetuner.data.inputs import prepare_rows
-from finetuner.data.prepare import Part, Prepared, held_out_only
-from finetuner.data.token_store import IGNORE, Ids
+from finetuner.data.chat_templates import choose_template
+from finetuner.data.inputs import prepare_inputs
+from finetuner.data.prepared_data import PreparedData, SourceRange, held_out_only
+from finetuner.data.token_store import IGNORE_INDEX, Ids
 from finetuner.data.tokenizer import load_tokenizer
 from finetuner.errors import DataError, ModelError, RecipeError
 from finetuner.evaluation.benchmark_tasks import Tasks, TaskScore, require_tasks, score_tasks
@@ -65,7 +66,7 @@ class Job:
     plan: Plan
     lineup: Lineup
     tokenizer: "PreTrainedTokenizerBase"
-    prepared: Prepared | None
+    prepared: PreparedData | None
     out: Path | None
 
 
@@ -209,7 +210,9 @@ def read_recipe(target: str, overrides: list[str], wishes: Wishes) -> tuple[Load
 def job_of_run(recipe: Recipe, world: World, screen: Screen, wishes: Wishes) -> Job:
     plan = Plan.from_recipe(recipe, world)
     lineup = lineup_of_run(recipe, readable_base(recipe, world), DTYPES[plan.precision])
-    vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
+    vocabulary, prepared = prepare_inputs(
+        recipe.model, recipe.tokenizer, recipe.data, recipe.packing, world=world, seed=plan.seed, screen=screen
+    )
     if not len(prepared.held_out_rows) and wishes.tasks is None:
         raise DataError(
             "the recipe holds no rows out. Write val_set_size (such as 0.05) or test_datasets, as the training run had."
@@ -224,11 +227,11 @@ def job_of_model(target: str, loaded: Loaded, world: World, screen: Screen, wish
     recipe, lineup = loaded.recipe, lineup_of_model(target)
     plan = Plan.from_recipe(recipe, world)
     tokenizer = load_tokenizer(TokenizerSection(), lineup.tokenizer, recipe.model.trust_remote_code).tokenizer
-    tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)
+    tokenizer.chat_template = choose_template(recipe.data, tokenizer.chat_template)
     prepared = None
     if wishes.data or wishes.recipe is not None:
         section = held_out_only(recipe.data) if recipe.data.test_datasets else recipe.data
-        with screen.work("tokenising", "rows") as work:
+        with screen.work("tokenizing", "rows") as work:
             prepared = prepare_once(section, recipe.packing, tokenizer, plan.seed, world, work.at)
         if not len(prepared.held_out_rows):
             raise DataError(f"{wishes.recipe} holds no rows out. Write val_set_size or test_datasets, or give --data.")
@@ -241,7 +244,7 @@ def score_text(
     model: "PreTrainedModel",
     recipe: Recipe,
     plan: Plan,
-    prepared: Prepared,
+    prepared: PreparedData,
     tokenizer: "PreTrainedTokenizerBase",
     report: Callable[[int, int], None],
 ) -> dict[str, TextScore]:
@@ -257,7 +260,7 @@ def score_text(
     )
     device, done = next(model.parameters()).device, 0
     scores = {}
-    for part in prepared.held_out_parts or (Part("held out", 0, len(rows)),):
+    for part in prepared.held_out_ranges or (SourceRange("held out", 0, len(rows)),):
         loss_sum, num_tokens = 0.0, 0
         for batch in evaluation_batches(rows, plan, layout, numbers=range(part.start, part.stop)):
             loss_sum += float(loss_of(loss, batch.to(device)))
@@ -265,19 +268,19 @@ def score_text(
             done += len(batch.input_ids)
             report(done, len(rows))
         documents = (document for i in range(part.start, part.stop) for document in rows.documents(i))
-        num_bytes = sum(len(_text(tokenizer, labels[labels != IGNORE]).encode()) for _, labels in documents)
+        num_bytes = sum(len(_text(tokenizer, labels[labels != IGNORE_INDEX]).encode()) for _, labels in documents)
         scores[part.name] = TextScore(loss_sum, num_tokens, num_bytes)
     return scores
 
 
-def find_questions(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", most: int) -> list[Question]:
+def find_questions(prepared: PreparedData, tokenizer: "PreTrainedTokenizerBase", most: int) -> list[Question]:
     """The first `most` held-out rows that ask for one short answer."""
     found: list[Question] = []
     for i in range(len(prepared.held_out)):
         if len(found) == most:
             break
         ids, labels = prepared.held_out.document(i)
-        (trained,) = np.nonzero(labels != IGNORE)
+        (trained,) = np.nonzero(labels != IGNORE_INDEX)
         # the last token of an answer ends the turn; behind it a template may have a line break
         if 0 < len(trained) <= MAX_ANSWER_TOKENS and trained[0] > 0 and np.ptp(trained) + 1 == len(trained):
             found.append(Question(ids[: trained[0]], _text(tokenizer, labels[trained])))

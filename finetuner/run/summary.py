@@ -7,8 +7,8 @@ from accelerate.utils import gather_object
 
 from finetuner.checkpoint.contents import Weights
 from finetuner.console import Screen
-from finetuner.data.batches import padding_share
-from finetuner.data.prepare import Prepared
+from finetuner.data.batch_sampler import padding_share
+from finetuner.data.prepared_data import PreparedData
 from finetuner.models.load import count_parameters
 from finetuner.models.quantized import quantized_layers, record_of
 from finetuner.plan.parallel import EnginePlan, ZeroPlan, filled_in
@@ -24,7 +24,7 @@ def print_plan(
     recipe: Recipe,
     weights: Weights,
     counted: tuple[int, int],
-    prepared: Prepared,
+    prepared: PreparedData,
     recipe_name: str,
     screen: Screen,
 ) -> None:
@@ -92,7 +92,7 @@ def _base_rows(base: "PreTrainedModel") -> list[tuple[str, str]]:
     return [("base", f"{record.format}: {of}; {held / 1e6:,.1f} MB in all")]
 
 
-def rows_line(prepared: Prepared, recipe: Recipe) -> str:
+def rows_line(prepared: PreparedData, recipe: Recipe) -> str:
     store = prepared.train
     held_out = f", {len(prepared.held_out):,} held out" if len(prepared.held_out) else ""
     if recipe.data.streaming:
@@ -103,7 +103,7 @@ def rows_line(prepared: Prepared, recipe: Recipe) -> str:
     return line + held_out
 
 
-def _padding_line(run: Run, prepared: Prepared) -> str:
+def _padding_line(run: Run, prepared: PreparedData) -> str:
     what = "packed rows, documents apart" if run.layout.packed else "padded rows"
     if not len(prepared.train_rows):
         return what

@@ -36,11 +36,11 @@ from finetuner.console import Screen, quiet_libraries
 from finetuner.data.batches import layout_of
 from finetuner.data.cache import packs_held_out, tokenizer_digest
 from finetuner.data.dropped_rows import LISTED
-from finetuner.data.inputs import prepare_rows
-from finetuner.data.prepare import Prepared
+from finetuner.data.inputs import prepare_inputs
+from finetuner.data.prepared_data import PreparedData
 from finetuner.data.token_bytes import token_bytes
 from finetuner.data.tokenizer import Vocabulary, special_ids
-from finetuner.data.train_loader import Feed, build_feed, prefetched
+from finetuner.data.train_loader import TrainLoader, build_train_loader, prefetching
 from finetuner.errors import FinetunerError, LostConnectionError, PreemptedError
 from finetuner.estimate.fit import require_fit
 from finetuner.export.hub import require_hub, upload_result
@@ -144,7 +144,9 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
     begun = recipe.model.base_model == FROM_SCRATCH  # its size is known with its vocabulary
     if not begun:
         require_fit(recipe, plan, world, attention)
-    vocabulary, prepared = prepare_rows(recipe, world, plan.seed, screen)
+    vocabulary, prepared = prepare_inputs(
+        recipe.model, recipe.tokenizer, recipe.data, recipe.packing, world=world, seed=plan.seed, screen=screen
+    )
     base = readable_base(recipe, world)
     if begun:
         config = scratch_config(recipe.model.model, vocabulary.tokenizer)
@@ -183,9 +185,9 @@ def _train(recipe: Recipe, recipe_name: str, world: World, plan: Plan, screen: S
         screen.line(f"resuming from {checkpoint}: step {state.step} of {schedule.total_steps}")
     print_plan(recipe, weights, counted, prepared, recipe_name, screen)
     layout = weights.run.layout
-    feed = build_feed(
+    feed = build_train_loader(
         recipe.data, vocabulary.tokenizer, prepared.train_rows, plan, schedule, layout, checkpoint,
-        listed=output_dir / LISTED if world.is_main else None, say=screen.line,
+        dropped_file=output_dir / LISTED if world.is_main else None, say=screen.line,
     )  # fmt: skip
     by_main_rank(accelerator, lambda: make_room(recipe, recipe_name, counted[0], state, screen))
     try:
@@ -218,7 +220,7 @@ def assemble(
     plan: Plan,
     schedule: Schedule,
     vocabulary: Vocabulary,
-    prepared: Prepared,
+    prepared: PreparedData,
     attention: tuple[str, ...],
     checkpoint: Path | None,
     accelerator: Accelerator,
@@ -259,7 +261,7 @@ def assemble(
         plan=plan,
         schedule=schedule,
         held_out_rows=prepared.held_out_rows,
-        held_out_parts=prepared.held_out_parts,
+        held_out_ranges=prepared.held_out_ranges,
         token_bytes=token_bytes(vocabulary.tokenizer) if len(prepared.held_out_rows) else None,
         max_grad_norm=recipe.optimizer.max_grad_norm,
         layout=layout_of(recipe.packing, recipe.data.sequence_len, packed=recipe.packing.sample_packing, flat=flat),
@@ -291,7 +293,7 @@ def make_room(recipe: Recipe, recipe_name: str, num_trained: int, state: TrainSt
 
 
 def fit(
-    recipe: Recipe, weights: Weights, feed: Feed, facts: dict[str, Any], state: TrainState, screen: Screen
+    recipe: Recipe, weights: Weights, feed: TrainLoader, facts: dict[str, Any], state: TrainState, screen: Screen
 ) -> TrainState:
     """Run the loop with its events wired to files and screen."""
     run, output_dir = weights.run, Path(recipe.output.output_dir)
@@ -350,7 +352,7 @@ def fit(
     mine = -(-len(run.held_out_rows) // run.plan.data_parallel)
     total = run.schedule.total_steps
     bar = TrainingProgress(screen, total, state.step, eval_rows=mine, rows_seen=run.schedule.rows_seen)
-    ahead = prefetched(feed, total, pin=run.accelerator.device.type == "cuda")
+    ahead = prefetching(feed, total, pin=run.accelerator.device.type == "cuda")
     stuck = stacks_when_stuck(recipe.sharding.ddp_timeout) if run.plan.data_parallel > 1 else nullcontext(lambda: None)
     with bar as progress, stop_wishes(screen.line) as wish, ahead as batches, stuck as alive:
         events = Events(
@@ -370,9 +372,9 @@ def fit(
         return state
 
 
-def say_what_was_lost(feed: Feed, listed: Path, screen: Screen) -> None:
+def say_what_was_lost(feed: TrainLoader, listed: Path, screen: Screen) -> None:
     """The rows that a stream did not learn as they stand; of prepared rows it is said at the start."""
-    num_read, notes = feed.lost()
+    num_read, notes = feed.dropped_rows()
     if notes:
         screen.line(f"of {num_read:,} rows read, not learned as they stand (the first of each are in {listed}):")
         for note in notes:

@@ -10,10 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetuner.data.batches import Batch, Layout, evaluation_batches
-from finetuner.data.prepare import Part
-from finetuner.data.shuffling import mix
-from finetuner.data.token_store import Rows
+from finetuner.data.batch_sampler import evaluation_batches
+from finetuner.data.batches import Batch, Layout
+from finetuner.data.prepared_data import SourceRange
+from finetuner.data.shuffling import derive_seed
+from finetuner.data.token_store import TokenRows
 from finetuner.errors import PreemptedError
 from finetuner.objectives.text_score import TextScore, total
 from finetuner.parallel.engine import Engine
@@ -33,12 +34,12 @@ class Run:
     engine: Engine
     plan: Plan
     schedule: Schedule
-    held_out_rows: Rows
+    held_out_rows: TokenRows
     max_grad_norm: float
     layout: Layout
     eval_layout: Layout
     guards: Guards
-    held_out_parts: tuple[Part, ...] = ()  # of held_out_rows, source by source; none: all are one part
+    held_out_ranges: tuple[SourceRange, ...] = ()  # of held_out_rows, source by source; none: all are one part
     token_bytes: tuple[int, ...] | None = None  # bytes of text that each token stands for, where they are known
     work: Work | None = None  # what the model computes, where a formula says it
     device_peak_flops: float | None = None  # FLOPs a second of one rank's device, where they are known
@@ -127,7 +128,7 @@ def train_step(run: Run, batches: list[Batch], step: int) -> StepStats:
     lr = run.schedule.lr_at(step)
     engine.set_learning_rate(lr)
     # Dropout is a function of (seed, step, rank), so that a resumed run needs no generator's state.
-    torch.manual_seed(mix(plan.seed, step, plan.rank) >> 1)
+    torch.manual_seed(derive_seed(plan.seed, step, plan.rank) >> 1)
     group = [b.to(accelerator.device) for b in batches]
     counts = torch.tensor(
         [sum(count) for count in zip(*((b.num_trained, b.num_tokens, b.num_pairs) for b in group), strict=True)],
@@ -156,7 +157,7 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
 def evaluate(run: Run, progress: Callable[[int], None] = lambda rows: None) -> dict[str, TextScore]:
     """The loss on the held-out rows of each source, by its name; the same at every batch size."""
     device = run.accelerator.device
-    parts = run.held_out_parts or (Part("", 0, len(run.held_out_rows)),)
+    parts = run.held_out_ranges or (SourceRange("", 0, len(run.held_out_rows)),)
     table = torch.tensor(run.token_bytes or (), device=device)
     sums = torch.zeros((len(parts), 3), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     with _evaluating(run.engine.module):

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from finetuner.data.chat_renderer import build_chat_renderer
 from finetuner.data.chat_templates import TEMPLATES
 from finetuner.data.messages import MessageReader
-from finetuner.data.prepare import prepare
+from finetuner.data.prepare import prepare_documents
 from finetuner.data.template_sandbox import compile_template
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
@@ -308,7 +308,7 @@ def test_real_tool_calls_are_learned_to_the_letter(tokenizer: PreTrainedTokenize
         shape if "conversations" in rows[0] else {}
     )
     section = DataSection.model_validate({"datasets": [entry], "sequence_len": 1_000_000})
-    store = prepare(section, tokenizer, seed=0).train
+    store = prepare_documents(section, tokenizer, seed=0).train
     assert len(store) == len(rows)
     reader = MessageReader.of(section.datasets[0])
     for i, row in enumerate(rows):
