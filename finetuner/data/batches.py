@@ -14,7 +14,7 @@ FILLER_ROW = -1  # the number of a row that is not in the data: two tokens, neit
 
 @dataclass(frozen=True)
 class Layout:
-    """The way rows become the tensors of a batch.
+    """Options by which rows become the tensors of a batch.
 
     `packed`: a row holds several documents, told apart by position ids that restart at 0. `flat`: all rows of a
     micro-batch are laid end to end into one, as flash attention takes documents. `joined`: the documents of a row are
@@ -45,7 +45,7 @@ def layout_of(section: PackingSection, sequence_len: int, *, packed: bool, flat:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, int64 tensors, rows padded on the right.
+    """One micro-batch: int64 tensors, with rows padded on the right.
 
     `input_ids`: (rows, length). `attention_mask`: (rows, length), 0 at padding; None if rows are packed.
     `position_ids`: (rows, length), restarting at 0 with each document and with the padding; None unless packed.
@@ -93,12 +93,8 @@ def collate(rows: TokenRows, numbers: list[int], layout: Layout = PADDED) -> Bat
 
     FILLER_ROW stands for a row of two tokens, neither trained on; a batch of it alone counts no tokens.
     """
-    by_row = [[_FILLER] if number == FILLER_ROW else rows.documents(number) for number in numbers]
-    if layout.joined:
-        by_row = [[join_documents(documents)] for documents in by_row]
+    by_row = _arrange(rows, numbers, layout)
     lengths = [len(ids) for documents in by_row for ids, _ in documents] if numbers != [FILLER_ROW] else []
-    if layout.flat:
-        by_row = [[document for documents in by_row for document in documents]]
     shape = (len(by_row), _padded_length(by_row, len(numbers), layout))
 
     input_ids = np.zeros(shape, dtype=np.int64)  # the ids in the padding are never read
@@ -124,6 +120,16 @@ def collate(rows: TokenRows, numbers: list[int], layout: Layout = PADDED) -> Bat
         num_pairs=sum(length * length for length in lengths),
         position_ids=torch.from_numpy(position_ids) if layout.packed else None,
     )
+
+
+def _arrange(rows: TokenRows, numbers: list[int], layout: Layout) -> list[list[Document]]:
+    """Return the documents of each row of the batch."""
+    by_row = [[_FILLER] if number == FILLER_ROW else rows.documents(number) for number in numbers]
+    if layout.joined:
+        by_row = [[join_documents(documents)] for documents in by_row]
+    if layout.flat:
+        by_row = [[document for documents in by_row for document in documents]]
+    return by_row
 
 
 def _padded_length(by_row: list[list[Document]], num_rows: int, layout: Layout) -> int:

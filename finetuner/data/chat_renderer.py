@@ -67,6 +67,11 @@ class TurnEndings:
         """Return the rule for turns that end with this text."""
         return self.of_text if self.eos is not None and ending.endswith(self.eos) else self.of_turn
 
+    def is_required(self, ending: str, *, is_trained: bool, is_last: bool) -> bool:
+        """Return whether a turn must have its ending trained on; `is_last`: no later turn is trained on."""
+        policy = self.policy(ending)
+        return is_trained and (policy in ("turn", "all") or (policy == "last" and is_last))
+
 
 @dataclass(frozen=True)
 class _Turn:
@@ -215,12 +220,11 @@ class ChatRenderer:
         spans = []
         for i, turn in enumerate(turns):
             (start, stop), ending = turn.body, endings[turn.following]
-            policy = self.endings.policy(ending)
-            wants_ending = trained[i] and (policy in ("turn", "all") or (policy == "last" and i == last))
-            if wants_ending and not ending:
-                raise DataError(_endless(i, turn.following))
+            is_required = self.endings.is_required(ending, is_trained=trained[i], is_last=i == last)
+            if is_required and not ending:
+                raise DataError(_endless_message(i, turn.following))
             begin = start if trained[i] else stop
-            end = stop + len(ending) if wants_ending or policy == "all" else stop
+            end = stop + len(ending) if is_required or self.endings.policy(ending) == "all" else stop
             if trained[i] and begin == end:
                 raise DataError(f"message {i} is to be learned, but it is empty and its end is not learned")
             if begin < end:
@@ -243,25 +247,38 @@ def _find_turn(
     """
     own = [k for k, piece in enumerate(pieces) if piece.turn == turn]
     first = own[0] if own else sum(piece.turn < turn for piece in pieces)
-    last = own[-1] + 1 if own else first
-    before, behind, after = literals[first], literals[last], outline.literals[turn + 1]
-    previous_stop = spans[first - 1][1] if first else 0
-    has_thought = any(pieces[k].kind == "t" for k in own)
-    num_given = outline.num_given_before_thought(turn, before) if has_thought else outline.num_given(turn)
-    if message["role"] != "assistant":
-        start = spans[own[0]][0]
-    elif before.startswith(outline.literals[turn][:num_given]):
-        start = previous_stop + num_given
-    elif own and not has_thought and before.endswith(outline.literals[turn]):  # after another message's tool calls
-        start = spans[own[0]][0] - len(outline.literals[turn]) + num_given
+    past_last = own[-1] + 1 if own else first
+    if message["role"] == "assistant":
+        previous_stop = spans[first - 1][1] if first else 0
+        has_thought = any(pieces[k].kind == "t" for k in own)
+        content_start = spans[own[0]][0] if own and not has_thought else None
+        start = _answer_start(turn, outline, literals[first], previous_stop, content_start, has_thought=has_thought)
     else:
-        raise DataError(rewritten_message(turn))
-    stop = spans[last - 1][1] if last else 0
-    if "tool_calls" in message:
+        start = spans[own[0]][0]
+    stop = spans[past_last - 1][1] if past_last else 0
+    behind, after = literals[past_last], outline.literals[turn + 1]
+    if "tool_calls" in message:  # they are in the literal behind the turn's last text
         if not behind.endswith(after):
             raise DataError(rewritten_message(turn))
         stop += len(behind) - len(after)
     return _Turn((start, stop), after)
+
+
+def _answer_start(
+    turn: int, outline: Outline, before: str, previous_stop: int, content_start: int | None, *, has_thought: bool
+) -> int:
+    """Return where the text begins that a model writes as this answer, behind the prompt for it.
+
+    `before`: the literal before the answer's first text, which begins at `previous_stop`. `content_start`: where that
+    text begins, if it is the content.
+    """
+    num_given = outline.num_given_before_thought(turn, before) if has_thought else outline.num_given(turn)
+    plain = outline.literals[turn]
+    if before.startswith(plain[:num_given]):
+        return previous_stop + num_given
+    if content_start is not None and before.endswith(plain):  # the literal begins with another message's tool calls
+        return content_start - len(plain) + num_given
+    raise DataError(rewritten_message(turn))
 
 
 def _require_understood(conversation: Conversation, template: str) -> None:
@@ -275,7 +292,7 @@ def _require_understood(conversation: Conversation, template: str) -> None:
             )
 
 
-def _endless(turn: int, following: str) -> str:
+def _endless_message(turn: int, following: str) -> str:
     """Return the error for a template that ends a trained turn with no token."""
     return (
         f"the chat template writes {following[:30]!r} after message {turn}, which does not begin with a token that "

@@ -126,7 +126,7 @@ def _count_characters(utf8: bytes, offsets: Integers) -> None:
 
 
 class CompiledTokenizer:
-    """What is built from a tokenizer once and shared by all sources of a mixture."""
+    """The tables that are built from a tokenizer once, and shared by all sources of a mixture."""
 
     def __init__(self, fast: Any, byte_widths: Integers) -> None:
         """`fast`: a fastokens.Tokenizer, whose encode_batch_flat(texts) gives ids and borders as bytes. `byte_widths`:

@@ -147,7 +147,7 @@ def _render_batches(source: Source, maker: DocumentMaker) -> Iterator[Texts | Da
 
 
 class OutcomeLog:
-    """Counts rows that are dropped, cut or split by reason, lists them in a file, and remembers rows seen before."""
+    """The rows that were dropped, cut or split: counts by reason, a file that lists them, and digests of rows seen."""
 
     def __init__(self, file: IO[str] | None = None) -> None:
         self.file, self.counts = file, Counter[str]()
@@ -181,7 +181,7 @@ def _outcome_log(into: Path | None) -> Iterator[OutcomeLog]:
 
 @dataclass(frozen=True)
 class _Split:
-    """Sorts the documents of rows into those that are trained on and those that are held out."""
+    """Writers of the documents that are trained on and of those that are held out."""
 
     train: TokenStoreWriter
     held_out: TokenStoreWriter

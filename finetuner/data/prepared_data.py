@@ -32,7 +32,7 @@ class SourceRange(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Training and held-out documents of a recipe, as they are or in packs too.
+    """Training and held-out documents of a recipe, and their packs if it asks for packing.
 
     `counts`: rows that were dropped, cut or split, by reason. `num_rows`: rows that were read. `shares`: source by
     source, in the order of the stores. `dropped_file`: lists each row of `counts`; None if nothing was written.

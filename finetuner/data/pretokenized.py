@@ -1,4 +1,4 @@
-"""Rows that hold token ids already (an entry without a `type`)."""
+"""Read rows that hold token ids already: those of an entry without a `type`."""
 
 from collections.abc import Mapping
 from typing import Any

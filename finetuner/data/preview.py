@@ -114,7 +114,7 @@ def pack_previews(previews: list[SourcePreview], sequence_len: int) -> Packs:
     return Packs.of(TokenStore.of(documents), sequence_len)
 
 
-def document_lengths(previews: list[SourcePreview]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def preview_lengths(previews: list[SourcePreview]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return tokens of each document, shape (documents,), and of each row dropped as too long, shape (rows,)."""
     lengths = np.concatenate([one.store.lengths for one in previews]) if previews else np.zeros(0, dtype=np.int64)
     return lengths, np.array([length for one in previews for length in one.too_long], dtype=np.int64)
@@ -150,7 +150,7 @@ def _run_borders(kinds: list[tuple[bool, bool]], *, singly: bool) -> list[int]:
 
 
 class _TextDecoder:
-    """Decodes tokens as they read after other text: at the very beginning some tokenizers leave a space out."""
+    """A decoder of tokens in the middle of a text: at its very beginning some tokenizers leave a space out."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer

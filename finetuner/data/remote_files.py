@@ -34,7 +34,7 @@ DEFAULT_RETRY = RetryPolicy()
 
 
 class Retries:
-    """Counts consecutive failures of one connection, and waits between attempts."""
+    """The attempts at one connection: waits after each failure, longer after each in a row."""
 
     def __init__(self, name: str, policy: RetryPolicy) -> None:
         self.name, self.policy, self.num_failures = name, policy, 0

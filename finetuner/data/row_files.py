@@ -27,8 +27,8 @@ READ_BYTES = 1 << 20
 _MAX_CELL_CHARACTERS = (1 << 31) - 1  # csv refuses cells above 128 KiB unless told otherwise
 
 
-class Record(NamedTuple):
-    """A row that is not parsed yet.
+class RawRecord(NamedTuple):
+    """One row as it is split off its file.
 
     `line`: from 1; 0 in a JSON list. `value`: bytes of a line or file, (names, cells) of CSV, or an element of a JSON
     list. `escaped`: the value may hold an unpaired surrogate, since the file spells one.
@@ -47,19 +47,19 @@ class RowFile:
     kind: FileKind
     open_bytes: Opener
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[RawRecord]:
         """Yield every row, unparsed. Raises DataError where the rows that follow cannot be told apart."""
         with self.open_bytes() as file:
             if self.kind == "csv":
                 yield from _csv_records(file)
             elif self.kind == "document":
-                yield Record(1, file.read().removeprefix(BOM))
+                yield RawRecord(1, file.read().removeprefix(BOM))
             elif self.kind == "json" and _is_json_list(file):
                 yield from _list_records(file)
             else:
                 yield from _lines(file, blank=self.kind == "text")
 
-    def parse(self, record: Record) -> Row:
+    def parse(self, record: RawRecord) -> Row:
         """Return the row of a record. Raises DataError if it is broken."""
         if self.kind == "csv":
             return _csv_row(record)
@@ -91,21 +91,21 @@ def _is_json_list(file: IO[bytes]) -> bool:
     return head.removeprefix(BOM).lstrip().startswith(b"[")
 
 
-def _lines(file: IO[bytes], *, blank: bool) -> Iterator[Record]:
+def _lines(file: IO[bytes], *, blank: bool) -> Iterator[RawRecord]:
     """Yield the lines of a file; blank ones only if `blank`."""
     for number, line in enumerate(file, 1):
         if number == 1:
             line = line.removeprefix(BOM)
         if blank or not line.isspace():
-            yield Record(number, line)
+            yield RawRecord(number, line)
 
 
-def _decode_line(record: Record) -> str:
+def _decode_line(record: RawRecord) -> str:
     """Return the text of a line, without its line break."""
     return _decode_utf8(record).rstrip("\r\n")
 
 
-def _decode_utf8(record: Record) -> str:
+def _decode_utf8(record: RawRecord) -> str:
     try:
         text: str = record.value.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -114,7 +114,7 @@ def _decode_utf8(record: Record) -> str:
     return text
 
 
-def _json_row(record: Record) -> Row:
+def _json_row(record: RawRecord) -> Row:
     value, escaped = record.value, record.escaped
     if isinstance(value, bytes):
         text = _decode_line(record)
@@ -155,13 +155,13 @@ def _require_no_surrogates(value: Any, where: str) -> None:
         raise DataError(f"{where} has half a character, \\u{half:04x}, which is not text") from None
 
 
-def _list_records(file: IO[bytes]) -> Iterator[Record]:
+def _list_records(file: IO[bytes]) -> Iterator[RawRecord]:
     """Yield the elements of one JSON list, decoded as they are read."""
     with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
         yield from _elements(text)
 
 
-def _elements(text: io.TextIOWrapper) -> Iterator[Record]:
+def _elements(text: io.TextIOWrapper) -> Iterator[RawRecord]:
     decoder = json.JSONDecoder()
     buffer, ended, count = _read_more(text, READ_BYTES, 0).lstrip(), False, 0
     at = 1  # after the bracket
@@ -186,7 +186,7 @@ def _elements(text: io.TextIOWrapper) -> Iterator[Record]:
             continue
         except RecursionError:
             raise DataError(f"row {count} is broken JSON: brackets nested too deep") from None
-        yield Record(0, value, _spells_surrogates(buffer[at:stop]))
+        yield RawRecord(0, value, _spells_surrogates(buffer[at:stop]))
         count += 1
         at = rest
 
@@ -215,7 +215,7 @@ def _skip_blanks(text: str, at: int) -> int:
     return match.end() if match else at
 
 
-def _csv_records(file: IO[bytes]) -> Iterator[Record]:
+def _csv_records(file: IO[bytes]) -> Iterator[RawRecord]:
     """Yield (names of the first line, cells) for each further row; a quoted cell may contain line breaks."""
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     # Bytes that are not UTF-8 become unpaired surrogates, so that only their own row is refused, in _csv_row.
@@ -223,12 +223,12 @@ def _csv_records(file: IO[bytes]) -> Iterator[Record]:
         reader = csv.reader(lines)
         try:
             names = next(reader, None)
-            yield from (Record(reader.line_num, (names, cells)) for cells in reader if cells)
+            yield from (RawRecord(reader.line_num, (names, cells)) for cells in reader if cells)
         except csv.Error as error:
             raise DataError(f"line {reader.line_num} is no CSV: {error}") from None
 
 
-def _csv_row(record: Record) -> Row:
+def _csv_row(record: RawRecord) -> Row:
     names, cells = record.value
     if len(cells) != len(names):
         raise DataError(

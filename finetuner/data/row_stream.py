@@ -96,7 +96,7 @@ Tally = Callable[[list[Outcome], int], Counter[str]]  # (outcomes of a row, its 
 
 
 class _DocumentSource:
-    """Draws documents from the rows of one source, a few rows at a time."""
+    """The documents of one source, made from a few rows at a time."""
 
     def __init__(self, rows: StreamingSource, maker: DocumentMaker) -> None:
         self.rows, self.maker = rows, maker
@@ -132,7 +132,7 @@ class _DocumentSource:
 
 
 class RowStream:
-    """Rows by their number, to be asked for in order; the state of a few steps back is remembered for checkpoints."""
+    """An endless stream of rows, read by number in ascending order; states of a few steps back are remembered."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from finetuner.data.fetch import fetch, is_address
-from finetuner.data.row_files import Record, Row, RowFile
+from finetuner.data.row_files import RawRecord, Row, RowFile
 from finetuner.data.source_files import (
     builder_of_name,
     data_file_names,
@@ -113,7 +113,7 @@ class FileSource:
                         yield SourceRow(parse_record(file, record), file.name, number)
 
 
-def parse_record(file: RowFile, record: Record) -> Row | DataError:
+def parse_record(file: RowFile, record: RawRecord) -> Row | DataError:
     """Return the row of a record, or the error that parsing it raised."""
     try:
         return file.parse(record)
@@ -169,10 +169,16 @@ def _file_source(entry: DatasetEntry, splits: dict[str, tuple[RowFile, ...]]) ->
     if count == 0:
         raise DataError(_no_row_in_shard_message(entry))
     source = FileSource(entry, slices, min(count, entry.max_samples or count), entry.shards_idx, step)
-    rows = [one.row for one in next(source.batches(_ROWS_TO_CHECK), []) if not isinstance(one.row, DataError)]
-    if rows:
-        require_columns(entry, list(dict.fromkeys(name for row in rows for name in row)))
+    names = _column_names(next(source.batches(_ROWS_TO_CHECK), []))
+    if names is not None:
+        require_columns(entry, names)
     return source
+
+
+def _column_names(rows: list[SourceRow]) -> list[str] | None:
+    """Return the names of all columns that some row has; None if every row is broken."""
+    parsed = [one.row for one in rows if not isinstance(one.row, DataError)]
+    return list(dict.fromkeys(name for row in parsed for name in row)) if parsed else None
 
 
 def _count_rows(entry: DatasetEntry, splits: dict[str, tuple[RowFile, ...]]) -> dict[str, int]:
@@ -266,7 +272,7 @@ def require_columns(entry: DatasetEntry, columns: list[str]) -> None:
 
 
 def _no_row_in_shard_message(entry: DatasetEntry) -> str:
-    return f"'{entry.path}' has no row in part {entry.shards_idx} of {entry.shards} shards."
+    return f"'{entry.path}' has no row in shard {entry.shards_idx} of {entry.shards}."
 
 
 def _no_rows_message(entry: DatasetEntry) -> str:

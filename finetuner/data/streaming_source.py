@@ -144,7 +144,7 @@ def _builder_versions(builder: Any, entry: DatasetEntry) -> list[FileVersion]:
 
 
 class StreamingSource:
-    """Reads the rows of one entry from a position on; `position` is that of the next row."""
+    """The rows of one entry from a position on, without end; `position` is that of the next row."""
 
     def __init__(self, entry: DatasetEntry, position: Position, fetched: Path, policy: RetryPolicy) -> None:
         """Raises DataError if the rows cannot be reached."""

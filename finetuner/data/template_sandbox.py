@@ -35,7 +35,7 @@ _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class ChatTemplate:
-    """A compiled template: renders messages as text. `variables` are given to every rendering, such as bos_token."""
+    """A compiled chat template. `variables` are given to every rendering, such as bos_token."""
 
     def __init__(self, text: str, variables: Mapping[str, Any]) -> None:
         self.text, self.variables = text, dict(variables)
@@ -125,6 +125,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.inputs: Any = (messages, tools)
 
     def count_steps(self, values: Iterable[Any]) -> Iterator[Any]:
+        """Yield the values of a loop, counting each as a step."""
         for value in values:
             self._count_step()
             yield value
@@ -185,7 +186,7 @@ class _Generation(Extension):
 
 
 class _LimitInserter(NodeTransformer):
-    """Inserts the filters that count loops and sizes into a parsed template."""
+    """A visitor that inserts the filters which count iterations and sizes into a parsed template."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - the visitor's own naming
         self.generic_visit(node)

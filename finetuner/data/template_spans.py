@@ -8,7 +8,7 @@ linear in the length.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -168,11 +168,15 @@ def find_literals(
     split = re.split(f"{stand_in}([0-9]+)([ct])", template.render(stand_ins, conversation.tools))
     written = [(int(turn), kind) for turn, kind in zip(split[1::3], split[2::3], strict=True)]
     turns = [turn for turn, _ in written]
-    contents = [one for one in written if one[1] == "c"]
     is_once = len(set(written)) == len(written)
-    if not is_once or turns != sorted(turns) or contents != [one for one in texts if one[1] == "c"]:
+    if not is_once or turns != sorted(turns) or _contents(written) != _contents(texts):
         raise DataError(_NOT_IN_ORDER)
     return [texts[one] for one in written], split[::3]
+
+
+def _contents(texts: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Return the (turn, kind) of texts that are contents."""
+    return [(turn, kind) for turn, kind in texts if kind == "c"]
 
 
 def _texts_of_message(message: dict[str, Any]) -> dict[str, str]:

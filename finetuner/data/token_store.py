@@ -1,4 +1,4 @@
-"""Token ids and labels of documents: the types, and the in-memory or mapped store of many documents."""
+"""The store of tokenized documents, in memory or mapped from files, and the types of their ids and labels."""
 
 import hashlib
 from collections.abc import Iterable

@@ -19,7 +19,7 @@ _BUFFERED_TOKENS = 1 << 17  # written in one call: documents are often too short
 
 
 class TokenStoreWriter(Protocol):
-    """Takes documents one by one; `finish` returns the store of all of them."""
+    """A sink for documents, added one by one; `finish` returns the store of all of them."""
 
     def add(self, ids: Ids, labels: Ids) -> None: ...
 
@@ -29,7 +29,7 @@ class TokenStoreWriter(Protocol):
 
 
 class MemoryWriter:
-    """Collects documents in memory."""
+    """A writer that collects documents in memory."""
 
     def __init__(self) -> None:
         self.documents: list[Document] = []
@@ -45,7 +45,7 @@ class MemoryWriter:
 
 
 class FileWriter:
-    """Appends documents to files as they come, so that memory does not grow with them."""
+    """A writer that appends documents to files as they come, so that memory does not grow with them."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name

@@ -44,7 +44,7 @@ class TrainLoader(Protocol):
 
 @dataclass(frozen=True)
 class StoredRowsLoader:
-    """Loads prepared rows: any step at any time, so that resuming needs nothing but the step."""
+    """Loader of prepared rows: any step at any time, so that resuming needs nothing but the step."""
 
     rows: TokenRows
     plan: Plan
@@ -67,7 +67,7 @@ class StoredRowsLoader:
 
 @dataclass(frozen=True)
 class StreamLoader:
-    """Loads the rows of a stream in its order; steps must be asked for in order too."""
+    """Loader of a stream's rows, whose steps must be asked for in order."""
 
     stream: RowStream
     plan: Plan
@@ -137,31 +137,34 @@ def require_same_files(source: str, before: list[FileVersion], now: list[FileVer
         return
     names, new_names = ([name for name, *_ in files] for files in (before, now))
     if names != new_names:
-        changes = {
-            "gone": [name for name in names if name not in new_names],
-            "new": [name for name in new_names if name not in names],
-        }
-        listed = "; ".join(f"{change}: {', '.join(files[:5])}" for change, files in changes.items() if files)
         raise CheckpointError(
-            f"the files of '{source}' are not those of the checkpoint ({listed or 'in another order'}), so its place "
-            f"in the rows is lost.\n{_AS_IT_WAS}"
+            f"the files of '{source}' are not those of the checkpoint ({_list_changes(names, new_names)}), so its "
+            f"place in the rows is lost.\n{_RESTORE_FILES}"
         )
     old, new = next(pair for pair in zip(before, now, strict=True) if pair[0] != pair[1])
-    raise CheckpointError(_changed_file(source, old, new))
+    raise CheckpointError(_changed_file_message(source, old, new))
 
 
-def _changed_file(source: str, old: FileVersion, new: FileVersion) -> str:
+def _list_changes(names: list[str], new_names: list[str]) -> str:
+    """Return which files are gone and which are new, at most five of each."""
+    gone = [name for name in names if name not in new_names]
+    new = [name for name in new_names if name not in names]
+    changes = [f"{change}: {', '.join(files[:5])}" for change, files in (("gone", gone), ("new", new)) if files]
+    return "; ".join(changes) or "in another order"
+
+
+def _changed_file_message(source: str, old: FileVersion, new: FileVersion) -> str:
     (name, size, version), (_, new_size, new_version) = old, new
     sizes = f"{size:,} -> {new_size:,} bytes" if None not in (size, new_size) and size != new_size else None
     is_local = isinstance(version, int)  # a local file's version is its time
     versions = " -> ".join(_format_time(one) if is_local else str(one) for one in (version, new_version))
-    message = f"'{name}' of '{source}' has changed since the checkpoint ({sizes or versions}).\n{_AS_IT_WAS}"
+    message = f"'{name}' of '{source}' has changed since the checkpoint ({sizes or versions}).\n{_RESTORE_FILES}"
     if is_local and sizes is None:
         message += f"\nIf only its time is another, as a copy's is: touch -d '{_format_time(version)}' {name}"
     return message
 
 
-_AS_IT_WAS = "Put back what was there, or start anew with another output_dir."
+_RESTORE_FILES = "Put back what was there, or start again with another output_dir."
 
 
 def _format_time(nanoseconds: int) -> str:
@@ -171,7 +174,7 @@ def _format_time(nanoseconds: int) -> str:
 
 
 class Prefetcher:
-    """Returns the batches of a step, and starts to load those of the next step in a thread."""
+    """A function of the step that returns its batches, and starts to load those of the next step in a thread."""
 
     def __init__(self, load: Callable[[int], list[Batch]], total_steps: int, *, pin: bool, pool: ThreadPoolExecutor):
         """`pin`: load into page-locked memory, so that copying to a GPU does not hold up the CPU."""

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from finetuner.data.packing import Packs
-from finetuner.data.preview import SourcePreview, TokenRun, document_lengths, escape_invisible
+from finetuner.data.preview import SourcePreview, TokenRun, escape_invisible, preview_lengths
 from finetuner.data.token_store import IGNORE_INDEX, Ids
 
 MAX_PACKS = 40  # that are drawn
@@ -98,7 +98,7 @@ def _sources_table(sources: list[SourcePreview]) -> Iterator[str]:
 
 def _length_histogram(sources: list[SourcePreview], sequence_len: int) -> Iterator[str]:
     """Yield a chart of documents by length; rows dropped as too long are in another color, right of sequence_len."""
-    used, too_long = document_lengths(sources)
+    used, too_long = preview_lengths(sources)
     longest = int(max(used.max(initial=0), too_long.max(initial=0), 1))
     span = max(longest, sequence_len) if longest > sequence_len / 4 else longest
     edges = np.linspace(0, span + 1, NUM_BINS + 1)

@@ -180,7 +180,7 @@ def test_shards_are_every_nth_row_and_together_all_rows(tmp_path: Path) -> None:
     assert shards[1] == text(1, 4, 7)
     assert Counter(one for shard in shards for one in shard) == Counter(text(*range(10)))
     assert rows_of(path, tmp_path, shards=3, max_samples=2) == text(0, 3)
-    with pytest.raises(DataError, match="no row in part 11 of 12 shards"):
+    with pytest.raises(DataError, match="no row in shard 11 of 12"):
         rows_of(path, tmp_path, shards=12, shards_idx=11)
 
 
