@@ -33,8 +33,8 @@ CASES = {
 }
 
 
-def feed_of(case: dict[str, bool], given: argparse.Namespace, folder: Path) -> Any:
-    """(feed, steps that it has)"""
+def loader_of(case: dict[str, bool], given: argparse.Namespace, folder: Path) -> Any:
+    """Return (loader, number of steps)."""
     from transformers import AutoTokenizer
 
     from finetuner.data.batches import Layout
@@ -82,9 +82,9 @@ def measure(way: str, case: dict[str, bool], given: argparse.Namespace) -> dict[
 
     waits, tokens, cpu = [], 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
-        feed = feed_of(case, given, Path(folder))
-        with prefetching(feed, given.steps, pin=False) as ahead:
-            ask = ahead if way == "ahead" else feed.batches
+        loader = loader_of(case, given, Path(folder))
+        with prefetching(loader, given.steps, pin=False) as ahead:
+            ask = ahead if way == "ahead" else loader.batches
             cpu = time.process_time()
             for step in range(given.steps):
                 asked = time.perf_counter()

@@ -63,11 +63,11 @@ class Ours:
             self.recipe, self.base, self.plan, self.schedule, self.vocabulary, self.prepared, ("sdpa",), None,
             self.accelerator, Screen(speaks=False),
         )  # fmt: skip
-        rows, tokenizer = self.prepared.train_rows, self.vocabulary.tokenizer
-        feed = build_train_loader(self.recipe.data, tokenizer, rows, self.plan, self.schedule, weights.run.layout, None)
+        rows, tokenizer, layout = self.prepared.train_rows, self.vocabulary.tokenizer, weights.run.layout
+        loader = build_train_loader(self.recipe.data, tokenizer, rows, self.plan, self.schedule, layout, None)
 
         def train() -> None:
-            fit(self.recipe, weights, feed, {}, TrainState(), self.screen)
+            fit(self.recipe, weights, loader, {}, TrainState(), self.screen)
 
         return train
 
