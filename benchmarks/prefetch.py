@@ -33,13 +33,13 @@ CASES = {
 }
 
 
-def feed_of(case: dict[str, bool], given: argparse.Namespace, folder: Path) -> Any:
-    """(feed, steps that it has)"""
+def loader_of(case: dict[str, bool], given: argparse.Namespace, folder: Path) -> Any:
+    """Return (loader, number of steps)."""
     from transformers import AutoTokenizer
 
     from finetuner.data.batches import Layout
     from finetuner.data.cache import prepare_once
-    from finetuner.data.step_batches import build_feed
+    from finetuner.data.train_loader import build_train_loader
     from finetuner.plan.run import Plan
     from finetuner.recipe import load_recipe
     from finetuner.world import World
@@ -74,17 +74,17 @@ def feed_of(case: dict[str, bool], given: argparse.Namespace, folder: Path) -> A
         rows = prepare_once(recipe.data, recipe.packing, tokenizer, plan.seed, World()).train_rows
     schedule = plan.schedule(recipe, len(rows))
     layout = Layout(packed=case.get("packed", False))
-    return build_feed(recipe.data, tokenizer, rows, plan, schedule, layout, None)
+    return build_train_loader(recipe.data, tokenizer, rows, plan, schedule, layout, None)
 
 
 def measure(way: str, case: dict[str, bool], given: argparse.Namespace) -> dict[str, float]:
-    from finetuner.data.step_batches import prefetched
+    from finetuner.data.train_loader import prefetching
 
     waits, tokens, cpu = [], 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
-        feed = feed_of(case, given, Path(folder))
-        with prefetched(feed, given.steps, pin=False) as ahead:
-            ask = ahead if way == "ahead" else feed.batches
+        loader = loader_of(case, given, Path(folder))
+        with prefetching(loader, given.steps, pin=False) as ahead:
+            ask = ahead if way == "ahead" else loader.batches
             cpu = time.process_time()
             for step in range(given.steps):
                 asked = time.perf_counter()

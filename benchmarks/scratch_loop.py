@@ -23,8 +23,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from finetuner.console import Screen, quiet_libraries
-from finetuner.data.inputs import prepare_rows
-from finetuner.data.step_batches import build_feed
+from finetuner.data.inputs import prepare_inputs
+from finetuner.data.train_loader import build_train_loader
 from finetuner.models.from_scratch import scratch_config, write_scratch_model
 from finetuner.models.gpt import GPTForCausalLM
 from finetuner.parallel.launch import build_accelerator
@@ -48,7 +48,7 @@ class Ours:
         self.screen, world = Screen(speaks=True), World(num_threads=torch.get_num_threads())
         quiet_libraries(self.screen)
         self.plan = Plan.from_recipe(self.recipe, world)
-        self.vocabulary, self.prepared = prepare_rows(self.recipe, world, self.plan.seed, Screen(speaks=False))
+        self.vocabulary, self.prepared = prepare_inputs(self.recipe, world, self.plan.seed, Screen(speaks=False))
         config = scratch_config(self.recipe.model.model, self.vocabulary.tokenizer)
         self.base = write_scratch_model(config, self.recipe.data.dataset_prepared_path, self.plan.seed, world)
         rows = self.prepared.train_rows
@@ -61,7 +61,7 @@ class Ours:
             self.accelerator, Screen(speaks=False),
         )  # fmt: skip
         rows, tokenizer = self.prepared.train_rows, self.vocabulary.tokenizer
-        feed = build_feed(self.recipe.data, tokenizer, rows, self.plan, self.schedule, weights.run.layout, None)
+        feed = build_train_loader(self.recipe.data, tokenizer, rows, self.plan, self.schedule, weights.run.layout, None)
 
         def train() -> None:
             fit(self.recipe, weights, feed, {}, TrainState(), self.screen)

@@ -15,10 +15,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from finetuner.data.order import row_order
-from finetuner.data.prepare import prepare
+from finetuner.data.prepare import prepare_documents
+from finetuner.data.shuffling import row_order
+from finetuner.data.token_store import IGNORE_INDEX, TokenStore
 from finetuner.data.tokenizer import load_tokenizer
-from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.models.adapter import add_lora
 from finetuner.recipe import Recipe, load
 from finetuner.run import train as run
@@ -45,7 +45,7 @@ def trainer_losses(recipe: Recipe, steps: int, output_dir: str) -> list[dict]:
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     vocabulary = load_tokenizer(recipe.tokenizer, recipe.tokenizer.tokenizer or recipe.model.base_model, False)
-    store = prepare(recipe.data, vocabulary.tokenizer, recipe.output.seed).train
+    store = prepare_documents(recipe.data, vocabulary.tokenizer, recipe.output.seed).train
     model = AutoModelForCausalLM.from_pretrained(
         recipe.model.base_model, dtype=torch.float32, attn_implementation="sdpa"
     )
@@ -85,7 +85,7 @@ def _example(store: TokenStore, row: int) -> dict[str, torch.Tensor]:
 
 def _pad(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     ids = pad_sequence([e["input_ids"] for e in examples], batch_first=True)
-    labels = pad_sequence([e["labels"] for e in examples], batch_first=True, padding_value=IGNORE)
+    labels = pad_sequence([e["labels"] for e in examples], batch_first=True, padding_value=IGNORE_INDEX)
     mask = pad_sequence([torch.ones_like(e["input_ids"]) for e in examples], batch_first=True)
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from finetuner.commands.text_model import SamplingOptions, TextModel, load_text_model
-from finetuner.data.sandbox import ChatTemplate, compile_template
+from finetuner.data.template_sandbox import ChatTemplate, compile_template
 from finetuner.errors import DataError, ModelError
 from finetuner.models.generation import context_length, draw_token, generate_tokens, stream_text
 from finetuner.models.stop_tokens import stop_token_ids

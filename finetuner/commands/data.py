@@ -2,8 +2,8 @@
 
 from finetuner.commands.arguments import Overrides, RecipePath
 from finetuner.console import Screen, quiet_libraries
-from finetuner.data.inputs import prepare_rows
 from finetuner.data.prepare import BY_WEIGHT
+from finetuner.data.tokenized_rows import tokenize_rows
 from finetuner.recipe import load
 from finetuner.world import World
 
@@ -17,7 +17,10 @@ def data(recipe: RecipePath, overrides: Overrides = None) -> None:
     for note in loaded.notes:
         screen.line(f"note: {note}")
     quiet_libraries(screen)
-    _, prepared = prepare_rows(values, World(), values.output.seed, screen)
+    _, prepared = tokenize_rows(
+        values.model, values.tokenizer, values.data, values.packing,
+        world=World(), seed=values.output.seed, screen=screen,
+    )  # fmt: skip
     rows = [
         ("recipe", recipe),
         ("rows", rows_line(prepared, values.data)),
@@ -26,8 +29,8 @@ def data(recipe: RecipePath, overrides: Overrides = None) -> None:
     screen.table(rows)
     for line in prepared.notes:
         screen.line(f"note: {line}")
-    if prepared.listed is not None:
+    if prepared.dropped_file is not None:
         if any(reason != BY_WEIGHT for reason in prepared.counts):
             which = "the other" if BY_WEIGHT in prepared.counts else "these"
-            screen.line(f"note: {which} rows are listed in {prepared.listed}")
-        screen.line(f"done: {prepared.listed.parent}")
+            screen.line(f"note: {which} rows are listed in {prepared.dropped_file}")
+        screen.line(f"done: {prepared.dropped_file.parent}")

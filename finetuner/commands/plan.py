@@ -11,7 +11,7 @@ import typer
 from finetuner.commands.arguments import Overrides, RecipePath
 from finetuner.console import Screen
 from finetuner.data.tokenizer import load_tokenizer
-from finetuner.data.tokenizer_source import tokenizer_name
+from finetuner.data.tokenizer_source import resolve_tokenizer
 from finetuner.errors import ModelError
 from finetuner.estimate.training_cost import (
     Devices,
@@ -101,7 +101,7 @@ def _vocabulary(recipe: Recipe) -> int:
     if isinstance(section.tokenizer, NewTokenizer) and not adds:
         return section.tokenizer.train.vocab_size
     try:
-        name = tokenizer_name(recipe, World()) or recipe.model.base_model
+        name = resolve_tokenizer(recipe.tokenizer, recipe.data, World()) or recipe.model.base_model
         return len(load_tokenizer(section, name, recipe.model.trust_remote_code).tokenizer)
     except ModelError as error:
         raise ModelError(f"{error}\nOr say how many tokens it has: model.vocabulary=50304") from error

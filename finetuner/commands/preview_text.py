@@ -10,15 +10,13 @@ from rich.text import Text
 
 from finetuner.console import Screen
 from finetuner.data.packing import Packs
-from finetuner.data.preview import Shown, SourceView, look, packs_of, shown, visible
-from finetuner.data.stream import is_joined
-from finetuner.data.templates import chosen_template
-from finetuner.data.tokenizer import load_tokenizer
-from finetuner.data.tokenizer_source import tokenizer_name
+from finetuner.data.preview import SourcePreview, TokenRun, escape_invisible, pack_previews, preview_sources, token_runs
+from finetuner.data.row_stream import joins_documents
+from finetuner.data.tokenized_rows import build_tokenizer
 from finetuner.errors import DataError
 from finetuner.recipe import Recipe
 from finetuner.recipe.sections import DataSection
-from finetuner.report.preview_page import Document, page
+from finetuner.report.preview_page import PreviewDocument, render_preview_page
 from finetuner.world import World
 
 if TYPE_CHECKING:
@@ -44,39 +42,39 @@ def show_preview(
     transformers.logging.set_verbosity_error()
     tokenizer = _tokenizer_of(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        views = look(recipe.data, tokenizer, recipe.output.seed, rows=rows, only=source, folder=Path(folder))
+        views = preview_sources(recipe.data, tokenizer, recipe.output.seed, rows=rows, only=source, folder=Path(folder))
         documents = [
-            Document(view, i, list(shown(*view.store.document(i), tokenizer, singly=ids or html is not None)))
+            PreviewDocument(
+                view, i, list(token_runs(*view.store.document(i), tokenizer, singly=ids or html is not None))
+            )
             for view in views
             for i in range(min(count, len(view.store)))
         ]
         colored = screen.terminal and not screen.console.no_color
         for document in documents:
-            pieces = shown(*document.view.store.document(document.number), tokenizer, singly=ids)
+            pieces = token_runs(*document.source.store.document(document.number), tokenizer, singly=ids)
             text = in_color(pieces, ids=ids) if colored else Text(with_marks(pieces, ids=ids))
-            screen.line(heading(document.view, document.number))
+            screen.line(heading(document.source, document.number))
             screen.console.print(text)
             screen.line()
         packed = recipe.packing.sample_packing and not _is_cut(recipe.data)
-        packs = packs_of(views, recipe.data.sequence_len) if packed else None
+        packs = pack_previews(views, recipe.data.sequence_len) if packed else None
         for line in _summary(views, recipe.data, packs, colored=colored):
             screen.line(line)
         if html is not None:
             length = recipe.data.sequence_len
-            _write_page(html, page(recipe_name, views, documents, sequence_len=length, packs=packs, rows=rows))
+            _write_page(
+                html, render_preview_page(recipe_name, views, documents, sequence_len=length, packs=packs, rows=rows)
+            )
             screen.line(f"done: {html}")
 
 
 def _tokenizer_of(recipe: Recipe) -> "PreTrainedTokenizerBase":
     """Load or make the recipe's tokenizer, with the chat template that the recipe chooses."""
-    name = tokenizer_name(recipe, World()) or recipe.model.base_model
-    ends = recipe.data.eot_tokens or ()
-    tokenizer = load_tokenizer(recipe.tokenizer, name, recipe.model.trust_remote_code, ends=ends).tokenizer
-    tokenizer.chat_template = chosen_template(recipe.data, tokenizer.chat_template)
-    return tokenizer
+    return build_tokenizer(recipe.model, recipe.tokenizer, recipe.data, World()).tokenizer
 
 
-def _summary(views: list[SourceView], section: DataSection, packs: Packs | None, *, colored: bool) -> Iterator[str]:
+def _summary(views: list[SourcePreview], section: DataSection, packs: Packs | None, *, colored: bool) -> Iterator[str]:
     yield (
         "green is trained on, magenta a special token"
         if colored
@@ -90,7 +88,7 @@ def _summary(views: list[SourceView], section: DataSection, packs: Packs | None,
 
 
 def _is_cut(section: DataSection) -> bool:
-    return section.streaming and is_joined(section)
+    return section.streaming and joins_documents(section)
 
 
 def _write_page(path: Path, text: str) -> None:
@@ -100,7 +98,7 @@ def _write_page(path: Path, text: str) -> None:
         raise DataError(f"cannot write '{path}': {error.strerror}.") from error
 
 
-def heading(view: SourceView, number: int) -> str:
+def heading(view: SourcePreview, number: int) -> str:
     """Line above a document: its source, its number, its tokens and the share that is trained on."""
     _, labels = view.store.document(number)
     trained = int((labels[1:] >= 0).sum())
@@ -111,7 +109,7 @@ def heading(view: SourceView, number: int) -> str:
     )
 
 
-def facts(view: SourceView) -> str:
+def facts(view: SourcePreview) -> str:
     """Line on a source: its rows, its documents and their lengths, and why rows were dropped."""
     store = view.store
     median = int(sorted(store.lengths)[len(store) // 2])
@@ -122,29 +120,29 @@ def facts(view: SourceView) -> str:
     )
 
 
-def in_color(pieces: Iterator[Shown], *, ids: bool) -> Text:
+def in_color(pieces: Iterator[TokenRun], *, ids: bool) -> Text:
     """Text for a terminal: trained tokens in green, special tokens in magenta; with `ids`, each token's id."""
     text = Text()
     for piece in pieces:
         style = (SPECIAL_TRAINED if piece.trained else SPECIAL) if piece.special else TRAINED if piece.trained else ""
-        text.append(visible(piece.text), style)
+        text.append(escape_invisible(piece.text), style)
         if ids:
             text.append(f"{_number(piece)} ", NUMBER)
     return text
 
 
-def with_marks(pieces: Iterator[Shown], *, ids: bool) -> str:
+def with_marks(pieces: Iterator[TokenRun], *, ids: bool) -> str:
     """Text without colors: ⟦trained on⟧, ‹special token›; with `ids`, each token's id."""
     out, trained = "", False
     for piece in pieces:
         if piece.trained != trained:
             out += "⟦" if piece.trained else "⟧"
             trained = piece.trained
-        out += f"‹{visible(piece.text)}›" if piece.special else visible(piece.text)
+        out += f"‹{escape_invisible(piece.text)}›" if piece.special else escape_invisible(piece.text)
         if ids:
             out += f"{_number(piece)} "
     return out + ("⟧" if trained else "")
 
 
-def _number(piece: Shown) -> str:
+def _number(piece: TokenRun) -> str:
     return "".join(f"·{one}" for one in piece.ids)

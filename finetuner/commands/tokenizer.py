@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from finetuner.commands.arguments import Overrides, RecipePath
 from finetuner.console import Screen, quiet_libraries
 from finetuner.data.tokenizer import load_tokenizer
-from finetuner.data.tokenizer_source import texts_of, tokenizer_name
+from finetuner.data.tokenizer_source import read_texts, resolve_tokenizer
 from finetuner.recipe import load
 from finetuner.world import World
 
@@ -25,11 +25,11 @@ def tokenizer(recipe: RecipePath, overrides: Overrides = None) -> None:
         screen.line(f"note: {note}")
     quiet_libraries(screen)
     with screen.work("making the tokenizer", "rows") as work:
-        name = tokenizer_name(values, World(), work.at) or values.model.base_model
+        name = resolve_tokenizer(values.tokenizer, values.data, World(), work.at) or values.model.base_model
     made = load_tokenizer(values.tokenizer, name, values.model.trust_remote_code).tokenizer
     rows = [("tokenizer", name), ("vocabulary", f"{len(made):,} tokens")]
     plain = tuple(entry for entry in values.data.datasets if entry.is_plain_text)
-    found = measure_tokenizer(made, texts_of(plain, values))
+    found = measure_tokenizer(made, read_texts(plain, values.data))
     if found is not None:
         rows += [
             ("bytes per token", f"{found.num_bytes / found.num_tokens:.3f}"),

@@ -1,23 +1,15 @@
-"""Documents -> the micro-batches of a step.
+"""Micro-batches as tensors: rows of documents, padded or packed, and which of their tokens are trained on."""
 
-A pure function of (store, plan, step): resuming needs no iterator's state.
-"""
-
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from finetuner.data.order import order_by_length, row_order
-from finetuner.data.tokens import IGNORE, Document, Ids, Rows
-from finetuner.plan.run import Plan
-from finetuner.plan.schedule import Schedule
+from finetuner.data.token_store import IGNORE_INDEX, Document, TokenRows, join_documents
 from finetuner.recipe.sections import PackingSection
 
-FILLER_ROW = -1
+FILLER_ROW = -1  # the number of a row that is not in the data: two tokens, neither trained on
 
 # name -> tensor of a batch, as objectives read it. A plain dict: engines move and cast the tensors in it.
 BatchTensors = dict[str, torch.Tensor | None]
@@ -25,11 +17,12 @@ BatchTensors = dict[str, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows lie in a batch.
+    """Options by which rows become the tensors of a batch.
 
-    `packed`: rows hold several documents, told apart by positions that begin anew; `flat`: all rows of a micro-batch
-    are laid end to end into one, which is how flash attention wants documents. `joined`: the documents of a row are
-    one, which goes on from each to the next. `pad_to`: tokens of every row.
+    `packed`: a row holds several documents, told apart by position ids that restart at 0. `flat`: all rows of a
+    micro-batch are laid end to end into one, as flash attention takes documents. `joined`: the documents of a row are
+    one text, whose tokens see each other. `pad_to`: tokens of every row (default: those of the longest). `by_length`:
+    the rows of one step have similar lengths.
     """
 
     packed: bool = False
@@ -42,14 +35,25 @@ class Layout:
 PADDED = Layout()
 
 
+def layout_of(section: PackingSection, sequence_len: int, *, packed: bool, flat: bool) -> Layout:
+    """Return the layout that a recipe asks for. `flat`: the model's attention takes packs end to end."""
+    return Layout(
+        packed=packed,
+        flat=packed and flat,
+        joined=packed and not section.pretrain_multipack_attn,
+        pad_to=sequence_len if section.pad_to_sequence_len else None,
+        by_length=section.group_by_length,
+    )
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: rows padded on the right to the longest, and what to predict from where.
+    """One micro-batch: int64 tensors, with rows padded on the right.
 
-    `input_ids`: (rows, length). Either `attention_mask` of that shape is given, or, if packed, `position_ids`, which
-    begin anew with each document and with the padding. `positions`: (trained,) places in the flattened
-    (rows * length) hidden states whose next token is trained on; `targets`: (trained,) those next tokens. Both are
-    made on the CPU, since finding them on a GPU would make it wait.
+    `input_ids`: (rows, length). `attention_mask`: (rows, length), 0 at padding; None if rows are packed.
+    `position_ids`: (rows, length), restarting at 0 with each document and with the padding; None unless packed.
+    `positions`: (trained,) indices into the flattened (rows * length) hidden states whose next token is trained on;
+    `targets`: (trained,) those next tokens. Both are computed on the CPU: finding them on a GPU would make it wait.
     """
 
     input_ids: torch.Tensor
@@ -58,10 +62,11 @@ class Batch:
     targets: torch.Tensor
     num_tokens: int  # without padding
     position_ids: torch.Tensor | None = None
-    num_pairs: int = 0  # T^2, summed over the documents of T tokens
+    num_pairs: int = 0  # T^2, summed over the documents of T tokens: the work of attention
 
     @property
     def num_trained(self) -> int:
+        """Tokens of the batch that are trained on."""
         return len(self.targets)
 
     def tensors(self) -> BatchTensors:
@@ -75,164 +80,73 @@ class Batch:
         }
 
     def to(self, device: torch.device) -> "Batch":
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
+        """Return a copy on the device; asynchronous if this batch is in pinned memory."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-        return Batch(
-            input_ids=moved(self.input_ids),
-            attention_mask=None if self.attention_mask is None else moved(self.attention_mask),
-            positions=moved(self.positions),
-            targets=moved(self.targets),
-            num_tokens=self.num_tokens,
-            position_ids=None if self.position_ids is None else moved(self.position_ids),
-            num_pairs=self.num_pairs,
-        )
+    def pin_memory(self) -> "Batch":
+        """Return a copy in page-locked memory, from which a GPU copies without the CPU's help."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
 
-    def pinned(self) -> "Batch":
-        """In memory that a GPU copies from without the CPU's help."""
-        return Batch(
-            input_ids=self.input_ids.pin_memory(),
-            attention_mask=None if self.attention_mask is None else self.attention_mask.pin_memory(),
-            positions=self.positions.pin_memory(),
-            targets=self.targets.pin_memory(),
-            num_tokens=self.num_tokens,
-            position_ids=None if self.position_ids is None else self.position_ids.pin_memory(),
-            num_pairs=self.num_pairs,
+    def _map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            attention_mask=None if self.attention_mask is None else function(self.attention_mask),
+            positions=function(self.positions),
+            targets=function(self.targets),
+            position_ids=None if self.position_ids is None else function(self.position_ids),
         )
 
 
-def step_batches(rows: Rows, plan: Plan, schedule: Schedule, step: int, layout: Layout = PADDED) -> list[Batch]:
-    """This rank's `grad_accum` micro-batches of a step, of nearly equal length across ranks.
+_FILLER = (np.zeros(2, dtype=np.int32), np.full(2, IGNORE_INDEX, np.int32))
 
-    The rows of the global batch are dealt longest first, pass by pass and within a pass rank by rank. The loss is
-    normalised by the whole global batch, so the dealing changes the padding and not the result. Where an epoch's last
-    step has too few rows for all, a filler row without a trained token keeps the ranks in step.
+
+def collate(rows: TokenRows, numbers: list[int], layout: Layout = PADDED) -> Batch:
+    """Return the rows of these numbers as one Batch of shape (len(numbers), length), or (1, length) if flat.
+
+    FILLER_ROW stands for a row of two tokens, neither trained on; a batch of it alone counts no tokens.
     """
-    return dealt(rows, _rows_of_step(rows, plan, schedule, step, layout), plan, layout)
+    by_row = _arrange(rows, numbers, layout)
+    lengths = [len(ids) for documents in by_row for ids, _ in documents] if numbers != [FILLER_ROW] else []
+    shape = (len(by_row), _padded_length(by_row, len(numbers), layout))
 
-
-def dealt(rows: Rows, of_step: list[int], plan: Plan, layout: Layout) -> list[Batch]:
-    """This rank's micro-batches of these rows, which are ordered longest first."""
-    per_pass = plan.data_parallel * plan.micro_batch
-    batches = []
-    for accum in range(plan.grad_accum):
-        of_pass = of_step[accum * per_pass : (accum + 1) * per_pass]
-        mine = of_pass[plan.data_parallel_rank :: plan.data_parallel]
-        batches.append(collate(rows, mine or [FILLER_ROW], layout))
-    return batches
-
-
-def _rows_of_step(rows: Rows, plan: Plan, schedule: Schedule, step: int, layout: Layout) -> list[int]:
-    """The global batch of a step, longest row first."""
-    epoch, start, stop = schedule.rows_at(step)
-    if layout.by_length:
-        order = _remembered_order(rows, plan.seed, epoch, schedule.global_batch)
-    else:
-        order = row_order(plan.seed, epoch, schedule.num_rows)
-    # stable: equal lengths keep the seeded order
-    return sorted((int(row) for row in order[start:stop]), key=rows.length, reverse=True)
-
-
-@lru_cache(maxsize=2)
-def _remembered_order(rows: Rows, seed: int, epoch: int, global_batch: int) -> NDArray[np.int64]:
-    return order_by_length(seed, epoch, rows.lengths, global_batch)
-
-
-def evaluation_batches(
-    rows: Rows, plan: Plan, layout: Layout = PADDED, *, numbers: range | None = None
-) -> Iterator[Batch]:
-    """This rank's share of the rows with these numbers (default: all), sorted by length; the same number of batches on
-    every rank."""
-    ordered = sorted(range(len(rows)) if numbers is None else numbers, key=rows.length, reverse=True)
-    groups = [ordered[i : i + plan.eval_batch] for i in range(0, len(ordered), plan.eval_batch)]
-    while len(groups) % plan.data_parallel:
-        groups.append([FILLER_ROW])
-    for group in groups[plan.data_parallel_rank :: plan.data_parallel]:
-        yield collate(rows, group, layout)
-
-
-def padding_share(rows: Rows, plan: Plan, schedule: Schedule, layout: Layout, *, max_steps: int = 200) -> float:
-    """The share of the tokens computed that are padding, over the first steps and all ranks."""
-    tokens = computed = 0
-    for step in range(min(schedule.steps_of_first_epoch, schedule.total_steps, max_steps)):
-        of_step = [rows.length(row) for row in _rows_of_step(rows, plan, schedule, step, layout)]
-        per_pass = plan.data_parallel * plan.micro_batch
-        for start in range(0, len(of_step), per_pass):
-            of_pass = of_step[start : start + per_pass]
-            for rank in range(plan.data_parallel):
-                mine = of_pass[rank :: plan.data_parallel]
-                tokens += sum(mine)
-                if layout.pad_to is not None:
-                    computed += len(mine) * layout.pad_to
-                else:
-                    computed += sum(mine) if layout.flat else len(mine) * max(mine, default=0)
-    return 1 - tokens / computed
-
-
-_FILLER = (np.zeros(2, dtype=np.int32), np.full(2, IGNORE, np.int32))
-
-
-def collate(rows: Rows, numbers: list[int], layout: Layout = PADDED) -> Batch:
-    """Lay rows out, padded on the right. FILLER_ROW stands for two tokens that nothing is learned from."""
-    documents = [[_FILLER] if number == FILLER_ROW else rows.documents(number) for number in numbers]
-    if layout.joined:
-        documents = [[as_one(row)] for row in documents]
-    lengths = [len(ids) for row in documents for ids, _ in row] if numbers != [FILLER_ROW] else []
-    length = layout.pad_to
-    if layout.flat:
-        documents = [[document for row in documents for document in row]]
-        length = length and length * len(numbers)
-    if length is None:
-        length = max(sum(len(ids) for ids, _ in row) for row in documents)
-    input_ids = np.zeros((len(documents), length), dtype=np.int64)  # what stands in the padding is never read
+    input_ids = np.zeros(shape, dtype=np.int64)  # the ids in the padding are never read
     mask = np.zeros_like(input_ids)
-    positions = np.zeros_like(input_ids)
-    following = np.full_like(input_ids, IGNORE)  # the label of the next token of the same document
-    for i, row in enumerate(documents):
-        at = 0
-        for ids, labels in row:
-            _lay(i, at, ids, labels, input_ids, positions, following)
-            at += len(ids)
-        mask[i, :at] = 1
-        positions[i, at:] = np.arange(length - at)  # the padding is a document of its own
-    (places,) = np.nonzero(following.ravel() != IGNORE)
+    position_ids = np.zeros_like(input_ids)
+    next_labels = np.full_like(input_ids, IGNORE_INDEX)  # at each token, the label of the next one of its document
+    for i, documents in enumerate(by_row):
+        stop = 0
+        for ids, labels in documents:
+            start, stop = stop, stop + len(ids)
+            input_ids[i, start:stop] = ids
+            position_ids[i, start:stop] = np.arange(len(ids))
+            next_labels[i, start : stop - 1] = labels[1:]
+        mask[i, :stop] = 1
+        position_ids[i, stop:] = np.arange(shape[1] - stop)  # the padding is a document of its own
+    (positions,) = np.nonzero(next_labels.ravel() != IGNORE_INDEX)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=None if layout.packed else torch.from_numpy(mask),
-        positions=torch.from_numpy(places),
-        targets=torch.from_numpy(following.ravel()[places]),
+        positions=torch.from_numpy(positions),
+        targets=torch.from_numpy(next_labels.ravel()[positions]),
         num_tokens=sum(lengths),
         num_pairs=sum(length * length for length in lengths),
-        position_ids=torch.from_numpy(positions) if layout.packed else None,
+        position_ids=torch.from_numpy(position_ids) if layout.packed else None,
     )
 
 
-def as_one(documents: Sequence[Document]) -> Document:
-    """Documents that see each other are one."""
-    return np.concatenate([ids for ids, _ in documents]), np.concatenate([labels for _, labels in documents])
+def _arrange(rows: TokenRows, numbers: list[int], layout: Layout) -> list[list[Document]]:
+    """Return the documents of each row of the batch."""
+    by_row = [[_FILLER] if number == FILLER_ROW else rows.documents(number) for number in numbers]
+    if layout.joined:
+        by_row = [[join_documents(documents)] for documents in by_row]
+    if layout.flat:
+        by_row = [[document for documents in by_row for document in documents]]
+    return by_row
 
 
-def _lay(
-    row: int,
-    at: int,
-    ids: Ids,
-    labels: Ids,
-    input_ids: NDArray[np.int64],
-    positions: NDArray[np.int64],
-    following: NDArray[np.int64],
-) -> None:
-    stop = at + len(ids)
-    input_ids[row, at:stop] = ids
-    positions[row, at:stop] = np.arange(len(ids))
-    following[row, at : stop - 1] = labels[1:]
-
-
-def layout_of(section: PackingSection, sequence_len: int, *, packed: bool, flat: bool) -> Layout:
-    """Return the layout of a recipe's rows. `flat`: if they are packed, the model wants them end to end."""
-    return Layout(
-        packed=packed,
-        flat=packed and flat,
-        joined=packed and not section.pretrain_multipack_attn,
-        pad_to=sequence_len if section.pad_to_sequence_len else None,
-        by_length=section.group_by_length,
-    )
+def _padded_length(by_row: list[list[Document]], num_rows: int, layout: Layout) -> int:
+    """Tokens of each row of the batch, with padding; `num_rows` counts the rows before they were laid end to end."""
+    if layout.pad_to is not None:
+        return layout.pad_to * num_rows if layout.flat else layout.pad_to
+    return max(sum(len(ids) for ids, _ in documents) for documents in by_row)

@@ -22,9 +22,10 @@ import numpy as np
 
 from finetuner.data.fetch import fetch, is_address
 from finetuner.data.packing import Packs
-from finetuner.data.prepare import Prepared, Report, SourceShare, packed, prepare, require_kept
+from finetuner.data.prepare import prepare_documents
+from finetuner.data.prepared_data import PreparedData, SourceShare, pack_documents, require_few_dropped
 from finetuner.data.sources import TableSource, load_source
-from finetuner.data.store import map_store, store_facts
+from finetuner.data.token_store_writer import map_store, store_facts
 from finetuner.errors import DataError
 from finetuner.recipe.schema import keys_where
 from finetuner.recipe.sections import DataSection, DatasetEntry, PackingSection
@@ -32,6 +33,7 @@ from finetuner.storage.atomic import staged_file
 from finetuner.storage.build_once import build_once
 from finetuner.storage.disk_errors import explain_disk_errors
 from finetuner.storage.locks import exclusive_lock
+from finetuner.storage.progress import ProgressReport, no_progress
 from finetuner.world import World
 
 if TYPE_CHECKING:
@@ -49,8 +51,8 @@ def prepare_once(
     tokenizer: "PreTrainedTokenizerBase",
     seed: int,
     world: World,
-    report: Report = lambda done, total: None,
-) -> Prepared:
+    report: ProgressReport = no_progress,
+) -> PreparedData:
     """Prepare and cache the documents of the recipe, or map those that an earlier start cached.
 
     The first rank of each node prepares, and the others wait for its folder. Safe for any number of processes at once.
@@ -76,13 +78,13 @@ def prepare_once(
     ):
         build_once(folder, fill, is_builder=world.local_rank == 0, mark=MARK)
     prepared = read_prepared(folder)
-    require_kept(prepared, section)
+    require_few_dropped(prepared, section)
     return prepared
 
 
 def prepared_already(
     section: DataSection, packing: PackingSection, tokenizer: "PreTrainedTokenizerBase", seed: int
-) -> Prepared | None:
+) -> PreparedData | None:
     """Map the documents that prepare_once cached; None if it has not prepared these."""
     root = Path(section.dataset_prepared_path)
     if not (root / "files").is_dir():
@@ -110,7 +112,7 @@ def packs_held_out(packing: PackingSection) -> bool:
     return packing.sample_packing if chosen is None else chosen
 
 
-def read_prepared(folder: Path) -> Prepared:
+def read_prepared(folder: Path) -> PreparedData:
     """Map a folder that prepare_once wrote."""
     facts = json.loads((folder / MARK).read_text(encoding="utf-8"))
     train, held_out = (map_store(folder, name, facts[name]) for name in ("train", "held_out"))
@@ -122,7 +124,7 @@ def read_prepared(folder: Path) -> Prepared:
         capacity, sources = facts["packs"][name]
         return Packs(store, members, starts, capacity, tuple(sources))
 
-    return Prepared(
+    return PreparedData(
         train,
         held_out,
         Counter(facts["counts"]),
@@ -140,11 +142,13 @@ def _write(
     packing: PackingSection,
     tokenizer: "PreTrainedTokenizerBase",
     seed: int,
-    report: Report,
+    report: ProgressReport,
 ) -> None:
     """Prepare the documents into `folder`, the mark last."""
-    prepared = prepare(section, tokenizer, seed, report, into=folder)
-    prepared = packed(prepared, section.sequence_len, train=packing.sample_packing, held_out=packs_held_out(packing))
+    prepared = prepare_documents(section, tokenizer, seed, report, into=folder)
+    prepared = pack_documents(
+        prepared, section.sequence_len, train=packing.sample_packing, held_out=packs_held_out(packing)
+    )
     facts: dict[str, Any] = {
         "train": store_facts(prepared.train),
         "held_out": store_facts(prepared.held_out),
@@ -157,7 +161,7 @@ def _write(
         if packs is not None:
             np.save(folder / f"{name}.members.npy", packs.members)
             np.save(folder / f"{name}.starts.npy", packs.starts)
-            facts["packs"][name] = [packs.capacity, packs.parts]
+            facts["packs"][name] = [packs.capacity, packs.packs_per_group]
     (folder / MARK).write_text(json.dumps(facts), encoding="utf-8")
 
 

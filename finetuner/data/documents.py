@@ -5,11 +5,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from finetuner.data.encoding import Encoder
-from finetuner.data.files import Row
 from finetuner.data.formats import load_format
 from finetuner.data.formats.base import Rendered, Renderer
-from finetuner.data.sources import Placed
-from finetuner.data.tokens import IGNORE, Document, read_tokens
+from finetuner.data.pretokenized import read_tokens
+from finetuner.data.row_files import Row
+from finetuner.data.sources import SourceRow
+from finetuner.data.token_store import IGNORE_INDEX, Document
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 
@@ -54,7 +55,7 @@ class Texts(NamedTuple):
     Rows that are left out are among the outcomes.
     """
 
-    rows: Sequence[Placed]
+    rows: Sequence[SourceRow]
     texts: list[Rendered | Document | None]
     outcomes: list[Outcome]
 
@@ -81,7 +82,7 @@ class DocumentMaker:
         # Far more characters than so many tokens can stand for: not worth the minutes that tokenizing them takes.
         self.hopeless = section.sequence_len * max(map(len, tokenizer.get_vocab())) * 8
 
-    def make(self, rows: Sequence[Placed]) -> Made:
+    def make(self, rows: Sequence[SourceRow]) -> Made:
         """Return the documents of rows.
 
         Raises DataError at a row that cannot become tokens, unless on_bad_row says to skip it.
@@ -89,7 +90,7 @@ class DocumentMaker:
         texts = self.render(rows)
         return self.fit(texts, self.tokenize(texts))
 
-    def render(self, rows: Sequence[Placed]) -> Texts:
+    def render(self, rows: Sequence[SourceRow]) -> Texts:
         """Return the texts of rows. Raises DataError as `make` does."""
         outcomes: list[Outcome] = []
         return Texts(rows, [self._text(placed, outcomes) for placed in rows], outcomes)
@@ -114,7 +115,7 @@ class DocumentMaker:
             documents.append(fit(document, self.section, outcomes, placed))
         return Made(documents, outcomes)
 
-    def _text(self, placed: Placed, outcomes: list[Outcome]) -> Rendered | Document | None:
+    def _text(self, placed: SourceRow, outcomes: list[Outcome]) -> Rendered | Document | None:
         """One row as text or tokens; None for a row that is skipped, which joins the outcomes."""
         try:
             if isinstance(placed.row, DataError):
@@ -154,7 +155,7 @@ def _renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedT
     return render_all
 
 
-def fit(document: Document, section: DataSection, outcomes: list[Outcome], placed: Placed) -> list[Document]:
+def fit(document: Document, section: DataSection, outcomes: list[Outcome], placed: SourceRow) -> list[Document]:
     """Return a row's document as it is trained on: none, one, or, if it is split, several.
 
     A row that is not taken as it is joins `outcomes`. Raises DataError for one that is too long, if the recipe says so.
@@ -181,7 +182,7 @@ def fit(document: Document, section: DataSection, outcomes: list[Outcome], place
         pieces = [(ids[at : at + limit], labels[at : at + limit]) for at in range(0, stop, limit)]
         if not pieces:
             return []
-    trained = [(ids, labels) for ids, labels in pieces if (labels[1:] != IGNORE).any()]
+    trained = [(ids, labels) for ids, labels in pieces if (labels[1:] != IGNORE_INDEX).any()]
     taken = [(ids, labels) for ids, labels in trained if len(ids) >= section.min_sample_len]
     if not taken:
         outcome(TOO_SHORT if trained else UNTRAINED)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetuner.data.files import Row
 from finetuner.data.formats.base import cell_of, kind_of
+from finetuner.data.row_files import Row
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DatasetEntry
 

@@ -1,7 +1,7 @@
-"""Tokenizers made on the spot: of bytes, of characters, or a byte-level BPE learned from text.
+"""Build new tokenizers: of bytes, of characters, or a byte-level BPE trained on text.
 
-Each is saved as an ordinary fast tokenizer of transformers. All have an end-of-text token, which also pads (padding is
-never trained on), and none puts anything before a text.
+Each is saved as a fast tokenizer of transformers. All have an end-of-text token, which also pads (padding is never
+trained on), and none puts anything before a text.
 """
 
 from collections.abc import Iterable
@@ -14,22 +14,25 @@ UNKNOWN = "<|unknown|>"
 
 
 def _byte_names() -> list[str]:
-    """Byte -> the character that stands for it in a byte-level vocabulary: itself if it can be seen, else one from 256
-    on, in the order of the bytes (GPT-2's choice, which the library's ByteLevel makes too)."""
+    """Return, for each byte, the character that stands for it in a byte-level vocabulary.
+
+    A printable byte stands for itself, the others for characters from 256 on, in the order of the bytes: GPT-2's
+    choice, and that of `tokenizers`' ByteLevel.
+    """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
 
 
 def write_byte_tokenizer(folder: Path) -> None:
-    """257 tokens: token i is byte i, and 256 is end of text."""
+    """Write a tokenizer of 257 tokens: token i is byte i, and 256 is end-of-text."""
     tokenizer = Tokenizer(models.BPE(vocab={name: byte for byte, name in enumerate(_byte_names())}, merges=[]))
     _make_byte_level(tokenizer)
     _write(tokenizer, folder)
 
 
 def write_char_tokenizer(texts: Iterable[str], folder: Path) -> None:
-    """A token for every character of `texts`, in the order of Unicode, then end of text, then one for all others."""
+    """Write a tokenizer of the characters of `texts`, in Unicode order, then end-of-text, then unknown."""
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
@@ -42,7 +45,10 @@ def write_char_tokenizer(texts: Iterable[str], folder: Path) -> None:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Byte-level BPE (arXiv:1508.07909; on bytes, as GPT-2): end of text, 256 bytes, and the most frequent pairs."""
+    """Write a byte-level BPE (arXiv:1508.07909, on bytes as GPT-2's) of `vocab_size` tokens, trained on `texts`.
+
+    Its tokens are end-of-text, the 256 bytes, and the most frequent pairs.
+    """
     tokenizer = Tokenizer(models.BPE())
     _make_byte_level(tokenizer)
     trainer = trainers.BpeTrainer(

@@ -1,34 +1,40 @@
-"""Dataset entries -> rows.
+"""Load the rows of dataset entries.
 
-JSON, CSV and text on this disk or at an address are read by finetuner itself, row by row (`files`). Parquet, Arrow,
+JSON, CSV and text, local or at an address, are read by finetuner itself, row by row (row_files.py). Parquet, Arrow,
 folders of `save_to_disk` and the hub go through the `datasets` library.
 """
 
 import glob
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from finetuner.data.fetch import fetch, is_address
-from finetuner.data.files import Kind, Row, RowFile, local_file
+from finetuner.data.row_files import RawRecord, Row, RowFile
+from finetuner.data.source_files import (
+    builder_of_name,
+    data_file_names,
+    find_row_files,
+    first_split,
+    hub_urls,
+    is_saved_to_disk,
+    require_split,
+    split_names,
+)
 from finetuner.errors import DataError
-from finetuner.recipe.rules import DATA_SUFFIXES, looks_local
+from finetuner.recipe.rules import looks_local
 from finetuner.recipe.sections import DatasetEntry, InstructionFormat
 
 if TYPE_CHECKING:
     import datasets
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
-ROW_KINDS = ("json", "csv", "text")
-_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json")  # of rows, which they do not hold
-_SAMPLE = 100  # rows that are asked for their columns
+_ROWS_TO_CHECK = 100  # rows whose columns are checked before all are read
 
 
-class Placed(NamedTuple):
-    """A row, or what is wrong with it; and where it stands: a file or dataset, and the number from 0 in it."""
+class SourceRow(NamedTuple):
+    """A row, or the error that reading it gave, and its origin: a file or dataset, and its number from 0 there."""
 
     row: Row | DataError
     file: str
@@ -36,20 +42,20 @@ class Placed(NamedTuple):
 
 
 class Source(Protocol):
-    """The rows of one entry, in the files' order."""
+    """The rows of one entry, in the order of its files."""
 
     @property
     def entry(self) -> DatasetEntry: ...
 
     def __len__(self) -> int: ...
 
-    def batches(self, size: int) -> Iterator[list[Placed]]:
-        """`size` rows at a time."""
+    def batches(self, size: int) -> Iterator[list[SourceRow]]:
+        """Yield all rows, `size` at a time."""
 
 
 @dataclass(frozen=True)
 class TableSource:
-    """Rows that the `datasets` library holds."""
+    """Rows of a table of the `datasets` library."""
 
     entry: DatasetEntry
     rows: "datasets.Dataset"
@@ -57,18 +63,18 @@ class TableSource:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batches(self, size: int) -> Iterator[list[Placed]]:
+    def batches(self, size: int) -> Iterator[list[SourceRow]]:
         for start in range(0, len(self.rows), size):
             chunk = self.rows[start : start + size]
             names = list(chunk)
             cells = zip(*chunk.values(), strict=True)
             yield [
-                Placed(dict(zip(names, row, strict=True)), self.entry.path, start + i) for i, row in enumerate(cells)
+                SourceRow(dict(zip(names, row, strict=True)), self.entry.path, start + i) for i, row in enumerate(cells)
             ]
 
 
-class Part(NamedTuple):
-    """Rows [start, stop) of these files, end to end."""
+class FileSlice(NamedTuple):
+    """Rows [start, stop) of these files, counted through all of them."""
 
     files: tuple[RowFile, ...]
     start: int
@@ -77,10 +83,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class FileSource:
-    """Rows that are read from files: every `step`-th row of the parts, from the `first`, and `count` of them."""
+    """Rows that are read from files: `count` rows of the slices, every `step`-th from number `first` on."""
 
     entry: DatasetEntry
-    parts: tuple[Part, ...]
+    slices: tuple[FileSlice, ...]
     count: int
     first: int = 0
     step: int = 1
@@ -88,26 +94,27 @@ class FileSource:
     def __len__(self) -> int:
         return self.count
 
-    def batches(self, size: int) -> Iterator[list[Placed]]:
-        rows = islice(self._placed(), self.count)
+    def batches(self, size: int) -> Iterator[list[SourceRow]]:
+        rows = islice(self._rows(), self.count)
         while batch := list(islice(rows, size)):
             yield batch
 
-    def _placed(self) -> Iterator[Placed]:
-        nth = -1
-        for part in self.parts:
-            at = -1
+    def _rows(self) -> Iterator[SourceRow]:
+        number_in_slices = -1
+        for part in self.slices:
+            number_in_files = -1
             for file in part.files:
                 for number, record in enumerate(file.records()):
-                    at += 1
-                    if not part.start <= at < part.stop:
+                    number_in_files += 1
+                    if not part.start <= number_in_files < part.stop:
                         continue
-                    nth += 1
-                    if nth % self.step == self.first:
-                        yield Placed(parsed(file, record), file.name, number)
+                    number_in_slices += 1
+                    if number_in_slices % self.step == self.first:
+                        yield SourceRow(parse_record(file, record), file.name, number)
 
 
-def parsed(file: RowFile, record: Any) -> Row | DataError:
+def parse_record(file: RowFile, record: RawRecord) -> Row | DataError:
+    """Return the row of a record, or the error that parsing it raised."""
     try:
         return file.parse(record)
     except DataError as error:
@@ -115,7 +122,7 @@ def parsed(file: RowFile, record: Any) -> Row | DataError:
 
 
 def load_source(entry: DatasetEntry, fetched: Path) -> Source:
-    """`fetched` is the folder for files that lie at an address.
+    """Return the rows of an entry; files at an address are downloaded into the folder `fetched`.
 
     Raises DataError if the dataset cannot be read, is empty, or lacks the columns of its type.
     """
@@ -124,151 +131,95 @@ def load_source(entry: DatasetEntry, fetched: Path) -> Source:
     # `datasets` draws its own bars on every rank; ours say the same once.
     datasets.disable_progress_bars()
     try:
-        splits = row_files(entry, fetched)
+        splits = find_row_files(entry, fetched)
         if splits is not None:
             return _file_source(entry, splits)
         rows = _load(entry, fetched)
     except DataError:
         raise
     except Exception as error:  # the library raises anything, from its own errors to a parser's
-        raise DataError(unreadable(entry, error)) from error
+        raise DataError(unreadable_message(entry, error)) from error
     if len(rows) == 0:
-        raise DataError(_no_rows(entry))
+        raise DataError(_no_rows_message(entry))
     require_columns(entry, rows.column_names)
     if entry.shards is not None:
         rows = rows.shard(entry.shards, entry.shards_idx, contiguous=False)
     if entry.max_samples is not None:
         rows = rows.select(range(min(entry.max_samples, len(rows))))
     if len(rows) == 0:
-        raise DataError(_no_row_in_shard(entry))
+        raise DataError(_no_row_in_shard_message(entry))
     return TableSource(entry, rows)
 
 
-def row_files(entry: DatasetEntry, fetched: Path) -> dict[str, tuple[RowFile, ...]] | None:
-    """Split -> its files of JSON, CSV or text on this disk or at an address; None for what only `datasets` can read.
-
-    A file by itself is the split that the entry asks for.
-    """
-    import datasets
-
-    path = Path(entry.path).expanduser()
-    if path.is_file() or is_address(entry.path):
-        kind = entry.ds_type or kind_of_name(entry, entry.path)
-        if kind not in ROW_KINDS:
-            return None
-        files = [path] if path.is_file() else fetch(entry.path, fetched)
-        return {split_name(entry): tuple(_checked_file(entry, file, kind) for file in files)}
-    if not path.is_dir() or is_saved_to_disk(path):
-        return None
-    if entry.ds_type is None and entry.data_files is None:
-        _require_one_kind(entry, path)
-    names: Any = list(entry.data_files) if isinstance(entry.data_files, tuple) else entry.data_files
-    if entry.ds_type is not None:
-        builder = datasets.load_dataset_builder(entry.ds_type, data_dir=str(path), data_files=names)
-    else:
-        builder = datasets.load_dataset_builder(str(path), entry.name, data_files=names)
-    kind = type(builder).__module__.rpartition(".")[2]
-    found = builder.config.data_files or {}
-    if kind not in ROW_KINDS or not all(Path(file).is_file() for files in found.values() for file in files):
-        return None
-    return {str(name): tuple(_checked_file(entry, Path(file), kind) for file in files) for name, files in found.items()}
-
-
-def _require_one_kind(entry: DatasetEntry, folder: Path) -> None:
-    """`datasets` reads the most frequent kind and leaves out the others without a word."""
-    kinds: dict[str, list[str]] = {}
-    for file in sorted(folder.rglob("*")):
-        name = str(file.relative_to(folder))
-        kind = _BUILDERS.get(Path(name.lower().removesuffix(".gz")).suffix)
-        hidden = any(part.startswith((".", "_")) for part in Path(name).parts)
-        if kind is not None and file.is_file() and not hidden and file.name not in _DESCRIPTIONS:
-            kinds.setdefault(kind, []).append(name)
-    if len(kinds) > 1:
-        some = {kind: ", ".join(names[:3]) + ", ..." * (len(names) > 3) for kind, names in kinds.items()}
-        listed = "\n".join(f"  {kind}: {names}" for kind, names in some.items())
-        raise DataError(
-            f"'{entry.path}' holds files of several kinds, of which one would be read:\n{listed}\n"
-            f"Name those to read (`data_files: ['{next(iter(kinds.values()))[0]}']`), each kind in an entry of its own."
-        )
-
-
-def _checked_file(entry: DatasetEntry, path: Path, kind: str) -> RowFile:
-    if path.stat().st_size == 0:
-        raise DataError(f"'{entry.path if path.name in entry.path else path}' is empty (0 bytes).")
-    return local_file(path, rows_of(entry, kind))
-
-
-def rows_of(entry: DatasetEntry, kind: str) -> Kind:
-    """How the files of an entry are cut into rows."""
-    return "document" if kind == "text" and entry.sample_by == "document" else cast("Kind", kind)
-
-
 def _file_source(entry: DatasetEntry, splits: dict[str, tuple[RowFile, ...]]) -> FileSource:
+    """Return the rows of these files that the entry's split, shards and max_samples choose."""
     import datasets
 
-    counts = {}
-    for name in _split_names(entry):
-        if name not in splits:
-            raise DataError(f"'{entry.path}' has no split '{name}'. Its splits are: {', '.join(splits)}.")
-        try:
-            counts[name] = sum(file.count() for file in splits[name])
-        except DataError as error:
-            raise DataError(f"{entry.path}: {error}.") from None
-        except (OSError, EOFError) as error:  # a .gz that is none, or is cut off
-            raise DataError(unreadable(entry, error)) from error
-    if not any(counts.values()):
-        raise DataError(_no_rows(entry))
+    counts = _count_rows(entry, splits)
     chosen = datasets.ReadInstruction.from_spec(entry.split).to_absolute(counts)
-    parts = tuple(
-        Part(splits[one.splitname], one.from_ or 0, counts[one.splitname] if one.to is None else one.to)
+    slices = tuple(
+        FileSlice(splits[one.splitname], one.from_ or 0, counts[one.splitname] if one.to is None else one.to)
         for one in chosen
     )
-    num_rows = sum(part.stop - part.start for part in parts)
+    num_rows = sum(part.stop - part.start for part in slices)
     if num_rows == 0:
         raise DataError(f"'{entry.path}' has no rows in the split '{entry.split}'; it has {sum(counts.values())}.")
     step = entry.shards or 1
     count = len(range(entry.shards_idx, num_rows, step))
     if count == 0:
-        raise DataError(_no_row_in_shard(entry))
-    source = FileSource(entry, parts, min(count, entry.max_samples or count), entry.shards_idx, step)
-    for head in source.batches(_SAMPLE):
-        rows = [placed.row for placed in head if not isinstance(placed.row, DataError)]
-        if rows:
-            require_columns(entry, list(dict.fromkeys(name for row in rows for name in row)))
-        break
+        raise DataError(_no_row_in_shard_message(entry))
+    source = FileSource(entry, slices, min(count, entry.max_samples or count), entry.shards_idx, step)
+    names = _column_names(next(source.batches(_ROWS_TO_CHECK), []))
+    if names is not None:
+        require_columns(entry, names)
     return source
 
 
-def _split_names(entry: DatasetEntry) -> list[str]:
-    return [re.split(r"[\[(]", part.strip())[0] for part in entry.split.split("+")]
+def _column_names(rows: list[SourceRow]) -> list[str] | None:
+    """Return the names of all columns that some row has; None if every row is broken."""
+    parsed = [one.row for one in rows if not isinstance(one.row, DataError)]
+    return list(dict.fromkeys(name for row in parsed for name in row)) if parsed else None
 
 
-def split_name(entry: DatasetEntry) -> str:
-    return _split_names(entry)[0]
+def _count_rows(entry: DatasetEntry, splits: dict[str, tuple[RowFile, ...]]) -> dict[str, int]:
+    """Return the number of rows of each split that the entry names. Raises DataError if there are none."""
+    counts = {}
+    for name in split_names(entry):
+        require_split(entry, name, splits)
+        try:
+            counts[name] = sum(file.count() for file in splits[name])
+        except DataError as error:
+            raise DataError(f"{entry.path}: {error}.") from None
+        except (OSError, EOFError) as error:  # a .gz that is none, or is cut off
+            raise DataError(unreadable_message(entry, error)) from error
+    if not any(counts.values()):
+        raise DataError(_no_rows_message(entry))
+    return counts
 
 
 def _load(entry: DatasetEntry, fetched: Path) -> "datasets.Dataset":
+    """Return the entry's split as `datasets` loads it."""
     import datasets
 
     path = Path(entry.path).expanduser()
     if path.is_file() or is_address(entry.path):
         files = [path] if path.is_file() else fetch(entry.path, fetched)
         return datasets.load_dataset(
-            entry.ds_type or kind_of_name(entry, entry.path),
-            # A part of the cache's key: a copy may keep the time of the last edit, but not that of the copying.
+            entry.ds_type or builder_of_name(entry, entry.path),
+            # Part of the library's cache key: a copied file may keep its time of change, but not its ctime.
             name=f"changed-{files[0].stat().st_ctime_ns}",
-            data_files={split_name(entry): [glob.escape(str(file)) for file in files]},
+            data_files={first_split(entry): [glob.escape(str(file)) for file in files]},
             split=entry.split,
         )
     if is_saved_to_disk(path):
-        return _saved_to_disk(entry, path)
-    names: Any = list(entry.data_files) if isinstance(entry.data_files, tuple) else entry.data_files
+        return _load_saved(entry, path)
+    names = data_file_names(entry)
     if entry.ds_type is not None:
         return datasets.load_dataset(
             entry.ds_type,
             name=entry.name,
             data_dir=str(path) if path.is_dir() else None,
-            data_files=names if path.is_dir() or names is None else at_hub(entry, names),
+            data_files=names if path.is_dir() or names is None else hub_urls(entry, names),
             split=entry.split,
             **({"keep_default_na": False} if entry.ds_type == "csv" else {}),  # "None" and "NA" are words like others
         )
@@ -276,38 +227,20 @@ def _load(entry: DatasetEntry, fetched: Path) -> "datasets.Dataset":
     return datasets.load_dataset(place, entry.name, data_files=names, split=entry.split, revision=entry.revision)
 
 
-def at_hub(entry: DatasetEntry, files: list[str] | str) -> list[str]:
-    revision = f"@{entry.revision}" if entry.revision else ""
-    return [f"hf://datasets/{entry.path}{revision}/{file}" for file in ([files] if isinstance(files, str) else files)]
-
-
-def kind_of_name(entry: DatasetEntry, name: str) -> str:
-    plain = name.partition("?")[0] if is_address(name) else name
-    suffix = Path(plain.lower().removesuffix(".gz")).suffix
-    if suffix not in _BUILDERS and (looks_local(name) or Path(entry.path).expanduser().is_file()):
-        raise DataError(
-            f"'{entry.path}' ends with '{suffix}'; a data file ends with {', '.join(DATA_SUFFIXES)}.\n"
-            "Or say what is in it: `ds_type: json`."
-        )
-    return _BUILDERS.get(suffix, "json")
-
-
-def is_saved_to_disk(path: Path) -> bool:
-    return path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file())
-
-
-def _saved_to_disk(entry: DatasetEntry, path: Path) -> "datasets.Dataset":
-    """A folder that `save_to_disk` wrote: one split without a name, or several."""
+def _load_saved(entry: DatasetEntry, folder: Path) -> "datasets.Dataset":
+    """Return the entry's split of a folder that `save_to_disk` wrote, of one split without a name or of several."""
     import datasets
 
-    found = datasets.load_from_disk(str(path))
-    splits = found if isinstance(found, datasets.DatasetDict) else {split_name(entry): found}
-    parts = datasets.ReadInstruction.from_spec(entry.split).to_absolute({n: len(rows) for n, rows in splits.items()})
-    chosen = [splits[part.splitname].select(range(part.from_ or 0, part.to)) for part in parts]
-    return datasets.concatenate_datasets(chosen)
+    saved = datasets.load_from_disk(str(folder))
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {first_split(entry): saved}
+    chosen = datasets.ReadInstruction.from_spec(entry.split).to_absolute({n: len(rows) for n, rows in splits.items()})
+    return datasets.concatenate_datasets(
+        [splits[one.splitname].select(range(one.from_ or 0, one.to)) for one in chosen]
+    )
 
 
 def require_columns(entry: DatasetEntry, columns: list[str]) -> None:
+    """Raise DataError unless the columns that the entry's `type` needs are among these."""
     missing = [name for name in entry.required_columns if name not in columns]
     if missing:
         kind = "the `type` block" if isinstance(entry.type, InstructionFormat) else f"`type: {entry.type}`"
@@ -318,20 +251,21 @@ def require_columns(entry: DatasetEntry, columns: list[str]) -> None:
         )
 
 
-def _no_row_in_shard(entry: DatasetEntry) -> str:
-    return f"'{entry.path}' has no row in part {entry.shards_idx} of {entry.shards} shards."
+def _no_row_in_shard_message(entry: DatasetEntry) -> str:
+    return f"'{entry.path}' has no row in shard {entry.shards_idx} of {entry.shards}."
 
 
-def _no_rows(entry: DatasetEntry) -> str:
+def _no_rows_message(entry: DatasetEntry) -> str:
     return f"'{entry.path}' has no rows: there is nothing to learn from."
 
 
-def unreadable(entry: DatasetEntry, error: Exception) -> str:
+def unreadable_message(entry: DatasetEntry, error: Exception) -> str:
+    """Return the message for an entry that `datasets` or a parser failed to read."""
     cause: BaseException = error
     while cause.__cause__ is not None:  # the innermost says what is wrong with the file
         cause = cause.__cause__
     reason = " ".join(str(cause).split())[:400] or type(cause).__name__
     if "corresponds to no data" in reason:  # how `datasets` says it of an empty list
-        return _no_rows(entry)
+        return _no_rows_message(entry)
     where = "Check the file." if looks_local(entry.path) else "Check the name, the split and the network."
     return f"cannot read the dataset '{entry.path}' (split '{entry.split}'): {reason}\n{where}"

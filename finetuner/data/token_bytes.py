@@ -1,4 +1,4 @@
-"""How many bytes of text a token stands for: what makes losses of different tokenizers comparable."""
+"""Bytes of text of each token, by which losses of different tokenizers become comparable (bits per byte)."""
 
 import json
 import re
@@ -11,11 +11,11 @@ _ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...] | None:
-    """Id -> bytes in UTF-8; 0 for special tokens, which are no text. None for a tokenizer whose tokens do not say what
-    they stand for (it puts spaces between words, or changes letters).
+    """Return, for each id, the UTF-8 bytes that it stands for; 0 for special tokens, which are no text.
 
-    Three kinds say it: byte-level ones, where a character of the token is a byte; those that write a space as the sign
-    U+2581 and a lone byte as <0x0A>; and those whose tokens are joined as they are.
+    None if the tokens of the tokenizer do not determine them: it puts spaces between words, or changes letters. Three
+    kinds of tokens do: byte-level ones, where a character is a byte; those with U+2581 for a space and <0x0A> for a
+    single byte; and those that are joined as they are.
     """
     backend: Any = tokenizer.backend_tokenizer
     if backend.decoder is None or (backend.normalizer is not None and "Lowercase" in repr(backend.normalizer)):

@@ -1,4 +1,4 @@
-"""The tokenizer, with the tokens that the recipe adds to it."""
+"""Load a tokenizer, with the tokens that the recipe adds to it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer, and the ids of the tokens that were new to it."""
+    """A tokenizer, and the ids of the tokens that the recipe added to it."""
 
     tokenizer: "PreTrainedTokenizerBase"
     new_ids: tuple[int, ...] = ()
@@ -22,16 +22,17 @@ class Vocabulary:
 def load_tokenizer(
     section: TokenizerSection, name: str, trust_remote_code: bool, *, ends: tuple[str, ...] = ()
 ) -> Vocabulary:
-    """The tokenizer of that name or folder, with the section's tokens added. Those that end turns are special tokens:
-    the same word in a row is text.
+    """Return the tokenizer of a hub id or folder, with the section's tokens added.
 
-    Raises ModelError if there is no tokenizer, or none that can say which characters a token stands for."""
+    Added tokens among `ends`, which end turns, become special tokens, so that the same word in a row is ordinary text.
+    Raises ModelError if there is no tokenizer, or none that can say which characters a token stands for.
+    """
     from transformers import AddedToken, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(_no_tokenizer(name, error)) from error
+        raise ModelError(_no_tokenizer_message(name, error)) from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer '{name}' ({type(tokenizer).__name__}) has no fast version, which is needed to find the "
@@ -47,14 +48,14 @@ def load_tokenizer(
     return Vocabulary(tokenizer, tuple(range(before, len(tokenizer))))
 
 
-def _no_tokenizer(name: str, error: Exception) -> str:
+def _no_tokenizer_message(name: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     where = "" if Path(name).is_dir() else f" (no folder of that name in {Path.cwd()}, so it was taken for a hub id)"
     return f"cannot load a tokenizer from '{name}'{where}: {first}\nCheck base_model or tokenizer, and the network."
 
 
 def special_ids(section: TokenizerSection, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Role -> id of the special tokens that the recipe names, such as {"eos_token_id": 2}."""
+    """Return role -> id of the special tokens that the recipe names, such as {"eos_token_id": 2}."""
     named = section.special_tokens.model_dump(exclude_none=True)
     ids: Any = tokenizer.convert_tokens_to_ids(list(named.values()))
     return {f"{role}_id": token_id for role, token_id in zip(named, ids, strict=True)}

@@ -9,9 +9,9 @@ import torch
 
 from finetuner.console import Screen, quiet_libraries
 from finetuner.data.cache import prepare_once
-from finetuner.data.inputs import prepare_rows
-from finetuner.data.prepare import Prepared, held_out_only
-from finetuner.data.templates import chosen_template
+from finetuner.data.chat_templates import choose_template
+from finetuner.data.prepared_data import PreparedData, held_out_only
+from finetuner.data.tokenized_rows import tokenize_rows
 from finetuner.data.tokenizer import load_tokenizer
 from finetuner.errors import DataError, ModelError
 from finetuner.evaluation.answer_scores import score_answers
@@ -47,7 +47,7 @@ class EvaluationInputs:
     settings: EvaluationSettings
     models: ComparedModels
     tokenizer: "PreTrainedTokenizerBase"
-    prepared: Prepared | None
+    prepared: PreparedData | None
     folder: Path | None
 
 
@@ -97,7 +97,9 @@ def inputs_of_run(recipe: Recipe, options: EvaluationOptions, world: World, scre
         quantization=recipe.quantization,
         dtype=settings.dtype,
     )
-    vocabulary, prepared = prepare_rows(recipe, world, settings.plan.seed, screen)
+    vocabulary, prepared = tokenize_rows(
+        recipe.model, recipe.tokenizer, recipe.data, recipe.packing, world=world, seed=settings.plan.seed, screen=screen
+    )
     if not len(prepared.held_out_rows) and options.tasks is None:
         raise DataError(
             "the recipe holds no rows out. Write val_set_size (such as 0.05) or test_datasets, as the training run had."
@@ -114,7 +116,7 @@ def inputs_of_model(
     Raises FinetunerError."""
     models = models_of_folder(target)
     tokenizer = load_tokenizer(TokenizerSection(), models.tokenizer, settings.trust_remote_code).tokenizer
-    tokenizer.chat_template = chosen_template(settings.data, tokenizer.chat_template)
+    tokenizer.chat_template = choose_template(settings.data, tokenizer.chat_template)
     prepared = None
     if options.names_rows:
         section = held_out_only(settings.data) if settings.data.test_datasets else settings.data

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetuner.data.batches import evaluation_batches, layout_of
-from finetuner.data.prepare import Part, Prepared
-from finetuner.data.tokens import IGNORE
+from finetuner.data.batch_sampler import evaluation_batches
+from finetuner.data.batches import layout_of
+from finetuner.data.prepared_data import PreparedData, SourceRange
+from finetuner.data.token_store import IGNORE_INDEX
 from finetuner.evaluation.settings import EvaluationSettings
 from finetuner.models.document_isolation import wants_flat_packs
 from finetuner.objectives.loss_module import LossModule
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def score_held_out(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    prepared: Prepared,
+    prepared: PreparedData,
     settings: EvaluationSettings,
     report: Callable[[int, int], None],
 ) -> dict[str, TextScore]:
@@ -34,7 +35,7 @@ def score_held_out(
     layout = layout_of(settings.packing, settings.data.sequence_len, packed=packed, flat=flat)
     device, done = next(model.parameters()).device, 0
     scores = {}
-    for source in prepared.held_out_parts or (Part("held out", 0, len(rows)),):
+    for source in prepared.held_out_ranges or (SourceRange("held out", 0, len(rows)),):
         loss_sum, num_tokens = 0.0, 0
         numbers = range(source.start, source.stop)
         for batch in evaluation_batches(rows, settings.plan, layout, numbers=numbers):
@@ -43,7 +44,7 @@ def score_held_out(
             done += len(batch.input_ids)
             report(done, len(rows))
         documents = (document for i in numbers for document in rows.documents(i))
-        num_bytes = sum(len(text_of(tokenizer, labels[labels != IGNORE]).encode()) for _, labels in documents)
+        num_bytes = sum(len(text_of(tokenizer, labels[labels != IGNORE_INDEX]).encode()) for _, labels in documents)
         scores[source.name] = TextScore(loss_sum, num_tokens, num_bytes)
     return scores
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from finetuner.data.prepare import Prepared
-from finetuner.data.tokens import IGNORE, Ids
+from finetuner.data.prepared_data import PreparedData
+from finetuner.data.token_store import IGNORE_INDEX, Ids
 from finetuner.evaluation.held_out_loss import text_of
 from finetuner.models.stop_tokens import stop_token_ids
 
@@ -26,14 +26,14 @@ class HeldOutQuestion:
     answer: str
 
 
-def find_questions(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase", most: int) -> list[HeldOutQuestion]:
+def find_questions(prepared: PreparedData, tokenizer: "PreTrainedTokenizerBase", most: int) -> list[HeldOutQuestion]:
     """Return the first `most` held-out rows that ask for one short answer."""
     found: list[HeldOutQuestion] = []
     for i in range(len(prepared.held_out)):
         if len(found) == most:
             break
         ids, labels = prepared.held_out.document(i)
-        (trained,) = np.nonzero(labels != IGNORE)
+        (trained,) = np.nonzero(labels != IGNORE_INDEX)
         # the last token of an answer ends the turn; behind it a template may have a line break
         if 0 < len(trained) <= MAX_ANSWER_TOKENS and trained[0] > 0 and np.ptp(trained) + 1 == len(trained):
             found.append(HeldOutQuestion(ids[: trained[0]], text_of(tokenizer, labels[trained])))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from finetuner.data.cache import prepared_already
-from finetuner.data.prepare import held_out_only
+from finetuner.data.prepared_data import held_out_only
 from finetuner.data.tokenizer import special_ids
 from finetuner.errors import ModelError, RecipeError
 from finetuner.export.merge_options import MergeOptions

@@ -1,0 +1,1 @@
+"""Pages for people: the preview of a recipe's rows as HTML."""

@@ -14,7 +14,7 @@ from finetuner.checkpoint.contents import (
     write_sharded_checkpoint,
 )
 from finetuner.checkpoint.folder import checkpoint_folder, prune, save_checkpoint
-from finetuner.data.step_batches import Feed
+from finetuner.data.train_loader import TrainLoader
 from finetuner.parallel.launch import by_main_rank
 from finetuner.recipe.sections import OutputSection
 from finetuner.storage.atomic import staging_of
@@ -30,7 +30,7 @@ class Checkpointer:
     section: OutputSection
     sharded: bool
     keeps_best: bool
-    feed: Feed
+    loader: TrainLoader
     facts: dict[str, Any]
     observers: tuple[Observer, ...]
 
@@ -44,7 +44,7 @@ class Checkpointer:
 
         def write_all(staging: Path) -> None:
             write(staging)
-            self.feed.write_position(state.step, staging)
+            self.loader.write_position(state.step, staging)
 
         def seal_and_prune() -> None:
             save_checkpoint(folder, state, self.facts | {"model_only": model_only}, write_all)

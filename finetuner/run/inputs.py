@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from finetuner.data.inputs import prepare_rows
-from finetuner.data.prepare import Prepared
+from finetuner.data.prepared_data import PreparedData
+from finetuner.data.tokenized_rows import tokenize_rows
 from finetuner.data.tokenizer import Vocabulary
 from finetuner.estimate.fit import require_fit
 from finetuner.models.attention import choose_attention
@@ -21,7 +21,7 @@ class Inputs:
     """`base`: a folder or hub id; `attention`: implementations to try, the best first."""
 
     vocabulary: Vocabulary
-    prepared: Prepared
+    prepared: PreparedData
     base: str
     attention: tuple[str, ...]
 
@@ -44,7 +44,8 @@ def prepare_inputs(session: Session) -> Inputs:
     from_scratch = recipe.model.base_model == FROM_SCRATCH  # its size is known with its vocabulary
     if not from_scratch:
         require_fit(*sections, plan, world, attention)
-    vocabulary, prepared = prepare_rows(recipe, world, plan.seed, session.screen)
+    rows = (recipe.model, recipe.tokenizer, recipe.data, recipe.packing)
+    vocabulary, prepared = tokenize_rows(*rows, world=world, seed=plan.seed, screen=session.screen)
     base = safetensors_base(recipe.model, recipe.data.dataset_prepared_path, world)
     if from_scratch:
         config = scratch_config(recipe.model.model, vocabulary.tokenizer)

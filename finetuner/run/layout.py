@@ -61,7 +61,7 @@ def lay_over_ranks(session: Session, inputs: Inputs, start: Start, model: BuiltM
     held_out = HeldOut(
         rows=prepared.held_out_rows,
         layout=layout(packed=prepared.held_out_packs is not None),
-        parts=prepared.held_out_parts,
+        parts=prepared.held_out_ranges,
         token_bytes=token_bytes(tokenizer) if len(prepared.held_out_rows) else None,
     )
     # the table of data sheets is of 16-bit formats

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object
 
-from finetuner.data.batches import padding_share
-from finetuner.data.prepare import Prepared
+from finetuner.data.batch_sampler import padding_share
+from finetuner.data.prepared_data import PreparedData
 from finetuner.models.quant_record import record_of
 from finetuner.models.quantized_layers import quantized_layers
 from finetuner.models.trainable import count_parameters
@@ -91,7 +91,7 @@ def _quantized_rows(base: "PreTrainedModel") -> list[tuple[str, str]]:
     return [("base", f"{record.format}: {of}; {num_bytes / 1e6:,.1f} MB in all")]
 
 
-def rows_line(prepared: Prepared, section: DataSection) -> str:
+def rows_line(prepared: PreparedData, section: DataSection) -> str:
     """Return how many rows and tokens there are to train on, and how many are held out."""
     store = prepared.train
     held_out = f", {len(prepared.held_out):,} held out" if len(prepared.held_out) else ""
@@ -103,7 +103,7 @@ def rows_line(prepared: Prepared, section: DataSection) -> str:
     return line + held_out
 
 
-def _padding_line(ready: ReadyToTrain, plan: Plan, prepared: Prepared) -> str:
+def _padding_line(ready: ReadyToTrain, plan: Plan, prepared: PreparedData) -> str:
     what = "packed rows, documents apart" if ready.layout.packed else "padded rows"
     if not len(prepared.train_rows):
         return what

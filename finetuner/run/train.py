@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetuner.checkpoint.contents import read_optimizer
 from finetuner.data.dropped_rows import LISTED
-from finetuner.data.step_batches import Feed, build_feed, prefetched
+from finetuner.data.train_loader import TrainLoader, build_train_loader, prefetching
 from finetuner.models.freed_memory import returning_freed_memory
 from finetuner.parallel.launch import by_main_rank, leave_ranks
 from finetuner.recipe import Recipe
@@ -56,7 +56,7 @@ def fit(session: Session, inputs: Inputs, start: Start, ready: ReadyToTrain) -> 
         read_optimizer(ready.trained, start.checkpoint)
         screen.line(f"resuming from {start.checkpoint}: step {state.step} of {start.schedule.total_steps}")
     print_plan(session, inputs, ready)
-    feed = build_feed(
+    loader = build_train_loader(
         recipe.data,
         inputs.vocabulary.tokenizer,
         inputs.prepared.train_rows,
@@ -64,11 +64,11 @@ def fit(session: Session, inputs: Inputs, start: Start, ready: ReadyToTrain) -> 
         start.schedule,
         ready.layout,
         start.checkpoint,
-        listed=output_dir / LISTED if session.world.is_main else None,
+        dropped_file=output_dir / LISTED if session.world.is_main else None,
         say=screen.line,
     )
     by_main_rank(start.accelerator, lambda: make_room(session, ready, state))
-    ahead = prefetched(feed, start.schedule.total_steps, pin=start.accelerator.device.type == "cuda")
+    ahead = prefetching(loader, start.schedule.total_steps, pin=start.accelerator.device.type == "cuda")
     try:
         with (
             open_observers(session, ready, state.step) as observers,
@@ -80,13 +80,13 @@ def fit(session: Session, inputs: Inputs, start: Start, ready: ReadyToTrain) -> 
                 recipe.output,
                 sharded=session.plan.parallel.sharded_checkpoints,
                 keeps_best=run.guards.saves_best,
-                feed=feed,
+                loader=loader,
                 facts=start.facts,
                 observers=tuple(observers),
             ).save
             state = train_loop(run, batches, state, Hooks(observers, save, stop_requested=lambda: bool(request)))
     finally:
-        _say_what_was_dropped(feed, session)
+        _say_what_was_dropped(loader, session)
     _say_how_it_ended(session, state, start.schedule.total_steps)
     return state
 
@@ -98,9 +98,9 @@ def _say_nothing_to_do(session: Session, start: Start) -> None:
     )
 
 
-def _say_what_was_dropped(feed: Feed, session: Session) -> None:
+def _say_what_was_dropped(loader: TrainLoader, session: Session) -> None:
     """Say which rows of a stream were not trained on as they stand; of prepared rows it is said at the start."""
-    num_read, notes = feed.lost()
+    num_read, notes = loader.dropped_rows()
     if notes:
         listed = session.output_dir / LISTED
         session.screen.line(

@@ -8,9 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetuner.data.batches import Layout, evaluation_batches
-from finetuner.data.prepare import Part
-from finetuner.data.tokens import Rows
+from finetuner.data.batch_sampler import evaluation_batches
+from finetuner.data.batches import Layout
+from finetuner.data.prepared_data import SourceRange
+from finetuner.data.token_store import TokenRows
 from finetuner.objectives.base import Objective, figure_means, step_loss
 from finetuner.objectives.text_score import TextScore
 from finetuner.parallel.engine import Engine
@@ -25,9 +26,9 @@ class HeldOut:
     `token_bytes`: bytes of text that each token stands for, where they are known.
     """
 
-    rows: Rows
+    rows: TokenRows
     layout: Layout
-    parts: tuple[Part, ...] = ()
+    parts: tuple[SourceRange, ...] = ()
     token_bytes: tuple[int, ...] | None = None
 
 
@@ -43,7 +44,7 @@ def evaluate(
 ) -> EvaluationRow:
     """Return the held-out loss after `step` steps. `report` is told of rows that this rank has evaluated."""
     device = accelerator.device
-    parts = held_out.parts or (Part("", 0, len(held_out.rows)),)
+    parts = held_out.parts or (SourceRange("", 0, len(held_out.rows)),)
     num_bytes_of = torch.tensor(held_out.token_bytes or (), device=device)
     num_terms, num_sums = len(objective.terms), len(objective.terms) + len(objective.figures)
     # one row for each source: K sums and F figures, K counts, bytes

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from finetuner.data.batches import Batch
-from finetuner.data.order import mix
+from finetuner.data.shuffling import derive_seed
 from finetuner.errors import PreemptedError
 from finetuner.objectives.base import Objective, figure_means, gradient_scales, step_loss
 from finetuner.parallel.engine import Engine
@@ -119,7 +119,7 @@ def train_step(run: Run, batches: list[Batch], step: int) -> StepStats:
     lr = run.schedule.lr_at(step)
     engine.set_learning_rate(lr)
     # Dropout is a function of (seed, step, rank), so that a resumed run needs no generator's state.
-    torch.manual_seed(mix(plan.seed, step, plan.data_parallel_rank) >> 1)
+    torch.manual_seed(derive_seed(plan.seed, step, plan.data_parallel_rank) >> 1)
     group = [batch.to(accelerator.device) for batch in batches]
     of_batches = [(*objective.counts(b), b.num_trained, b.num_tokens, b.num_pairs) for b in group]
     totals = torch.tensor([sum(one) for one in zip(*of_batches, strict=True)], device=accelerator.device)

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetuner.data.batches import FILLER_ROW, Batch, collate, evaluation_batches, step_batches
-from finetuner.data.order import held_out_rows, mix, row_order
-from finetuner.data.tokens import IGNORE, TokenStore
+from finetuner.data.batch_sampler import evaluation_batches, step_batches
+from finetuner.data.batches import FILLER_ROW, Batch, collate
+from finetuner.data.shuffling import derive_seed, held_out_rows, row_order
+from finetuner.data.token_store import IGNORE_INDEX, TokenStore
 from finetuner.plan.parallel import ParallelPlan
 from finetuner.plan.run import Plan
 from finetuner.plan.schedule import Schedule
@@ -29,7 +30,7 @@ def make_store(rows: int) -> TokenStore:
     for i in range(rows):
         ids = np.array([i + 1, *generator.integers(1, 400, 1 + generator.integers(9)), EOS], dtype=np.int32)
         labels = ids.copy()
-        labels[: 1 + (i % 2) * (len(ids) - 2)] = IGNORE
+        labels[: 1 + (i % 2) * (len(ids) - 2)] = IGNORE_INDEX
         documents.append((ids, labels))
     return TokenStore.of(documents)
 
@@ -84,7 +85,7 @@ def test_the_order_never_changes() -> None:
     assert list(row_order(42, 1, 10)) == [6, 1, 3, 7, 5, 2, 9, 4, 0, 8]
     assert list(row_order(0, 0, 5)) == [4, 2, 1, 3, 0]
     assert list(np.flatnonzero(held_out_rows(42, 20, 0.2))) == [2, 4, 11, 19]
-    assert mix(1, 2, 3) == 15020427595393229491
+    assert derive_seed(1, 2, 3) == 15020427595393229491
 
 
 def test_the_cached_order_cannot_be_written_to() -> None:
@@ -187,7 +188,7 @@ def naive_targets(store: TokenStore, rows: list[int]) -> tuple[list[int], list[i
     for nth, row in enumerate(rows):
         labels = store.document(row)[1]
         for t in range(len(labels) - 1):
-            if labels[t + 1] != IGNORE:
+            if labels[t + 1] != IGNORE_INDEX:
                 positions.append(nth * length + t)
                 targets.append(int(labels[t + 1]))
     return positions, targets

@@ -15,9 +15,10 @@ from conftest import alpaca_rows, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.documents import CUT, SPLIT, SPLIT_IN_PART, TOO_LONG, UNTRAINED
-from finetuner.data.prepare import Prepared, prepare
+from finetuner.data.prepare import prepare_documents
+from finetuner.data.prepared_data import PreparedData
 from finetuner.data.sources import load_source
-from finetuner.data.tokens import IGNORE, TokenStore
+from finetuner.data.token_store import IGNORE_INDEX, TokenStore
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 
@@ -28,15 +29,15 @@ def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def prepared(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Prepared]:
+def prepared(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreparedData]:
     """prepared(*paths, key=value) -> what becomes of these files of alpaca rows."""
 
-    def of(*paths: Path, seed: int = 0, **keys: Any) -> Prepared:
+    def of(*paths: Path, seed: int = 0, **keys: Any) -> PreparedData:
         entries = [{"path": str(path), "type": "alpaca"} for path in paths]
         section = DataSection.model_validate(
             {"datasets": entries, "sequence_len": 4096, "max_dropped_fraction": 1.0} | keys
         )
-        return prepare(section, tokenizer, seed)
+        return prepare_documents(section, tokenizer, seed)
 
     return of
 
@@ -52,7 +53,9 @@ def row(**cells: Any) -> dict[str, Any]:
 # --- formats of files ---
 
 
-def test_one_table_in_four_formats_gives_the_same_documents(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_one_table_in_four_formats_gives_the_same_documents(
+    prepared: Callable[..., PreparedData], tmp_path: Path
+) -> None:
     odd = ["None", "NA", "null", "nan", "", 'a "quoted, comma"', "two\nlines", "1.5 apples", "🦊"]
     rows = alpaca_rows(8) + [row(input=text, output=text) for text in odd]
     jsonl = write_rows(tmp_path / "rows.jsonl", rows)
@@ -69,7 +72,7 @@ def test_one_table_in_four_formats_gives_the_same_documents(prepared: Callable[.
 
 
 def test_a_file_may_have_any_name_and_a_folder_stands_for_its_files(
-    prepared: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Callable[..., PreparedData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = alpaca_rows(5)
     expected = documents(prepared(write_rows(tmp_path / "plain.jsonl", rows)).train)
@@ -82,7 +85,7 @@ def test_a_file_may_have_any_name_and_a_folder_stands_for_its_files(
     assert documents(prepared(Path("~/folder")).train) == expected
 
 
-def test_one_changed_byte_gives_the_new_rows(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_one_changed_byte_gives_the_new_rows(prepared: Callable[..., PreparedData], tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [row(output="x")])
     before = documents(prepared(path).train)
     assert documents(prepared(path).train) == before
@@ -99,7 +102,7 @@ def test_progress_reaches_the_number_of_rows(tokenizer: PreTrainedTokenizerBase,
     path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(1200))
     entry = {"path": str(path), "type": "alpaca"}
     seen: list[tuple[int, int]] = []
-    prepare(DataSection(datasets=[entry]), tokenizer, 0, lambda done, total: seen.append((done, total)))
+    prepare_documents(DataSection(datasets=[entry]), tokenizer, 0, lambda done, total: seen.append((done, total)))
     assert seen == [(512, 1200), (1024, 1200), (1200, 1200)]
 
 
@@ -168,7 +171,7 @@ UNUSABLE: dict[str, tuple[str, str | bytes, str]] = {
 
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_unusable_files_are_refused_in_a_few_lines(
-    prepared: Callable[..., Prepared], tmp_path: Path, name: str
+    prepared: Callable[..., PreparedData], tmp_path: Path, name: str
 ) -> None:
     file_name, content, message = UNUSABLE[name]
     path = tmp_path / file_name
@@ -203,7 +206,7 @@ def test_a_chat_column_of_another_name_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_longer_documents_are_dropped_cut_or_refused_as_the_recipe_says(
-    prepared: Callable[..., Prepared], tmp_path: Path
+    prepared: Callable[..., PreparedData], tmp_path: Path
 ) -> None:
     rows = [row(output="a " * n) for n in (1, 40, 1, 80)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
@@ -230,17 +233,17 @@ def test_longer_documents_are_dropped_cut_or_refused_as_the_recipe_says(
 
 
 def test_parts_of_a_split_row_without_a_trained_token_are_told_of(
-    prepared: Callable[..., Prepared], tmp_path: Path
+    prepared: Callable[..., PreparedData], tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [row(), row(instruction="a " * 200), row(output="a " * 200)])
     length = prepared(path).train.length(0)
     parts = prepared(path, sequence_len=length, excess_length_strategy="split")
     assert parts.counts == {SPLIT: 2, SPLIT_IN_PART: 1}  # the first of them begins with a prompt alone
-    assert (parts.train.labels != IGNORE).sum() == (prepared(path).train.labels != IGNORE).sum()
+    assert (parts.train.labels != IGNORE_INDEX).sum() == (prepared(path).train.labels != IGNORE_INDEX).sum()
 
 
 def test_rows_without_a_trained_token_are_counted_and_left_out(
-    prepared: Callable[..., Prepared], tmp_path: Path
+    prepared: Callable[..., PreparedData], tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [row(), row(instruction="a " * 100), row()])
     length = prepared(path).train.length(0)
@@ -251,7 +254,7 @@ def test_rows_without_a_trained_token_are_counted_and_left_out(
 
 
 def test_nothing_left_is_an_error_that_says_where_the_rows_went(
-    prepared: Callable[..., Prepared], tmp_path: Path
+    prepared: Callable[..., PreparedData], tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(7))
     with pytest.raises(DataError, match=r"no row is left to train on, of 7: 7 rows longer than sequence_len.\nRaise"):
@@ -272,7 +275,7 @@ def test_nothing_left_is_an_error_that_says_where_the_rows_went(
     [(0.0, 50, 0), (0.1, 50, 5), (0.1, 51, 6), (0.001, 50, 1), (0.07, 100, 7), (1, 50, 1), (13, 50, 13), (0.99, 3, 3)],
 )
 def test_held_out_rows_are_a_share_rounded_up_or_a_number(
-    prepared: Callable[..., Prepared], tmp_path: Path, size: float, rows: int, held_out: int
+    prepared: Callable[..., PreparedData], tmp_path: Path, size: float, rows: int, held_out: int
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(rows))
     if held_out == rows:
@@ -287,7 +290,9 @@ def test_held_out_rows_are_a_share_rounded_up_or_a_number(
     assert documents(split.train) == [document for document in whole if document in kept], "the file's order is kept"
 
 
-def test_held_out_rows_depend_on_the_seed_and_nothing_else(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_held_out_rows_depend_on_the_seed_and_nothing_else(
+    prepared: Callable[..., PreparedData], tmp_path: Path
+) -> None:
     path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(60))
     first = documents(prepared(path, val_set_size=0.2).held_out)
     assert documents(prepared(path, val_set_size=0.2).held_out) == first
@@ -302,7 +307,7 @@ def test_held_out_rows_depend_on_the_seed_and_nothing_else(prepared: Callable[..
 
 
 def test_test_datasets_are_held_out_and_datasets_are_joined_in_order(
-    prepared: Callable[..., Prepared], tmp_path: Path
+    prepared: Callable[..., PreparedData], tmp_path: Path
 ) -> None:
     a, b, test = (write_rows(tmp_path / f"{n}.jsonl", alpaca_rows(n)) for n in (3, 4, 5))
     joined = prepared(b, a, test_datasets=[{"path": str(test), "type": "alpaca"}])
@@ -319,7 +324,7 @@ def test_the_store_counts_what_a_loss_counts() -> None:
 
     generator = np.random.default_rng(0)
     docs = [generator.integers(0, 9, size).astype(np.int32) for size in (5, 1, 0, 7, 2)]
-    pairs = [(ids, np.where(generator.random(len(ids)) < 0.5, ids, IGNORE).astype(np.int32)) for ids in docs]
+    pairs = [(ids, np.where(generator.random(len(ids)) < 0.5, ids, IGNORE_INDEX).astype(np.int32)) for ids in docs]
     pairs[0][1][0] = pairs[1][1][0] = 3  # first tokens, which no position predicts
     store = TokenStore.of(pairs)
     assert [store.length(i) for i in range(len(store))] == [5, 1, 0, 7, 2]
@@ -329,7 +334,10 @@ def test_the_store_counts_what_a_loss_counts() -> None:
         assert (store.document(i)[1] == labels).all()
     summed = sum(
         torch.nn.functional.cross_entropy(
-            torch.zeros(len(labels) - 1, 9), torch.from_numpy(labels[1:]).long(), ignore_index=IGNORE, reduction="sum"
+            torch.zeros(len(labels) - 1, 9),
+            torch.from_numpy(labels[1:]).long(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
         ).item()
         for _, labels in pairs
         if len(labels) > 1

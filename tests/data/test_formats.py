@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from finetuner.data.cache import _code_facts
 from finetuner.data.formats import load_format
-from finetuner.data.prepare import Prepared, prepare
-from finetuner.data.tokens import IGNORE
+from finetuner.data.prepare import prepare_documents
+from finetuner.data.prepared_data import PreparedData
+from finetuner.data.token_store import IGNORE_INDEX
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 from finetuner.recipe.sections.datasets import KEYS_OF_TYPE, ROW_TYPES
@@ -104,12 +105,12 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def learn(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], folder: Path, **keys: Any) -> Prepared:
+def learn(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], folder: Path, **keys: Any) -> PreparedData:
     """What training sees of the rows, written to a file and read as a recipe would have them read."""
     path = write_rows(folder / "rows.jsonl", rows)
     kind = "chat_template" if "messages" in rows[0] else "alpaca"
     values = {"datasets": [{"path": str(path), "type": kind}], "sequence_len": 100_000} | keys
-    return prepare(DataSection.model_validate(values), tokenizer, seed=0)
+    return prepare_documents(DataSection.model_validate(values), tokenizer, seed=0)
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Any) -> str:
@@ -122,7 +123,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Any) -> str:
 
 def trained_texts(tokenizer: PreTrainedTokenizerBase, ids: Any, labels: Any) -> list[str]:
     """Each unbroken run of trained tokens, as text."""
-    trained = labels != IGNORE
+    trained = labels != IGNORE_INDEX
     assert (labels[trained] == ids[trained]).all()
     borders = np.flatnonzero(np.diff(trained, prepend=False, append=False))
     return [decoded(tokenizer, ids[a:b]) for a, b in borders.reshape(-1, 2)]
@@ -207,7 +208,7 @@ def test_train_on_inputs_learns_all_but_the_bos(tokenizer: PreTrainedTokenizerBa
     store = learn(adds_bos(tokenizer), ROWS, tmp_path, train_on_inputs=True).train
     for i in range(len(ROWS)):
         ids, labels = store.document(i)
-        assert list(labels) == [IGNORE, *ids[1:]]
+        assert list(labels) == [IGNORE_INDEX, *ids[1:]]
     ids, labels = learn(tokenizer, [chat("a", "b")], tmp_path, train_on_inputs=True).train.document(0)
     assert (ids == labels).all()
 
@@ -325,7 +326,7 @@ def test_keys_that_other_messages_have_are_not_given_to_a_template(
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)  # a table gives all other messages a null for it
     entry = {"path": str(path), "type": "chat_template"}
-    of_table = prepare(DataSection.model_validate({"datasets": [entry]}), tokenizer, seed=0).train
+    of_table = prepare_documents(DataSection.model_validate({"datasets": [entry]}), tokenizer, seed=0).train
     assert (of_table.ids == store.ids).all()
     assert decoded(tokenizer, store.document(0)[0]).startswith("<|im_start|>user\na")
     assert decoded(tokenizer, store.document(1)[0]).startswith("<|im_start|>user Ann\na")
@@ -389,7 +390,7 @@ def test_a_role_that_the_template_leaves_out_is_an_error_that_names_it(
         learn(tokenizer, [chat("a", "b"), row], tmp_path)
     assert len(learn(tokenizer, [chat("a", "b"), row] * 5, tmp_path, on_bad_row="skip").train) == 5
     named = {"path": str(tmp_path / "rows.jsonl"), "type": "chat_template", "roles": {"assistant": ["critic"]}}
-    store = prepare(DataSection.model_validate({"datasets": [named]}), tokenizer, seed=0).train
+    store = prepare_documents(DataSection.model_validate({"datasets": [named]}), tokenizer, seed=0).train
     assert trained_texts(tokenizer, *store.document(1)) == ["b<|im_end|>", "bad<|im_end|>"]
 
 
@@ -429,7 +430,7 @@ def real_file(name: str) -> Path:
 def test_real_alpaca_rows_are_learned_to_the_letter(tokenizer: PreTrainedTokenizerBase) -> None:
     path = real_file("alpaca_en_demo.json")
     section = DataSection.model_validate({"datasets": [{"path": str(path), "type": "alpaca"}], "sequence_len": 100_000})
-    store = prepare(section, tokenizer, seed=0).train
+    store = prepare_documents(section, tokenizer, seed=0).train
     rows = json.loads(path.read_text())
     assert len(store) == len(rows)
     for i, row in enumerate(rows):
@@ -439,7 +440,9 @@ def test_real_alpaca_rows_are_learned_to_the_letter(tokenizer: PreTrainedTokeniz
 def test_real_conversations_are_learned_to_the_letter(tokenizer: PreTrainedTokenizerBase) -> None:
     path = real_file("kto_en_demo.json")
     entry = {"path": str(path), "type": "chat_template"}
-    store = prepare(DataSection.model_validate({"datasets": [entry], "sequence_len": 100_000}), tokenizer, seed=0).train
+    store = prepare_documents(
+        DataSection.model_validate({"datasets": [entry], "sequence_len": 100_000}), tokenizer, seed=0
+    ).train
     rows = json.loads(path.read_text())
     assert len(store) == len(rows)
     for i, row in enumerate(rows):

@@ -16,8 +16,9 @@ from conftest import SHARED_DATA, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.documents import BLANK
-from finetuner.data.prepare import Prepared, prepare
-from finetuner.data.tokens import IGNORE
+from finetuner.data.prepare import prepare_documents
+from finetuner.data.prepared_data import PreparedData
+from finetuner.data.token_store import IGNORE_INDEX
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 
@@ -45,15 +46,15 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     return json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
 
 
-def learned(tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> list[list[tuple[str, bool]]]:
+def learned(tokenizer: PreTrainedTokenizerBase, prepared: PreparedData) -> list[list[tuple[str, bool]]]:
     """Each document as its runs of learned and unlearned text."""
     documents = []
     for i in range(len(prepared.train)):
         ids, labels = prepared.train.document(i)
         runs: list[tuple[list[int], bool]] = []
         for token, label in zip(ids.tolist(), labels.tolist(), strict=True):
-            if not runs or runs[-1][1] != (label != IGNORE):
-                runs.append(([], label != IGNORE))
+            if not runs or runs[-1][1] != (label != IGNORE_INDEX):
+                runs.append(([], label != IGNORE_INDEX))
             runs[-1][0].append(token)
         documents.append([(tokenizer.decode(tokens), trained) for tokens, trained in runs])
     return documents
@@ -69,9 +70,9 @@ def merged(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
     return runs
 
 
-def prepared_from(tokenizer: PreTrainedTokenizerBase, entry: dict[str, Any], **keys: Any) -> Prepared:
+def prepared_from(tokenizer: PreTrainedTokenizerBase, entry: dict[str, Any], **keys: Any) -> PreparedData:
     values = {"datasets": [entry], "sequence_len": 1_000_000, "max_dropped_fraction": 1.0} | keys
-    return prepare(DataSection.model_validate(values), tokenizer, seed=0)
+    return prepare_documents(DataSection.model_validate(values), tokenizer, seed=0)
 
 
 # --- instructions ---
@@ -212,7 +213,7 @@ def test_real_rows_as_segments_prompts_and_tokens_learn_the_answer(
     for row in prompts:
         asked, answer = (tokenizer.encode(text, add_special_tokens=False) for text in row.values())
         ids = [*asked, *answer, tokenizer.eos_token_id]
-        tokens.append({"input_ids": ids, "labels": [IGNORE] * len(asked) + ids[len(asked) :]})
+        tokens.append({"input_ids": ids, "labels": [IGNORE_INDEX] * len(asked) + ids[len(asked) :]})
     for kind, table in (("prompt_completion", prompts), ("input_output", segments), (None, tokens)):
         entry = {"path": str(write_rows(tmp_path / f"{kind}.jsonl", table)), "type": kind}
         assert learned(tokenizer, prepared_from(tokenizer, entry)) == expected, kind

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.cli import main
 from finetuner.commands.preview_text import in_color, with_marks
-from finetuner.data.preview import shown, visible
-from finetuner.data.tokens import IGNORE
+from finetuner.data.preview import escape_invisible, token_runs
+from finetuner.data.token_store import IGNORE_INDEX
 
 EOS = "<|endoftext|>"
 ROWS = [
@@ -92,14 +92,14 @@ def test_marks_and_colours_say_what_the_labels_say(tokenizer: PreTrainedTokenize
     text = "plain 🦊 ﷽ words " + EOS + " and more"
     ids = tokenizer(text)["input_ids"]
     for split in range(len(ids) + 1):
-        labels = [IGNORE] * split + ids[split:]
+        labels = [IGNORE_INDEX] * split + ids[split:]
         for singly in (False, True):
-            pieces = list(shown(ids, labels, tokenizer, singly=singly))
+            pieces = list(token_runs(ids, labels, tokenizer, singly=singly))
             assert [i for piece in pieces for i in piece.ids] == ids
             assert [i for piece in pieces if piece.trained for i in piece.ids] == ids[split:]
             assert [piece.text for piece in pieces if piece.special] == [EOS]
     split = ids.index(tokenizer.eos_token_id)
-    pieces = list(shown(ids, labels := [IGNORE] * split + ids[split:], tokenizer))
+    pieces = list(token_runs(ids, labels := [IGNORE_INDEX] * split + ids[split:], tokenizer))
     marked = with_marks(iter(pieces), ids=False)
     learned = tokenizer.decode(ids[split:])
     assert re.sub("[⟦⟧‹›]", "", marked) == text
@@ -109,12 +109,12 @@ def test_marks_and_colours_say_what_the_labels_say(tokenizer: PreTrainedTokenize
         colored.plain[span.start : span.end] for span in colored.spans if str(span.style).startswith("bold")
     )
     assert (colored.plain, green) == (text, learned)
-    numbered = with_marks(shown(ids, labels, tokenizer, singly=True), ids=True)
+    numbered = with_marks(token_runs(ids, labels, tokenizer, singly=True), ids=True)
     assert [int(number) for number in re.findall(r"·(\d+)", numbered)] == ids
 
 
 def test_nothing_that_cannot_be_seen_is_left_out() -> None:
-    assert visible("a\r\n\t\0\x7f\u202e\u200bé🦊") == "a␍⏎\n⇥␀\\u007f\\u202e\\u200bé🦊"
+    assert escape_invisible("a\r\n\t\0\x7f\u202e\u200bé🦊") == "a␍⏎\n⇥␀\\u007f\\u202e\\u200bé🦊"
 
 
 def test_the_page_stands_alone_escapes_rows_and_has_the_numbers(

@@ -21,8 +21,8 @@ from test_batches import all_ranks, make_plan
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.batches import Layout
-from finetuner.data.step_batches import Prefetched, StreamFeed, prefetched
-from finetuner.data.stream import RowStream, StreamState, cut_into_rows
+from finetuner.data.row_stream import RowStream, StreamState, cut_into_rows
+from finetuner.data.train_loader import Prefetcher, StreamLoader, prefetching
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 
@@ -138,7 +138,7 @@ def test_ranks_share_the_rows_of_a_step_and_their_number_changes_nothing(opened:
     seen = []
     for ranks, micro, accum in ((1, 4, 1), (2, 1, 2), (4, 1, 1)):
         plan = make_plan(ranks, micro, accum)
-        feeds = [StreamFeed(opened([entry]), mine, Layout(pad_to=32)) for mine in all_ranks(plan)]
+        feeds = [StreamLoader(opened([entry]), mine, Layout(pad_to=32)) for mine in all_ranks(plan)]
         steps = []
         for step in range(6):
             rows = [row.numpy().tobytes() for feed in feeds for batch in feed.batches(step) for row in batch.input_ids]
@@ -168,7 +168,7 @@ def test_a_stream_says_what_it_cannot_use(opened: Opener, tmp_path: Path) -> Non
 
 
 def test_the_next_batches_are_made_while_a_step_is_computed(opened: Opener, tmp_path: Path) -> None:
-    feed = StreamFeed(opened([texts(tmp_path, "a", 30)]), make_plan(1, 2), Layout(pad_to=32))
+    feed = StreamLoader(opened([texts(tmp_path, "a", 30)]), make_plan(1, 2), Layout(pad_to=32))
     plain = [feed.batches(step)[0].input_ids for step in range(6)]
     again = replace(feed, stream=opened([texts(tmp_path, "a", 30)]))
     threads = set()
@@ -177,8 +177,8 @@ def test_the_next_batches_are_made_while_a_step_is_computed(opened: Opener, tmp_
         threads.add(threading.current_thread().name)
         return again.batches(step)
 
-    with prefetched(again, 6, pin=False) as ahead:
-        ahead.make = make
+    with prefetching(again, 6, pin=False) as ahead:
+        ahead.load = make
         for step in range(6):
             assert torch.equal(ahead(step)[0].input_ids, plain[step])
             if step < 5:
@@ -216,7 +216,7 @@ def test_a_block_that_is_not_needed_any_more_is_given_up(opened: Opener, tmp_pat
 
 
 def test_an_error_in_the_background_reaches_the_step_that_needs_the_batch(opened: Opener, tmp_path: Path) -> None:
-    feed = StreamFeed(opened([texts(tmp_path, "a", 3)]), make_plan(1, 2), Layout(pad_to=32))
+    feed = StreamLoader(opened([texts(tmp_path, "a", 3)]), make_plan(1, 2), Layout(pad_to=32))
 
     def make(step: int) -> list:
         if step == 1:
@@ -224,9 +224,9 @@ def test_an_error_in_the_background_reaches_the_step_that_needs_the_batch(opened
             raise DataError("row 7 is broken")
         return feed.batches(step)
 
-    with prefetched(feed, 3, pin=False) as ahead:
-        ahead.make = make
-        assert isinstance(ahead, Prefetched)
+    with prefetching(feed, 3, pin=False) as ahead:
+        ahead.load = make
+        assert isinstance(ahead, Prefetcher)
         ahead(0)
         with pytest.raises(DataError, match="row 7 is broken"):
             ahead(1)

@@ -30,9 +30,10 @@ from finetuner.data import encoding
 from finetuner.data import prepare as preparation
 from finetuner.data.cache import SETTLED_NS, prepare_once, source_facts
 from finetuner.data.documents import BAD, DUPLICATE
-from finetuner.data.files import CHUNK, local_file
-from finetuner.data.mixing import mixed
-from finetuner.data.prepare import BY_WEIGHT, Prepared, packed, prepare, require_kept, source_names
+from finetuner.data.mixture import select_mixture
+from finetuner.data.prepare import BY_WEIGHT, prepare_documents, source_names
+from finetuner.data.prepared_data import PreparedData, pack_documents, require_few_dropped
+from finetuner.data.row_files import READ_BYTES, local_file
 from finetuner.data.sources import load_source
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry, PackingSection
@@ -179,7 +180,7 @@ def test_shards_are_every_nth_row_and_together_all_rows(tmp_path: Path) -> None:
     assert shards[1] == text(1, 4, 7)
     assert Counter(one for shard in shards for one in shard) == Counter(text(*range(10)))
     assert rows_of(path, tmp_path, shards=3, max_samples=2) == text(0, 3)
-    with pytest.raises(DataError, match="no row in part 11 of 12 shards"):
+    with pytest.raises(DataError, match="no row in shard 11 of 12"):
         rows_of(path, tmp_path, shards=12, shards_idx=11)
 
 
@@ -214,7 +215,10 @@ def test_every_way_to_write_rows_gives_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_a_list_is_the_same_wherever_it_is_cut_into_pieces(tmp_path: Path) -> None:
-    values = [{"text": "x" * size, "n": [size, 1.5, None, {"a": '[{"]'}]} for size in (1, CHUNK - 40, 7, 2 * CHUNK, 3)]
+    values = [
+        {"text": "x" * size, "n": [size, 1.5, None, {"a": '[{"]'}]}
+        for size in (1, READ_BYTES - 40, 7, 2 * READ_BYTES, 3)
+    ]
     path = tmp_path / "a.json"
     for shift in range(12):
         path.write_text("[" + " " * shift + json.dumps(values)[1:])
@@ -234,9 +238,9 @@ def test_rows_need_not_have_one_schema_and_a_cell_may_be_huge(
     path = write_rows(tmp_path / "rows.jsonl", rows)
     entry = {"path": str(path), "type": "alpaca"}
     section = DataSection.model_validate({"datasets": [entry], "max_dropped_fraction": 0.5, "sequence_len": 256})
-    prepared = prepare(section, tokenizer, 0)
+    prepared = prepare_documents(section, tokenizer, 0)
     assert (len(prepared.train), prepared.notes) == (3, ["1 rows longer than sequence_len"])
-    require_kept(prepared, section)
+    require_few_dropped(prepared, section)
 
 
 def test_bad_rows_are_skipped_and_listed_with_their_file_and_row(
@@ -260,8 +264,8 @@ def test_bad_rows_are_skipped_and_listed_with_their_file_and_row(
     }
     section = DataSection.model_validate(keys | {"max_dropped_fraction": 0.5})
     prepared = prepare_once(section, PackingSection(), tokenizer, 0, World())
-    assert prepared.listed is not None
-    listed = [json.loads(line) for line in prepared.listed.read_text().splitlines()]
+    assert prepared.dropped_file is not None
+    listed = [json.loads(line) for line in prepared.dropped_file.read_text().splitlines()]
     assert [(Path(one["source"]).name, one["row"], one["reason"]) for one in listed] == [
         ("train-a.jsonl", 1, BAD),
         *(("train-b.jsonl", i, BAD) for i in range(4)),
@@ -278,7 +282,7 @@ def test_bad_rows_are_skipped_and_listed_with_their_file_and_row(
         prepare_once(DataSection.model_validate(keys), PackingSection(), tokenizer, 0, World())
     assert "45.5% of the 11 rows would be dropped, and max_dropped_fraction allows 20%" in str(caught.value)
     assert "5 rows that cannot become text" in str(caught.value)
-    assert str(prepared.listed) in str(caught.value)
+    assert str(prepared.dropped_file) in str(caught.value)
 
 
 _PREPARE = """
@@ -326,7 +330,7 @@ def test_a_killed_preparation_leaves_nothing_and_of_two_at_once_one_does_the_wor
     assert not list(prepared_path.glob("*.tmp")), "nor is anything left of the one that was killed"
     assert len(list(prepared_path.glob("*/prepared.json"))) == 1
 
-    monkeypatch.setattr("finetuner.data.cache.prepare", None)  # a further start prepares nothing
+    monkeypatch.setattr("finetuner.data.cache.prepare_documents", None)  # a further start prepares nothing
     assert prepare_once(section, PackingSection(), tokenizer, 0, World()).train.sha256 == one
     short = section.model_copy(update={"datasets": (section.datasets[0].model_copy(update={"max_samples": 50}),)})
     with pytest.raises(TypeError):
@@ -383,9 +387,9 @@ def test_what_is_wrong_with_an_earlier_row_is_told_first(tokenizer: PreTrainedTo
     keys = {"datasets": [{"path": str(tmp_path / "a.jsonl"), "type": "completion"}], "sequence_len": 100}
     section = DataSection.model_validate(keys | {"excess_length_strategy": "raise"})
     with pytest.raises(DataError, match=r"row 700: \d+ tokens, but sequence_len is 100"):
-        prepare(section, tokenizer, 0)
+        prepare_documents(section, tokenizer, 0)
     with pytest.raises(DataError, match="row 1300: line 1301 is broken JSON"):
-        prepare(DataSection.model_validate(keys), tokenizer, 0)
+        prepare_documents(DataSection.model_validate(keys), tokenizer, 0)
 
 
 def test_the_same_documents_come_out_however_many_rows_are_taken_at_once(
@@ -407,7 +411,7 @@ def test_the_same_documents_come_out_however_many_rows_are_taken_at_once(
         monkeypatch.setattr(encoding, "CHARACTERS_AT_ONCE", characters)
         folder = tmp_path / name
         folder.mkdir()
-        prepare(section, tokenizer, 0, into=folder)
+        prepare_documents(section, tokenizer, 0, into=folder)
         folders.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert folders[0] == folders[1] == folders[2]
     assert len(folders[0]["dropped.jsonl"].splitlines()) > 10 and len(folders[0]["train.ids"]) > 4000
@@ -428,7 +432,7 @@ def test_a_mixture_has_the_shares_of_its_weights_and_repeats_nothing(
     generator = np.random.default_rng(len(sizes))
     lengths = [generator.integers(1, 50, size) for size in sizes]
     weights = weights[: len(sizes)]
-    masks = mixed(lengths, weights, 3, by_tokens=by_tokens)
+    masks = select_mixture(lengths, weights, 3, by_tokens=by_tokens)
     amounts = [int(one[mask].sum()) if by_tokens else int(mask.sum()) for one, mask in zip(lengths, masks, strict=True)]
     full = [int(one.sum()) if by_tokens else len(one) for one in lengths]
     unit = min(size / weight for size, weight in zip(full, weights, strict=True))
@@ -445,7 +449,7 @@ def test_weights_choose_documents_at_preparation_and_say_so(tokenizer: PreTraine
     ]
     (tmp_path / "into").mkdir()
     section = DataSection.model_validate({"datasets": entries, "val_set_size": 10})
-    prepared = prepare(section, tokenizer, 0, into=tmp_path / "into")
+    prepared = prepare_documents(section, tokenizer, 0, into=tmp_path / "into")
     a, b = prepared.shares
     assert (a.name, b.name, a.held_out + b.held_out) == ("a.jsonl", "b.jsonl", 10)
     assert a.train == 40 - a.held_out
@@ -454,9 +458,9 @@ def test_weights_choose_documents_at_preparation_and_say_so(tokenizer: PreTraine
     decoded = [tokenizer.decode(prepared.train.document(i)[0][:-1]) for i in range(len(prepared.train))]
     assert len(set(decoded)) == len(decoded) == a.train + b.train
     assert [int(one.split()[1]) >= 100 for one in decoded] == [False] * a.train + [True] * b.train
-    again = prepare(section, tokenizer, 0)
+    again = prepare_documents(section, tokenizer, 0)
     assert again.train.sha256 == prepared.train.sha256
-    assert prepare(section, tokenizer, 1).train.sha256 != prepared.train.sha256
+    assert prepare_documents(section, tokenizer, 1).train.sha256 != prepared.train.sha256
 
 
 @pytest.mark.parametrize("size", [0.2, 5])
@@ -467,18 +471,20 @@ def test_equal_rows_are_learned_once_and_never_when_held_out(
     path = write_rows(tmp_path / "rows.jsonl", rows)
     base = {"datasets": [{"path": str(path), "type": "completion"}], "dataset_exact_deduplication": True}
 
-    def documents(prepared: Prepared) -> tuple[list[bytes], list[bytes]]:
+    def documents(prepared: PreparedData) -> tuple[list[bytes], list[bytes]]:
         train, held = prepared.train, prepared.held_out
         return [train.document(i)[0].tobytes() for i in range(len(train))], [
             held.document(i)[0].tobytes() for i in range(len(held))
         ]
 
-    train, held = documents(split := prepare(DataSection.model_validate(base | {"val_set_size": size}), tokenizer, 0))
+    train, held = documents(
+        split := prepare_documents(DataSection.model_validate(base | {"val_set_size": size}), tokenizer, 0)
+    )
     assert split.counts == {DUPLICATE: 40}
     assert held
     assert len(set(train + held)) == len(train + held) == 20
     test = [{"path": str(texts(tmp_path / "test.jsonl", 5)), "type": "completion"}]
-    train, held = documents(prepare(DataSection.model_validate(base | {"test_datasets": test}), tokenizer, 0))
+    train, held = documents(prepare_documents(DataSection.model_validate(base | {"test_datasets": test}), tokenizer, 0))
     assert (len(train), len(held)) == (15, 5), "the test rows stay, and their equals are not learned"
     assert not set(train) & set(held)
 
@@ -491,10 +497,10 @@ def test_held_out_rows_are_known_by_their_source_packed_or_not(
     paths = [texts(tmp_path / "rows.jsonl", 9), texts(folder / "rows.jsonl", 4, first=50)]
     entries = [{"path": str(path), "type": "completion"} for path in paths]
     section = DataSection.model_validate({"datasets": entries[:1], "test_datasets": entries, "sequence_len": 16})
-    prepared = prepare(section, tokenizer, 0)
-    assert [tuple(part) for part in prepared.held_out_parts] == [("rows.jsonl", 0, 9), ("rows.jsonl train", 9, 13)]
-    packs = packed(prepared, 16, train=False, held_out=True)
-    first, second = packs.held_out_parts
+    prepared = prepare_documents(section, tokenizer, 0)
+    assert [tuple(part) for part in prepared.held_out_ranges] == [("rows.jsonl", 0, 9), ("rows.jsonl train", 9, 13)]
+    packs = pack_documents(prepared, 16, train=False, held_out=True)
+    first, second = packs.held_out_ranges
     assert (first.start, first.stop, second.stop) == (0, second.start, len(packs.held_out_rows))
     for part, documents in ((first, range(9)), (second, range(9, 13))):
         inside = [ids.tobytes() for i in range(part.start, part.stop) for ids, _ in packs.held_out_rows.documents(i)]

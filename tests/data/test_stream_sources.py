@@ -22,10 +22,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from finetuner.data.batches import Layout
 from finetuner.data.documents import BAD, TOO_LONG, Outcome
 from finetuner.data.dropped_rows import DroppedRowsFile
-from finetuner.data.reconnecting import PATIENT, Patience, SteadyFile, open_http
-from finetuner.data.step_batches import StreamFeed, build_feed
-from finetuner.data.stream import RowStream
-from finetuner.data.stream_source import START, EndlessRows
+from finetuner.data.remote_files import DEFAULT_RETRY, ReconnectingFile, RetryPolicy, open_http_at
+from finetuner.data.row_stream import RowStream
+from finetuner.data.streaming_source import START, StreamingSource
+from finetuner.data.train_loader import StreamLoader, build_train_loader
 from finetuner.errors import CheckpointError, DataError, LostConnectionError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 
@@ -42,7 +42,7 @@ def texts(path: Path, count: int, first: int = 0) -> Path:
 def streamed(path: object, folder: Path, count: int, place: list[int] | None = None, **keys: Any) -> list[int]:
     """The numbers of the next texts of a stream of an entry, from a place on."""
     entry = DatasetEntry.model_validate({"path": str(path), "type": "completion"} | keys)
-    rows = EndlessRows(entry, START if place is None else place, folder, keys.get("patience", PATIENT))
+    rows = StreamingSource(entry, START if place is None else place, folder, keys.get("retry", DEFAULT_RETRY))
     numbers: list[int] = []
     while len(numbers) < count:
         for placed, _ in rows.take(3):
@@ -119,7 +119,7 @@ def test_reading_goes_on_where_a_connection_broke_and_says_so(serve: Serve, rang
     fate.cuts, fate.ranges = [100_000, -1, 150_000 if ranges else 170_000, 0, None], ranges
     said: list[str] = []
     name = f"{address}/rows.jsonl"
-    with SteadyFile(name, partial(open_http, name), Patience(said.append, (0.0, 0.01))) as file:
+    with ReconnectingFile(name, partial(open_http_at, name), RetryPolicy(said.append, (0.0, 0.01))) as file:
         read = b"".join(iter(lambda: file.read(7_000), b""))
     assert read == data
     assert [one.rpartition(" (")[0] for one in said] == [f"note: the connection to {name} broke"] * 4
@@ -133,7 +133,7 @@ def test_a_server_that_stays_away_ends_the_run_with_what_to_type(serve: Serve) -
     address, fate = serve(os.urandom(1_000))
     fate.cuts = [100, 0, 0]
     name = f"{address}/rows.jsonl"
-    with SteadyFile(name, partial(open_http, name), Patience(waits=(0.0, 0.0))) as file:
+    with ReconnectingFile(name, partial(open_http_at, name), RetryPolicy(wait_seconds=(0.0, 0.0))) as file:
         assert len(file.read(100)) == 100
         with pytest.raises(LostConnectionError, match=r"(?s)it ended 900 bytes.*3 times.*resume_from_checkpoint=true"):
             file.read(100)
@@ -144,7 +144,7 @@ def test_a_file_that_another_one_replaces_is_not_read_on(serve: Serve) -> None:
     address, fate = serve(os.urandom(1_000))
     fate.cuts = [100]
     name = f"{address}/rows.jsonl"
-    with SteadyFile(name, partial(open_http, name), Patience(waits=(0.0,))) as file:
+    with ReconnectingFile(name, partial(open_http_at, name), RetryPolicy(wait_seconds=(0.0,))) as file:
         file.read(100)
         fate.etag = '"2"'
         with pytest.raises(DataError, match="replaced by another file while it was read"):
@@ -159,11 +159,11 @@ def test_what_waiting_does_not_mend_is_said_at_once(serve: Serve, tmp_path: Path
     entry = DatasetEntry(path=f"{address}/a.jsonl", type="completion")
     fate.cuts = [-1] * 9
     with pytest.raises(LostConnectionError, match="HTTP Error 503"):
-        EndlessRows(entry, START, tmp_path, Patience(said.append, (0.0,)))
+        StreamingSource(entry, START, tmp_path, RetryPolicy(said.append, (0.0,)))
     assert len(said) == 1
     with pytest.raises(DataError, match=r"a.jsonl: it has no rows"):
         fate.cuts = []
-        EndlessRows(entry, START, tmp_path, PATIENT).take(1)
+        StreamingSource(entry, START, tmp_path, DEFAULT_RETRY).take(1)
 
 
 # --- from everywhere ---
@@ -176,13 +176,13 @@ def test_a_stream_from_a_server_is_whole_packed_or_not_however_it_breaks(serve: 
         address, fate = serve(body)
         fate.cuts = [None, len(body) // 3, len(body) // 3]  # the first one asks for size and date only
         entry = DatasetEntry(path=f"{address}/{name}", type="completion")
-        rows = EndlessRows(entry, START, tmp_path, Patience(said.append, (0.0,)))
+        rows = StreamingSource(entry, START, tmp_path, RetryPolicy(said.append, (0.0,)))
         numbers: list[int] = []
         while len(numbers) < 5_001:
             numbers += [int(placed.row["text"].split()[1]) for placed, _ in rows.take(64)]  # type: ignore[index]
         assert numbers[:5_000] == list(range(5_000))
-        assert rows.place[0] == 1, "and from the start again"
-        assert rows.files.facts == [[f"{address}/{name}", len(body), '"1"']]
+        assert rows.position[0] == 1, "and from the start again"
+        assert rows.files.versions == [[f"{address}/{name}", len(body), '"1"']]
     assert len(said) == 4
 
 
@@ -230,7 +230,7 @@ def test_a_stream_has_the_same_rows_from_every_place_and_goes_on_from_any(tmp_pa
         assert streamed(path, tmp_path, 25, **keys) == expected, name
         entry = DatasetEntry.model_validate({"path": str(path), "type": "completion"} | keys)
         behind: list[list[int]] = []
-        rows = EndlessRows(entry, START, tmp_path, PATIENT)
+        rows = StreamingSource(entry, START, tmp_path, DEFAULT_RETRY)
         while len(behind) < 14:
             behind += [place for _, place in rows.take(3)]
         for count in (1, 4, 7, 10, 13):
@@ -267,7 +267,7 @@ def test_rows_that_are_not_learned_are_listed_once_and_counted_always(
     section = DataSection.model_validate(values)
 
     def open_stream(listed: Path, state: Any = None) -> RowStream:
-        return RowStream(section, tokenizer, 0, packing=False, state=state, listed=listed)
+        return RowStream(section, tokenizer, 0, packing=False, state=state, dropped_file=listed)
 
     unbroken = open_stream(listed)
     for i in range(30):
@@ -312,7 +312,7 @@ def test_a_stream_that_loses_too_much_stops_before_it_has_read_everything(
     path = write_rows(tmp_path / "a.jsonl", [{"text": 5}] * 25_000)
     values = {"datasets": [{"path": str(path), "type": "completion"}], "streaming": True, "on_bad_row": "skip"}
     stream = RowStream(
-        DataSection.model_validate(values), tokenizer, 0, packing=False, listed=tmp_path / "dropped.jsonl"
+        DataSection.model_validate(values), tokenizer, 0, packing=False, dropped_file=tmp_path / "dropped.jsonl"
     )
     with pytest.raises(DataError, match=r"100.0% of the 10,000 rows.*\nThey are listed in .*dropped.jsonl"):
         stream.rows(0, 1)
@@ -363,10 +363,10 @@ def test_a_corpus_that_changed_since_the_checkpoint_is_refused(
     plan: Any = make_plan(1, 2)
 
     def feed(checkpoint: Path | None) -> Any:
-        return build_feed(section, tokenizer, None, plan, None, Layout(), checkpoint)  # type: ignore[arg-type]
+        return build_train_loader(section, tokenizer, None, plan, None, Layout(), checkpoint)  # type: ignore[arg-type]
 
     first = feed(None)
-    assert isinstance(first, StreamFeed)
+    assert isinstance(first, StreamLoader)
     first.batches(0)
     first.write_position(1, checkpoint)
     assert feed(checkpoint).stream.next == first.stream.state_at(2)
@@ -391,7 +391,7 @@ def test_a_run_whose_server_goes_away_says_how_to_go_on_and_goes_on_as_if_nothin
         datasets=[{"path": f"{address}/a.jsonl", "type": "completion"}], streaming=True, on_bad_row="skip",
         streaming_multipack_buffer_size=6, sequence_len=16, max_steps=12, save_steps=1, micro_batch_size=4,
     )  # fmt: skip
-    monkeypatch.setattr("finetuner.data.step_batches.Patience", partial(Patience, waits=(0.0, 0.0)))
+    monkeypatch.setattr("finetuner.data.train_loader.RetryPolicy", partial(RetryPolicy, wait_seconds=(0.0, 0.0)))
     unbroken = train(recipe)
     said = capsys.readouterr().out
     assert re.search(r"of \d+ rows read, not learned as they stand \(the first of each are in .*dropped.jsonl\):", said)

@@ -11,11 +11,11 @@ import pytest
 from test_formats import BOS, CONTENTS, EOS, chat, decoded, learn, real_file, trained_texts
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetuner.data.chat import build_chat_renderer
+from finetuner.data.chat_renderer import build_chat_renderer
+from finetuner.data.chat_templates import TEMPLATES
 from finetuner.data.messages import MessageReader
-from finetuner.data.prepare import prepare
-from finetuner.data.sandbox import compile_template
-from finetuner.data.templates import TEMPLATES
+from finetuner.data.prepare import prepare_documents
+from finetuner.data.template_sandbox import compile_template
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 from finetuner.recipe.sections.datasets import CHAT_TEMPLATES
@@ -210,8 +210,8 @@ def test_a_template_that_writes_the_date_goes_on_behind_midnight(
     conversation = MessageReader.of(entry).read(chat("a", "b"))
     for day in (30, 31):
         now = datetime(2026, 12, day)
-        monkeypatch.setattr("finetuner.data.sandbox.datetime", SimpleNamespace(now=lambda now=now: now))
-        monkeypatch.setattr("finetuner.data.chat.date", SimpleNamespace(today=lambda now=now: now.date()))
+        monkeypatch.setattr("finetuner.data.template_sandbox.datetime", SimpleNamespace(now=lambda now=now: now))
+        monkeypatch.setattr("finetuner.data.chat_renderer.date", SimpleNamespace(today=lambda now=now: now.date()))
         one = renderer.render(conversation)
         assert f"user {day}\na" in one.text
         assert [one.text[start:stop] for start, stop in one.spans] == ["b<|im_end|>"]
@@ -308,7 +308,7 @@ def test_real_tool_calls_are_learned_to_the_letter(tokenizer: PreTrainedTokenize
         shape if "conversations" in rows[0] else {}
     )
     section = DataSection.model_validate({"datasets": [entry], "sequence_len": 1_000_000})
-    store = prepare(section, tokenizer, seed=0).train
+    store = prepare_documents(section, tokenizer, seed=0).train
     assert len(store) == len(rows)
     reader = MessageReader.of(section.datasets[0])
     for i, row in enumerate(rows):

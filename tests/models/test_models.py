@@ -6,8 +6,8 @@ from conftest import make_model
 from torch.nn import functional as F  # noqa: N812
 
 from finetuner.data.batches import collate
+from finetuner.data.token_store import IGNORE_INDEX, TokenStore
 from finetuner.data.tokenizer import load_tokenizer
-from finetuner.data.tokens import IGNORE, TokenStore
 from finetuner.errors import ModelError
 from finetuner.models.activation_checkpointing import recompute_activations
 from finetuner.models.adapter import adapter_tensors, add_lora, read_adapter, write_adapter
@@ -36,7 +36,7 @@ def documents(count: int = 3) -> TokenStore:
     for i in range(count):
         ids = generator.integers(4, 500, 6 + 5 * i).astype(np.int32)
         labels = ids.copy()
-        labels[: len(ids) // 2] = IGNORE
+        labels[: len(ids) // 2] = IGNORE_INDEX
         pairs.append((ids, labels))
     return TokenStore.of(pairs)
 
@@ -47,7 +47,7 @@ def reference_loss(model, store: TokenStore) -> torch.Tensor:
     for i in range(len(store)):
         ids, labels = (torch.tensor(part, dtype=torch.long) for part in store.document(i))
         logits = model(input_ids=ids[None]).logits[0, :-1].float()
-        total = total + F.cross_entropy(logits, labels[1:], ignore_index=IGNORE, reduction="sum")
+        total = total + F.cross_entropy(logits, labels[1:], ignore_index=IGNORE_INDEX, reduction="sum")
     return total
 
 

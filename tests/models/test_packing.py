@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Ll
 
 from finetuner.data.batches import Layout, collate
 from finetuner.data.packing import Packs, best_fit_decreasing
-from finetuner.data.tokens import IGNORE, TokenStore
+from finetuner.data.token_store import IGNORE_INDEX, TokenStore
 from finetuner.errors import ModelError
 from finetuner.models.document_isolation import require_isolation
 from finetuner.objectives.loss_module import LossModule
@@ -32,7 +32,7 @@ def store() -> TokenStore:
     def document(length: int):
         ids = GENERATOR.integers(1, 400, length).astype(np.int32)
         labels = ids.copy()
-        labels[: length // 3] = IGNORE
+        labels[: length // 3] = IGNORE_INDEX
         return ids, labels
 
     return TokenStore.of(map(document, LENGTHS))
@@ -78,7 +78,7 @@ def test_positions_begin_anew_with_each_document_and_its_first_token_is_no_targe
     for i in range(len(packs)):
         positions = np.concatenate([np.arange(len(ids)) for ids, _ in packs.documents(i)])
         assert batch.position_ids[i, : len(positions)].tolist() == positions.tolist()
-        expected += Counter(int(t) for _, labels in packs.documents(i) for t in labels[1:] if t != IGNORE)
+        expected += Counter(int(t) for _, labels in packs.documents(i) for t in labels[1:] if t != IGNORE_INDEX)
     assert Counter(batch.targets.tolist()) == expected
 
 
@@ -129,7 +129,7 @@ def test_joined_documents_are_read_as_one_text(model, store):
     batch = collate(packs, [number], Layout(packed=True, joined=True))
     assert batch.input_ids[0].tolist() == ids.tolist()
     assert batch.position_ids[0].tolist() == list(range(len(ids)))
-    assert batch.targets.tolist() == [label for label in labels[1:] if label != IGNORE]
+    assert batch.targets.tolist() == [label for label in labels[1:] if label != IGNORE_INDEX]
     with torch.no_grad():
         as_one = model(torch.from_numpy(ids)[None].long()).logits
         as_batch = model(batch.input_ids, position_ids=batch.position_ids).logits

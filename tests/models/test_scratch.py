@@ -19,7 +19,7 @@ from finetuner.commands.conversation import hold_conversation
 from finetuner.commands.text_model import SamplingOptions
 from finetuner.data.new_tokenizers import train_bpe, write_byte_tokenizer, write_char_tokenizer
 from finetuner.data.token_bytes import token_bytes
-from finetuner.data.tokenizer_source import tokenizer_name
+from finetuner.data.tokenizer_source import resolve_tokenizer
 from finetuner.errors import ModelError, PlanError, RecipeError
 from finetuner.models.empty_model import meta_model
 from finetuner.models.from_scratch import scratch_config
@@ -231,12 +231,16 @@ def test_a_shape_that_does_not_fit_is_refused_before_its_weights_are_drawn(recip
 
 
 def test_a_seed_draws_the_weights_and_a_text_makes_the_tokenizer(recipe, corpus, tmp_path):
+    def resolve(path):
+        loaded = load_recipe(path)
+        return resolve_tokenizer(loaded.tokenizer, loaded.data, World())
+
     path = recipe(tokenizer={"train": {"vocab_size": 280, "files": [str(corpus)]}})
-    first = tokenizer_name(load_recipe(path), World())
-    assert tokenizer_name(load_recipe(path), World()) == first
+    first = resolve(path)
+    assert resolve(path) == first
     assert len(AutoTokenizer.from_pretrained(first)) == 280
     corpus.write_text("another text")
-    assert tokenizer_name(load_recipe(path), World()) != first
+    assert resolve(path) != first
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe", "spaces"])

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from test_batches import make_plan, make_schedule, make_store
 from transformers import AutoModelForCausalLM
 
-from finetuner.data.batches import Layout, step_batches
+from finetuner.data.batch_sampler import step_batches
+from finetuner.data.batches import Layout
 from finetuner.objectives import OBJECTIVES, build_objective
 from finetuner.objectives.base import Figure, Term, figure_means, gradient_scales, step_loss
 from finetuner.objectives.loss_module import LossModule

@@ -17,8 +17,9 @@ from test_cli import exit_of
 from test_plan import many, when
 from test_row_stream import texts
 
-from finetuner.data.batches import FILLER_ROW, PADDED, padding_share, step_batches
-from finetuner.data.order import row_order
+from finetuner.data.batch_sampler import padding_share, step_batches
+from finetuner.data.batches import FILLER_ROW, PADDED
+from finetuner.data.shuffling import row_order
 from finetuner.errors import CheckpointError, PlanError, RecipeError
 from finetuner.plan.ramp import Ramp
 from finetuner.plan.run import Plan

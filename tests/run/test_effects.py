@@ -8,9 +8,9 @@ import torch
 from conftest import largest_difference, weights_of, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetuner.data.chat_templates import choose_template
 from finetuner.data.documents import TOO_SHORT
-from finetuner.data.prepare import prepare
-from finetuner.data.templates import chosen_template
+from finetuner.data.prepare import prepare_documents
 from finetuner.errors import ModelError
 from finetuner.models.compilation import compile_layers
 from finetuner.models.load import load_model
@@ -28,10 +28,10 @@ def data(path, kind="alpaca", **keys):
 
 def test_documents_below_min_sample_len_are_dropped_and_counted(tokenizer, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "one"}, {"text": "many words in a row, and then some more"}])
-    prepared = prepare(data(rows, "completion", min_sample_len=8, max_dropped_fraction=1.0), tokenizer, 0)
+    prepared = prepare_documents(data(rows, "completion", min_sample_len=8, max_dropped_fraction=1.0), tokenizer, 0)
     assert len(prepared.train) == 1
     assert sum(count for reason, count in prepared.counts.items() if TOO_SHORT in str(reason)) == 1
-    assert len(prepare(data(rows, "completion"), tokenizer, 0).train) == 2
+    assert len(prepare_documents(data(rows, "completion"), tokenizer, 0).train) == 2
 
 
 TEMPLATE = (
@@ -47,8 +47,8 @@ def test_a_template_is_given_as_text_or_as_a_file_and_takes_the_values_it_asks_f
 
     def text(**keys):
         section = data(rows, "chat_template", eot_tokens=["<|end|>"], **keys)
-        tokenizer.chat_template = chosen_template(section, None)
-        ids, _ = prepare(section, tokenizer, 0).train.document(0)
+        tokenizer.chat_template = choose_template(section, None)
+        ids, _ = prepare_documents(section, tokenizer, 0).train.document(0)
         return tokenizer.decode(ids).replace(" ", "")
 
     tokenizer.add_tokens(["<|end|>"], special_tokens=True)

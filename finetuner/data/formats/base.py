@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetuner.data.files import Row
+from finetuner.data.row_files import Row
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from finetuner.data.chat import build_chat_renderer
+from finetuner.data.chat_renderer import build_chat_renderer
 from finetuner.data.formats.base import Renderer
 from finetuner.data.messages import MessageReader
 from finetuner.recipe.sections import DataSection, DatasetEntry

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from finetuner.data.files import Row
 from finetuner.data.formats.base import Rendered, Renderer, text_of
+from finetuner.data.row_files import Row
 from finetuner.recipe.sections import DataSection, DatasetEntry
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@ on. Begin and end of text are up to the row."""
 
 from typing import TYPE_CHECKING
 
-from finetuner.data.files import Row
 from finetuner.data.formats.base import Rendered, Renderer, cell_of, kind_of
+from finetuner.data.row_files import Row
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 

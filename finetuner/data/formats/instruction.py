@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from finetuner.data.files import Row
 from finetuner.data.formats.base import Rendered, Renderer, Span, answered, text_of
+from finetuner.data.row_files import Row
 from finetuner.recipe.sections import DataSection, DatasetEntry, InstructionFormat
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
-"""Chat templates by name, in the shapes that the model families publish; written for this project.
+"""Chat templates by name, in the formats that the model families publish; written for this project.
 
-Each begins with begin-of-text where its family does, ends every answer with a token, and says no word of its own: the
-default system texts of some families are left to the rows, and what tells a model of its tools is in our words. For
-families that see, they are of text.
+Each begins with begin-of-text where its family does, ends every answer with a token, and adds no text of its own: the
+default system texts of some families are left to the rows, and the description of tools is in our words. Those of
+vision families are for text alone.
 """
 
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 from finetuner.recipe.sections.datasets import FALLBACK
 
-Form = tuple[str, str]  # what stands before a turn's text and behind it; EOS stands for the tokenizer's own end
-EOS = "\0"
+TurnFormat = tuple[str, str]  # text before and after a turn's content
+EOS = "\0"  # in a TurnFormat: the tokenizer's own end-of-text
 
 
-def _written(text: str) -> str:
-    """The text as an expression of jinja2."""
+def _expression(text: str) -> str:
+    """Return a jinja2 expression whose value is the text."""
     parts = []
     for i, part in enumerate(text.split(EOS)):
         escaped = part.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
@@ -25,39 +25,46 @@ def _written(text: str) -> str:
     return " + ".join(parts)
 
 
-def _turn(form: Form, content: str) -> str:
-    return "{{ " + " + ".join(part for part in (_written(form[0]), content, _written(form[1])) if part) + " }}"
+def _turn(turn_format: TurnFormat, content: str) -> str:
+    """Return a template of one turn, whose content is a jinja2 expression."""
+    before, after = map(_expression, turn_format)
+    return "{{ " + " + ".join(part for part in (before, content, after) if part) + " }}"
 
 
-def _turns(forms: Mapping[str, Form], *, bos: bool = True, trims: bool = False, asks: str | None = None) -> str:
-    """A template of one form per role; another role is refused. `asks`: what stands before an answer that is asked
-    for, where that is not what stands before a given one."""
+def _turns(forms: Mapping[str, TurnFormat], *, bos: bool = True, trims: bool = False, asks: str | None = None) -> str:
+    """Return a template of one format per role, which refuses other roles.
+
+    `asks`: the text that asks for an answer, where it differs from the text before an answer.
+    """
     content = "(message['content'] | trim)" if trims else "message['content']"
     text = "{{ bos_token or '' }}" if bos else ""
     text += "{% for message in messages %}"
     for i, (role, form) in enumerate(forms.items()):
         text += f"{{% {'elif' if i else 'if'} message['role'] == '{role}' %}}" + _turn(form, content)
     text += "{% else %}{{ raise_exception('this template has no role ' + message['role']) }}{% endif %}{% endfor %}"
-    opened = _written(forms["assistant"][0] if asks is None else asks)
+    opened = _expression(forms["assistant"][0] if asks is None else asks)
     return text + ("{% if add_generation_prompt %}{{ " + opened + " }}{% endif %}" if opened else "")
 
 
-def _any_role(opened: Form, end: str, *, bos: bool = False, trims: bool = False) -> str:
-    """A template that writes every role's name between the two texts of `opened`, and ends every turn alike."""
+def _any_role(opening: TurnFormat, end: str, *, bos: bool = False, trims: bool = False) -> str:
+    """Return a template that writes a role's name between the two texts of `opening`, and ends every turn alike."""
     content = "message['content']" + (" | trim" if trims else "")
-    before, between = map(_written, opened)
+    before, between = map(_expression, opening)
     return (
         ("{{ bos_token or '' }}" if bos else "")
         + "{% for message in messages %}"
-        + f"{{{{ {before} + message['role'] + {between} + ({content}) + {_written(end)} }}}}"
+        + f"{{{{ {before} + message['role'] + {between} + ({content}) + {_expression(end)} }}}}"
         + "{% endfor %}{% if add_generation_prompt %}"
-        + f"{{{{ {_written(f'{opened[0]}assistant{opened[1]}')} }}}}"
+        + f"{{{{ {_expression(f'{opening[0]}assistant{opening[1]}')} }}}}"
         + "{% endif %}"
     )
 
 
 def _gemma(opened: str, end: str, *, system: bool) -> str:
-    """Gemma calls the assistant model. With `system`, a system text stands before the first question, in its turn."""
+    """Return a template of the Gemma family, which calls the assistant "model".
+
+    `system`: a system text is allowed, and stands before the first question, in its turn.
+    """
     first = "{% set first = '' %}{% if messages[0]['role'] == 'system' %}"
     if system:
         first += "{% set first = messages[0]['content'] + '\\n\\n' %}{% endif %}"
@@ -67,26 +74,26 @@ def _gemma(opened: str, end: str, *, system: bool) -> str:
         "{{ bos_token or '' }}" + first + "{% for message in messages %}"
         "{% if message['role'] != 'system' %}"
         "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
-        f"{{{{ {_written(opened)} + role + '\\n' }}}}"
+        f"{{{{ {_expression(opened)} + role + '\\n' }}}}"
         "{% if first and loop.index0 == 1 %}{{ first }}{% endif %}"
-        f"{{{{ (message['content'] | trim) + {_written(end)} }}}}"
+        f"{{{{ (message['content'] | trim) + {_expression(end)} }}}}"
         "{% elif not loop.first %}{{ raise_exception('a system text comes first') }}"
         "{% endif %}{% endfor %}"
-        f"{{% if add_generation_prompt %}}{{{{ {_written(opened + 'model' + chr(10))} }}}}{{% endif %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {_expression(opened + 'model' + chr(10))} }}}}{{% endif %}}"
     )
 
 
 def _mistral(opened: str, closed: str, lead: str) -> str:
-    """A system text stands before the first question, inside its brackets."""
+    """Return a template of the Mistral family: a system text stands before the first question, in its brackets."""
     answer = _turn((lead, EOS), "message['content']")
     return (
         "{{ bos_token or '' }}"
         "{% set first = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}"
         "{% for message in messages %}"
         "{% if message['role'] == 'user' %}"
-        f"{{{{ {_written(opened)} }}}}"
+        f"{{{{ {_expression(opened)} }}}}"
         "{% if first and loop.index0 == 1 %}{{ first }}{% endif %}"
-        f"{{{{ message['content'] + {_written(closed)} }}}}"
+        f"{{{{ message['content'] + {_expression(closed)} }}}}"
         f"{{% elif message['role'] == 'assistant' %}}{answer}"
         "{% elif not loop.first %}{{ raise_exception('mistral takes system, user and assistant turns') }}"
         "{% endif %}"
@@ -120,7 +127,7 @@ _QWEN_XML_CALL = (
     "{{ '<parameter=' + name + '>\\n' + (value if value is string else value | tojson) + '\\n</parameter>\\n' }}"
     "{% endfor %}{{ '</function>\\n</tool_call>' }}"
 )
-# The thought of the answer in hand is shown, those of earlier questions' answers are not.
+# Thoughts are written for answers to the last question only.
 _QWEN_THOUGHT = (
     "{% set thought = message['reasoning_content'] or '' %}"
     "{% if not thought and '</think>' in answer %}"
@@ -150,7 +157,11 @@ _UNTHOUGHT = "{% if enable_thinking is defined and not enable_thinking %}{{ '<th
 
 
 def _qwen(*, shown: str | None, opened: str, xml: bool = False) -> str:
-    """`shown`: which answers to the last question begin with a thought, though an empty one; None: there are none."""
+    """Return a template of the Qwen family.
+
+    `shown`: a jinja2 condition for an answer to the last question to begin with a thought, be it empty; None: no
+    thoughts. `opened`: what follows the text that asks for an answer. `xml`: tool calls are written as XML, not JSON.
+    """
     thought = "" if shown is None else _QWEN_THOUGHT.replace("SHOWN", shown)
     turns = _QWEN_TURNS.replace("THOUGHT", thought).replace("CALL", _QWEN_XML_CALL if xml else _QWEN_CALL)
     system = _QWEN_SYSTEM.replace("CALLS", _QWEN_XML_CALLS if xml else _QWEN_CALLS)
@@ -161,12 +172,12 @@ _CHATML = _any_role(("<|im_start|>", "\n"), "<|im_end|>\n")
 _LLAMA3 = _any_role(("<|start_header_id|>", "<|end_header_id|>\n\n"), "<|eot_id|>", bos=True, trims=True)
 _GEMMA3 = _gemma("<start_of_turn>", "<end_of_turn>\n", system=True)
 _PHI_3 = _any_role(("<|", "|>\n"), "<|end|>\n")
-_TULU: dict[str, Form] = {
+_TULU: dict[str, TurnFormat] = {
     "system": ("<|system|>\n", "\n"),
     "user": ("<|user|>\n", "\n"),
     "assistant": ("<|assistant|>\n", f"{EOS}\n"),
 }
-_COHERE: dict[str, Form] = {
+_COHERE: dict[str, TurnFormat] = {
     role: (f"<|START_OF_TURN_TOKEN|><|{name}_TOKEN|>", "<|END_OF_TURN_TOKEN|>")
     for role, name in (("system", "SYSTEM"), ("user", "USER"), ("assistant", "CHATBOT"))
 }
@@ -251,11 +262,11 @@ TEMPLATES: dict[str, str] = {
 }
 
 
-def chosen_template(section: DataSection, own: str | None) -> str | None:
-    """The template that the recipe asks for, `own` being the tokenizer's; the one that is saved with the result.
+def choose_template(section: DataSection, own: str | None) -> str | None:
+    """Return the chat template that the recipe asks for, which is also saved with the result; `own`: the tokenizer's.
 
-    A dataset's choice stands above the recipe's, and all datasets choose the same (a rule says so). Raises DataError if
-    the file that chat_template_jinja names cannot be read.
+    A dataset's choice comes before the recipe's, and all datasets choose the same (a rule of the recipe). Raises
+    DataError if the file that chat_template_jinja names cannot be read.
     """
     name, text = section.chat_template, section.chat_template_jinja
     for entry in (*section.datasets, *section.test_datasets):

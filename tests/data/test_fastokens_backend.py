@@ -12,10 +12,10 @@ from test_formats import CONTENTS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from finetuner.data.byte_level import CHECKED, ByteLevel, LoadedTokenizer
 from finetuner.data.encoding import Encoder
+from finetuner.data.fastokens_backend import CHECK_EVERY, CompiledTokenizer, FastokensBackend
 from finetuner.data.formats.base import Rendered
-from finetuner.data.prepare import prepare
+from finetuner.data.prepare import prepare_documents
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 
@@ -82,24 +82,24 @@ def texts_of(seed: int, number: int) -> list[str]:
     return ["".join(chosen.choices(PARTS, k=chosen.randint(0, 40))) for _ in range(number)]
 
 
-def fast(tokenizer: PreTrainedTokenizerBase) -> ByteLevel:
+def fast(tokenizer: PreTrainedTokenizerBase) -> FastokensBackend:
     pytest.importorskip("fastokens")
-    found = ByteLevel.of(tokenizer)
+    found = FastokensBackend.build(tokenizer)
     assert found is not None
     return found
 
 
 def assert_same(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, whole: float = 0.0) -> None:
     """Ids of all, and offsets of those that are whole: more than the share `whole`."""
-    read = fast(tokenizer).read(texts)
-    assert read is not None
-    borders = np.append(0, np.cumsum(read.counts))
+    encoding = fast(tokenizer).encode(texts)
+    assert encoding is not None
+    borders = np.append(0, np.cumsum(encoding.counts))
     for i, one in enumerate(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)):
         its = slice(borders[i], borders[i + 1])
-        assert read.ids[its].tolist() == one.ids, texts[i]
-        if read.is_whole[i]:
-            assert [tuple(pair) for pair in read.offsets[its].tolist()] == one.offsets, texts[i]
-    assert read.is_whole.mean() > whole
+        assert encoding.ids[its].tolist() == one.ids, texts[i]
+        if encoding.is_complete[i]:
+            assert [tuple(pair) for pair in encoding.offsets[its].tolist()] == one.offsets, texts[i]
+    assert encoding.is_complete.mean() > whole
 
 
 def test_texts_have_the_tokens_and_offsets_of_tokenizers(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -138,9 +138,9 @@ def test_documents_are_the_same_with_it_and_without(tokenizer: PreTrainedTokeniz
         for i, text in enumerate(texts)
     ]
     fast(tokenizer)
-    with_it = Encoder(tokenizer, fast_after=0)
+    with_it = Encoder(tokenizer, fast_after_characters=0)
     documents = list(zip(with_it.tokenize(rendered), Encoder(tokenizer).tokenize(rendered), strict=True))
-    assert with_it.until_fast < 0, "it was used"
+    assert with_it.characters_until_fast < 0, "it was used"
     for text, (mine, expected) in zip(texts, documents, strict=True):
         assert mine[0].tolist() == expected[0].tolist(), text
         assert mine[1].tolist() == expected[1].tolist(), text
@@ -149,21 +149,23 @@ def test_documents_are_the_same_with_it_and_without(tokenizer: PreTrainedTokeniz
 def test_texts_that_lack_bytes_or_change_are_left_to_tokenizers() -> None:
     lacking, changing = SHAPES["smollm, without some bytes"](), SHAPES["qwen"]()
     for tokenizer, text in ((lacking, "a\U0010ffffb"), (changing, "ele\u0301phant")):
-        read = fast(tokenizer).read(["as it is", text, "again"])
-        assert read is not None
-        assert read.is_whole.tolist() == [True, False, True]
-    assert fast(lacking).read(["half a pair: \ud83d"]) is None
+        encoding = fast(tokenizer).encode(["as it is", text, "again"])
+        assert encoding is not None
+        assert encoding.is_complete.tolist() == [True, False, True]
+    assert fast(lacking).encode(["half a pair: \ud83d"]) is None
 
 
 def test_bytes_that_come_and_go_in_one_text_do_not_pass_for_none() -> None:
     """NFC makes the first letter three bytes longer and the last vowel three bytes shorter."""
     tokenizer = SHAPES["qwen"]()
     text = "\u09df is it so? no \u0995\u09c7\u09be"
-    read = fast(tokenizer).read([text])
-    assert read is not None
-    assert not read.is_whole[0]
+    encoding = fast(tokenizer).encode([text])
+    assert encoding is not None
+    assert not encoding.is_complete[0]
     rendered = [Rendered(text, ((12, 14),), wraps=False)]
-    (ids, labels), expected = (Encoder(tokenizer, fast_after=after).tokenize(rendered)[0] for after in (0, 1 << 30))
+    (ids, labels), expected = (
+        Encoder(tokenizer, fast_after_characters=after).tokenize(rendered)[0] for after in (0, 1 << 30)
+    )
     assert ids.tolist() == expected[0].tolist()
     assert labels.tolist() == expected[1].tolist()
     assert tokenizer.decode(ids[labels != -100]).strip() == "no"
@@ -175,10 +177,10 @@ def test_what_a_tokenizers_file_says_of_cutting_and_of_special_tokens_is_not_hee
     tokenizer.backend_tokenizer.enable_padding(length=64)
     tokenizer.split_special_tokens = True
     text = "a text of more than four tokens <|im_end|> and more"
-    read = fast(tokenizer).read([text])
-    assert read is not None
-    assert read.ids.tolist() == tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in read.ids
+    encoding = fast(tokenizer).encode([text])
+    assert encoding is not None
+    assert encoding.ids.tolist() == tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in encoding.ids
 
 
 def test_gaps_in_the_vocabulary_are_no_tokens() -> None:
@@ -187,7 +189,7 @@ def test_gaps_in_the_vocabulary_are_no_tokens() -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     for after in (0, 1 << 30):
-        ids, _ = Encoder(tokenizer, fast_after=after).tokenize([Rendered("some text", (), wraps=False)])[0]
+        ids, _ = Encoder(tokenizer, fast_after_characters=after).tokenize([Rendered("some text", (), wraps=False)])[0]
         assert ids.tolist() == tokenizer("some text")["input_ids"]
 
 
@@ -249,9 +251,12 @@ OTHERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
 def test_other_tokenizers_are_left_to_tokenizers(make: Callable[[], PreTrainedTokenizerBase]) -> None:
     pytest.importorskip("fastokens")
     tokenizer = make()
-    assert ByteLevel.of(tokenizer) is None
+    assert FastokensBackend.build(tokenizer) is None
     if make not in (unigram, with_dropout):  # a letter alone, and another text each time
-        ids = [ids.tolist() for ids, _ in Encoder(tokenizer, fast_after=0).tokenize([Rendered("a aa", (), False, ())])]
+        ids = [
+            ids.tolist()
+            for ids, _ in Encoder(tokenizer, fast_after_characters=0).tokenize([Rendered("a aa", (), False, ())])
+        ]
         assert ids == [tokenizer("a aa", add_special_tokens=False)["input_ids"]]
 
 
@@ -260,11 +265,11 @@ def test_equal_tokenizers_share_one_and_changed_ones_do_not() -> None:
     backend = one.backend_tokenizer
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend.to_str()), eos_token="<|endoftext|>")
     mine = fast(one)
-    assert fast(other).loaded is mine.loaded
+    assert fast(other).compiled is mine.compiled
     other.add_tokens(["<new>"])
-    assert fast(other).loaded is not mine.loaded
+    assert fast(other).compiled is not mine.compiled
     assert_same(other, ["a <new> b"], whole=0.5)
-    assert mine.read(["a <new> b"]) is not None
+    assert mine.encode(["a <new> b"]) is not None
 
 
 class Wrong:
@@ -284,11 +289,13 @@ class Wrong:
 
 def test_a_text_that_the_two_read_differently_stops_the_run() -> None:
     tokenizer = plain()
-    reader = ByteLevel(tokenizer, LoadedTokenizer(Wrong(tokenizer, after=CHECKED), fast(tokenizer).loaded.widths))
-    texts = ["the first text of many"] * CHECKED
-    assert reader.read(texts) is not None
+    reader = FastokensBackend(
+        tokenizer, CompiledTokenizer(Wrong(tokenizer, after=CHECK_EVERY), fast(tokenizer).compiled.byte_widths)
+    )
+    texts = ["the first text of many"] * CHECK_EVERY
+    assert reader.encode(texts) is not None
     with pytest.raises(DataError, match=r"read a text differently, from token 0 on: .*\n.*pip uninstall fastokens"):
-        reader.read(texts)
+        reader.encode(texts)
 
 
 @pytest.mark.slow
@@ -302,9 +309,9 @@ def test_it_is_used_for_many_rows_and_not_needed(
         {"datasets": [{"path": str(rows), "type": "completion"}], "sequence_len": 100_000, "on_bad_row": "skip"}
     )
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    stores = [prepare(section, tokenizer, seed=0).train]
+    stores = [prepare_documents(section, tokenizer, seed=0).train]
     monkeypatch.setitem(sys.modules, "fastokens", None)  # as Python has it for a package that cannot be imported
-    assert ByteLevel.of(tokenizer) is None
-    stores.append(prepare(section, tokenizer, seed=0).train)
+    assert FastokensBackend.build(tokenizer) is None
+    stores.append(prepare_documents(section, tokenizer, seed=0).train)
     assert stores[0].num_tokens > 1_000_000
     assert stores[0].sha256 == stores[1].sha256

@@ -1,0 +1,47 @@
+"""The tokenizer of a recipe, and its rows as documents of token ids."""
+
+from finetuner.console import Screen
+from finetuner.data.cache import prepare_once
+from finetuner.data.chat_templates import choose_template
+from finetuner.data.prepared_data import PreparedData, held_out_only
+from finetuner.data.tokenizer import Vocabulary, load_tokenizer
+from finetuner.data.tokenizer_source import resolve_tokenizer
+from finetuner.recipe.sections import DataSection, ModelSection, PackingSection, TokenizerSection
+from finetuner.storage.progress import ProgressReport, no_progress
+from finetuner.world import World
+
+
+def tokenize_rows(
+    model: ModelSection,
+    tokenizer: TokenizerSection,
+    data: DataSection,
+    packing: PackingSection,
+    *,
+    world: World,
+    seed: int,
+    screen: Screen,
+) -> tuple[Vocabulary, PreparedData]:
+    """Return the tokenizer, and the documents that it makes of the rows; of a stream, the held-out rows alone.
+
+    Both are built once and cached, by the first rank of each node. Raises FinetunerError.
+    """
+    with screen.work("making the tokenizer", "rows") as work:
+        vocabulary = build_tokenizer(model, tokenizer, data, world, work.at)
+    with screen.work("tokenizing", "rows") as work:
+        section = held_out_only(data) if data.streaming else data
+        return vocabulary, prepare_once(section, packing, vocabulary.tokenizer, seed, world, work.at)
+
+
+def build_tokenizer(
+    model: ModelSection,
+    section: TokenizerSection,
+    data: DataSection,
+    world: World,
+    report: ProgressReport = no_progress,
+) -> Vocabulary:
+    """Return the recipe's tokenizer with its added tokens and its chat template. Raises FinetunerError."""
+    name = resolve_tokenizer(section, data, world, report) or model.base_model
+    vocabulary = load_tokenizer(section, name, model.trust_remote_code, ends=data.eot_tokens or ())
+    tokenizer = vocabulary.tokenizer
+    tokenizer.chat_template = choose_template(data, tokenizer.chat_template)  # saved with the result
+    return vocabulary
