@@ -81,6 +81,18 @@ def check(
 
 
 @app.command()
+def env(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", show_default=False)] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The facts as JSON.")] = False,
+) -> None:
+    """Say what a bug report needs: versions, devices, launcher variables, and what `check` says of RECIPE."""
+    from finetuner.commands.env import env as describe
+
+    typer.echo(describe(recipe, overrides or [], as_json=as_json))
+
+
+@app.command()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
