@@ -32,7 +32,7 @@ NO_MATTER = (
     "hub_model_id", "hub_strategy", "hub_private_repo", "use_tensorboard", "logging_dir",
     "use_wandb", "wandb_project", "wandb_entity",
     "wandb_name", "wandb_run_id", "wandb_mode", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name",
-    "mlflow_run_name",
+    "mlflow_run_name", "use_trackio", "trackio_project_name", "trackio_run_name", "trackio_space_id",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Send the figures of metrics.jsonl to TensorBoard, Weights & Biases or MLflow as well, from the main rank.
+"""Send the figures of metrics.jsonl to TensorBoard, Weights & Biases, MLflow or Trackio as well, from the main rank.
 
 A tracker that cannot start ends the run before it begins; one that fails later is left out and never ends a run.
 """
@@ -104,6 +104,28 @@ class MlflowTracker:
         self.mlflow.end_run(status="FINISHED" if well else "FAILED")
 
 
+class TrackioTracker:
+    name = "Trackio"
+
+    def __init__(self, trackio: Package, run: TrackedRun) -> None:
+        section = run.section
+        self.run = trackio.init(
+            project=section.trackio_project_name or "finetuner",
+            name=section.trackio_run_name,
+            space_id=section.trackio_space_id,
+            private=True,  # a new Space would be public, with the recipe's values in it
+            resume="allow" if section.trackio_run_name else "never",
+            config=dict(run.recipe_values),
+            embed=False,
+        )
+
+    def log(self, step: int, figures: Figures) -> None:
+        self.run.log(dict(figures), step=step)
+
+    def close(self, *, well: bool) -> None:
+        self.run.finish()  # how a run ended is nothing that it knows
+
+
 def wants_wandb(section: TrackingSection) -> bool:
     """Whether the recipe asks for Weights & Biases, by use_wandb or by naming a project."""
     wanted = bool(section.wandb_project) if section.use_wandb is None else section.use_wandb
@@ -114,6 +136,12 @@ def wants_mlflow(section: TrackingSection) -> bool:
     """Whether the recipe asks for MLflow, by use_mlflow or by naming a server or an experiment."""
     named = bool(section.mlflow_tracking_uri or section.mlflow_experiment_name)
     return named if section.use_mlflow is None else section.use_mlflow
+
+
+def wants_trackio(section: TrackingSection) -> bool:
+    """Whether the recipe asks for Trackio, by use_trackio or by naming a project or a Space."""
+    named = bool(section.trackio_project_name or section.trackio_space_id)
+    return named if section.use_trackio is None else section.use_trackio
 
 
 @dataclass(frozen=True)
@@ -134,6 +162,7 @@ KINDS = (
     ),
     TrackerKind("use_wandb", "wandb", "wandb", wants_wandb, WandbTracker, hint=", or `wandb_mode: offline`"),
     TrackerKind("use_mlflow", "mlflow", "mlflow", wants_mlflow, MlflowTracker),
+    TrackerKind("use_trackio", "trackio", "trackio", wants_trackio, TrackioTracker),
 )
 
 

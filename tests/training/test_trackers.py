@@ -1,11 +1,13 @@
-"""What a run tells TensorBoard, Weights & Biases and MLflow, read back from what these packages themselves wrote.
+"""What a run tells TensorBoard, Weights & Biases, MLflow and Trackio, read back from what these packages wrote.
 
-The packages are the real ones, without a network: Weights & Biases offline, MLflow on a local database. A test of one
-that is not installed is skipped. None of them can end a run.
+The packages are the real ones, without a network: Weights & Biases offline, MLflow and Trackio on local databases. A
+test of one that is not installed is skipped. None of them can end a run.
 """
 
+import contextlib
 import importlib.util
 import json
+import sqlite3
 import struct
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,7 +20,7 @@ from conftest import unfinished
 from finetuner.errors import PlanError
 from finetuner.recipe import load
 from finetuner.recipe.sections import TrackingSection
-from finetuner.training.trackers import Figures, Trackers, require_trackers, wants_mlflow, wants_wandb
+from finetuner.training.trackers import Figures, Trackers, require_trackers, wants_mlflow, wants_trackio, wants_wandb
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +35,7 @@ def installed(*packages: str) -> pytest.MarkDecorator:
 
 needs_wandb = installed("wandb")
 needs_mlflow = installed("mlflow", "sqlalchemy", "alembic")
+needs_trackio = installed("trackio")
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +75,22 @@ def wandb_steps(folder: Path) -> Iterator[tuple[int, dict[str, float]]]:
         if record.HasField("history"):
             items = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             yield record.history.step.num, {name: value for name, value in items.items() if name[0] != "_"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trackio_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where Trackio has its databases. It asks once, when it is imported, so that all tests share one folder."""
+    folder = tmp_path_factory.mktemp("trackio")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(folder))
+        yield folder
+
+
+def trackio_rows(folder: Path, project: str) -> list[tuple[str, int, dict[str, float]]]:
+    """(run, step, figures) of every row of a project, in the order in which they were logged."""
+    with contextlib.closing(sqlite3.connect(folder / f"{project}.db")) as database:
+        rows = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    return [(run, step, json.loads(metrics)) for run, step, metrics in rows]
 
 
 def mlflow_run(database: Path, experiment: str) -> tuple[Any, Any]:
@@ -116,19 +135,42 @@ def test_mlflow_has_the_names_the_recipe_every_finite_figure_and_how_the_run_end
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train.loss")] == [3]
 
 
+@needs_trackio
+def test_trackio_has_the_names_the_recipe_and_every_finite_figure_and_a_resumed_run_goes_on(tmp_path, trackio_folder):
+    names = {"trackio_project_name": "names", "trackio_run_name": "n"}
+    for step in (3, 4):
+        trackers = opened(tmp_path, [], **names)
+        trackers.log(FIGURES | {"step": step})
+        trackers.close(well=True)
+    assert trackio_rows(trackio_folder, "names") == [("n", 3, WRITTEN), ("n", 4, WRITTEN)]
+    with contextlib.closing(sqlite3.connect(trackio_folder / "names.db")) as database:
+        ((config,),) = database.execute("select config from configs").fetchall()
+    assert json.loads(config)["learning_rate"] == 0.1
+
+
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 @pytest.mark.parametrize(
-    "tracker", [pytest.param("wandb", marks=needs_wandb), pytest.param("mlflow", marks=needs_mlflow)]
+    "tracker",
+    [
+        pytest.param("wandb", marks=needs_wandb),
+        pytest.param("mlflow", marks=needs_mlflow),
+        pytest.param("trackio", marks=needs_trackio),
+    ],
 )
-def test_a_tracker_has_the_figures_of_a_runs_metrics(write_recipe, train, tmp_path, tracker):
-    keys: dict[str, object] = {"wandb_project": "p", "wandb_mode": "offline"}
-    if tracker == "mlflow":
-        keys = {"mlflow_tracking_uri": f"sqlite:///{tmp_path / 'm.db'}", "mlflow_experiment_name": "x"}
-    rows = train(write_recipe(adapter="lora", max_steps=4, val_set_size=2, eval_steps=2, **keys))
+def test_a_tracker_has_the_figures_of_a_runs_metrics(write_recipe, train, tmp_path, trackio_folder, tracker):
+    keys: dict[str, dict[str, object]] = {
+        "wandb": {"wandb_project": "p", "wandb_mode": "offline"},
+        "mlflow": {"mlflow_tracking_uri": f"sqlite:///{tmp_path / 'm.db'}", "mlflow_experiment_name": "x"},
+        "trackio": {"trackio_project_name": "figures"},
+    }
+    rows = train(write_recipe(adapter="lora", max_steps=4, val_set_size=2, eval_steps=2, **keys[tracker]))
     for name, key in (("train/loss", "loss"), ("eval/loss", "eval_loss"), ("train/grad_norm", "grad_norm")):
         expected = [(row["step"], row[key]) for row in rows if key in row]
         if tracker == "wandb":
             found = [(step, items[name]) for step, items in wandb_steps(tmp_path / "out") if name in items]
+        elif tracker == "trackio":
+            logged = trackio_rows(trackio_folder, "figures")
+            found = [(step, items[name]) for _, step, items in logged if name in items]
         else:
             client, run = mlflow_run(tmp_path / "m.db", "x")
             history = client.get_metric_history(run.info.run_id, name.replace("/", "."))
@@ -180,7 +222,10 @@ def test_mlflow_names_a_database_where_a_folder_is_given(tmp_path, monkeypatch):
         opened(tmp_path, [], mlflow_tracking_uri=str(tmp_path / "runs"), mlflow_experiment_name="x")
 
 
-@pytest.mark.parametrize("package, key", [("mlflow", "mlflow_experiment_name"), ("wandb", "wandb_project")])
+@pytest.mark.parametrize(
+    "package, key",
+    [("mlflow", "mlflow_experiment_name"), ("wandb", "wandb_project"), ("trackio", "trackio_project_name")],
+)
 def test_a_package_that_is_missing_is_said_before_anything_is_loaded(
     write_recipe, train, tmp_path, monkeypatch, package, key
 ):
@@ -198,6 +243,8 @@ def test_keys_that_name_a_tracker_ask_for_it_and_can_switch_it_off():
     assert not wants_wandb(TrackingSection(wandb_project="p", wandb_mode="disabled"))
     assert wants_mlflow(TrackingSection(mlflow_tracking_uri="u"))
     assert not wants_mlflow(TrackingSection(mlflow_tracking_uri="u", use_mlflow=False))
+    assert wants_trackio(TrackingSection(trackio_space_id="me/curves")) and not wants_trackio(TrackingSection())
+    assert not wants_trackio(TrackingSection(trackio_project_name="p", use_trackio=False))
 
 
 def test_boilerplate_of_trackers_asks_for_nothing(write_recipe):
