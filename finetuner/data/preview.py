@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetuner.data.documents import TOO_LONG
 from finetuner.data.packing import Packs
-from finetuner.data.prepare import TOO_LONG, prepare
+from finetuner.data.prepare import prepare
 from finetuner.data.sources import load_source
 from finetuner.data.stream import documents_of
 from finetuner.data.stream_source import head_of
