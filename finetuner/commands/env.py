@@ -116,3 +116,5 @@ def _check_result(recipe: str, overrides: list[str]) -> str:
         return hidden("\n".join(check(recipe, overrides, verbose=False)))
     except FinetunerError as error:
         return hidden(str(error))
+    except Exception as error:  # a bug of ours: the report is about it
+        return hidden(f"check failed: {type(error).__name__}: {error}")

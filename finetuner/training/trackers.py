@@ -32,7 +32,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told at the start.
+    """Facts that a tracker gets at the start.
 
     `recipe_values` are shown to everybody who sees the curves, so no secret may be among them. `last_step` is the step
     that a resumed run goes on from, 0 for a new run.
