@@ -13,7 +13,7 @@ DATA := data/stdlib_docstrings
 RECIPE := examples/quickstart.yml
 OUT := outputs/quickstart
 
-.PHONY: help install quickstart test test-fast test-matrix lint clean-quickstart
+.PHONY: help install quickstart test test-fast test-matrix lint docs clean-quickstart
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test         set up, check the code, run all tests"
 	@echo "make test-fast    the tests that need no further processes, in under 90 seconds"
 	@echo "make test-matrix  every engine against one rank with every adapter, and the longest tests: half an hour and more"
+	@echo "make docs         build the docs site in build/site"
 	@echo "make clean-quickstart   delete what the quickstart made"
 
 install: $(INSTALLED)
@@ -63,6 +64,9 @@ test-fast: $(INSTALLED)
 
 test-matrix: $(INSTALLED)
 	$(BIN)/python -m pytest -m matrix
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean-quickstart:
 	rm -rf $(MODEL) $(DATA) $(OUT)

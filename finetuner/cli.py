@@ -22,6 +22,7 @@ COMMANDS = {
     "merge": "Merge a trained adapter into its base model, to OUTPUT_DIR/merged.",
     "check": "Check a recipe and name every mistake in it, without loading anything. Other tools' recipes are taken "
     "too.",
+    "env": "Say what a bug report needs: versions, devices, launcher variables, and what `check` says of RECIPE.",
     "plan": "Say what a run will compute: parameters by part, tokens, FLOPs, hours, memory; no weights are loaded.",
     "explain": "Say what a recipe key means, its type and default, and what it came to in RECIPE.",
     "schema": "Print the JSON Schema of a recipe, for editors (yaml-language-server).",

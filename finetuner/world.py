@@ -198,6 +198,36 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+# By these a launcher, a batch system or a user tells ranks, libraries and kernels what to do.
+_LAUNCHER_NAMES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
+    "TOKENIZERS_PARALLELISM", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "WANDB_MODE",
+    "SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_GPUS_ON_NODE",
+)  # fmt: skip
+_LAUNCHER_PREFIXES = (
+    "ACCELERATE_", "CUDA_", "DS_", "FSDP_", "GLOO_", "HIP_", "HSA_", "NCCL_", "PARALLELISM_CONFIG_", "PYTORCH_",
+    "ROCR_", "TORCH",
+)  # fmt: skip
+_SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+
+
+def launcher_variables(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables of a launcher and of the libraries that are set, by name, for a bug report; secrets say only "set"."""
+    found = os.environ if env is None else env
+    names = sorted(name for name in found if name in _LAUNCHER_NAMES or name.startswith(_LAUNCHER_PREFIXES))
+    secret = {name for name in names if any(word in name for word in _SECRET_WORDS)} - {"TOKENIZERS_PARALLELISM"}
+    return {name: "set, not shown" if name in secret else found[name] for name in names}
+
+
+def visible_gpus() -> list[tuple[str, int, int]]:
+    """(name, free bytes, bytes in all) of each GPU of this node that the process may use."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [(torch.cuda.get_device_name(i), *torch.cuda.mem_get_info(i)) for i in range(torch.cuda.device_count())]
+
+
 def stream_is_terminal(stream: TextIO | None = None) -> bool:
     """Return whether a person watches `stream` (stdout by default)."""
     return (stream or sys.stdout).isatty()

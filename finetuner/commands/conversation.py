@@ -10,7 +10,8 @@ import torch
 from finetuner.commands.text_model import SamplingOptions, TextModel, load_text_model
 from finetuner.data.template_sandbox import ChatTemplate, compile_template
 from finetuner.errors import DataError, ModelError
-from finetuner.models.generation import context_length, draw_token, generate_tokens, stream_text
+from finetuner.models.context_length import context_length
+from finetuner.models.generation import draw_token, generate_tokens, stream_text
 from finetuner.models.stop_tokens import stop_token_ids
 
 Write = Callable[[str], None]

@@ -10,7 +10,8 @@ import typer
 
 from finetuner.commands.arguments import MaxNewTokens, ModelOrRecipe, Overrides, Seed, Temperature, TopP
 from finetuner.commands.text_model import SamplingOptions, load_text_model
-from finetuner.models.generation import context_length, draw_token, generate_tokens, prompt_tokens, stream_text
+from finetuner.models.context_length import context_length
+from finetuner.models.generation import draw_token, generate_tokens, prompt_tokens, stream_text
 from finetuner.models.stop_tokens import stop_token_ids
 
 

@@ -61,7 +61,6 @@ AXOLOTL: dict[str, Foreign] = {
         "tokenizer_type tokenizer_use_fast tokenizer_legacy", ignored("the tokenizer's own files say which class it is")
     ),
     # trackers and uploads
-    "use_trackio": blocked("this tracker", "Write use_wandb, use_tensorboard or use_mlflow."),
     "push_to_hub": ignored("the result is uploaded if hub_model_id is given", loud=True),
     **same("revision_of_model model_revision", blocked("a revision of the model", "Give its downloaded folder.")),
     **same("overrides_of_model_config model_config", blocked("changing the model's config", "Change config.json.")),
@@ -221,7 +220,7 @@ AXOLOTL: dict[str, Foreign] = {
         blocked("Comet", "Remove it; metrics.jsonl has every figure."),
     ),
     **same(
-        "use_otel_metrics otel_metrics_host otel_metrics_port trackio_space_id swanlab_project use_swanlab "
+        "use_otel_metrics otel_metrics_host otel_metrics_port swanlab_project use_swanlab "
         "swanlab_experiment_name swanlab_mode swanlab_workspace",
         blocked("this tracker", "Remove it; metrics.jsonl has every figure."),
     ),
@@ -292,7 +291,7 @@ AXOLOTL: dict[str, Foreign] = {
     "expert_parallel_token_capacity": blocked(_MOE),
     **same(
         "swanlab_description swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer "
-        "swanlab_log_model swanlab_lark_webhook_url swanlab_lark_secret trackio_project_name trackio_run_name",
+        "swanlab_log_model swanlab_lark_webhook_url swanlab_lark_secret",
         blocked("this tracker", "Remove it; metrics.jsonl has every figure."),
     ),
     "eval_table_max_new_tokens": blocked("generating during evaluation", says_nothing=(0, 128)),

@@ -18,6 +18,12 @@ def _what_is_named_is_used(values: Values) -> Iterator[Finding]:
         yield Finding(("mlflow_run_name",), "mlflow_run_name has no effect without `use_mlflow: true`. Add that.")
 
 
+def _trackio_is_used(values: Values) -> Iterator[Finding]:
+    named = values["trackio_project_name"] or values["trackio_space_id"]
+    if values["trackio_run_name"] and values["use_trackio"] is None and not named:
+        yield Finding(("trackio_run_name",), "trackio_run_name has no effect without `use_trackio: true`. Add that.")
+
+
 RULES: tuple[Rule, ...] = (
     (
         (
@@ -26,4 +32,5 @@ RULES: tuple[Rule, ...] = (
         ),
         _what_is_named_is_used,
     ),
+    (("use_trackio", "trackio_project_name", "trackio_run_name", "trackio_space_id"), _trackio_is_used),
 )  # fmt: skip

@@ -30,6 +30,18 @@ class TrackingSection(Section):
     use_mlflow: Annotated[bool | None, FREE] = Field(
         None, description="Send the figures to MLflow; default: if mlflow_tracking_uri or _experiment_name is given."
     )
-    mlflow_tracking_uri: Annotated[str | None, FREE] = Field(None, description="Its server, or a folder.")
+    mlflow_tracking_uri: Annotated[str | None, FREE] = Field(
+        None, description="Its server, or a database such as sqlite:///mlflow.db; MLflow refuses a folder of files now."
+    )
     mlflow_experiment_name: Annotated[str | None, FREE] = Field(None, description="Its experiment.")
     mlflow_run_name: Annotated[str | None, FREE] = Field(None, description="Name of the run there.")
+    use_trackio: Annotated[bool | None, FREE] = Field(
+        None, description="Send the figures to Trackio; default: if trackio_project_name or trackio_space_id is given."
+    )
+    trackio_project_name: Annotated[str | None, FREE] = Field(None, description="Its project; default: finetuner.")
+    trackio_run_name: Annotated[str | None, FREE] = Field(
+        None, description="Name of the run there; a resumed run goes on under it. Default: Trackio draws one."
+    )
+    trackio_space_id: Annotated[str | None, FREE] = Field(
+        None, description="Space on the hub for the figures, private if it is new; default: a database on this disk."
+    )
