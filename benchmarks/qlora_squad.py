@@ -26,7 +26,7 @@ from finetuner.evaluation.options import EvaluationOptions
 from finetuner.evaluation.question_answering import find_questions
 from finetuner.evaluation.tables import ModelScores, markdown
 from finetuner.models.load import load_model
-from finetuner.recipe import load
+from finetuner.recipe import load, load_recipe
 from finetuner.run import train as run
 from finetuner.world import World
 
@@ -130,7 +130,7 @@ def main() -> None:
     rows = [json.loads(line) for line in words.rows.read_text(encoding="utf-8").splitlines() if line.strip()]
     train, held_out = split(rows, words.questions, words.seed)
     recipe = write_recipe(words.out, words.model, train, held_out, words.steps)
-    run.train(load(recipe), recipe)
+    run.train(load_recipe(recipe), recipe)
     merged = {"merged, original base": "original", "merged, dequantized base": "dequantized"}
     folders = {name: words.out / f"merged-{base}" for name, base in merged.items()}
     for name, base in merged.items():

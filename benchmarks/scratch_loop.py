@@ -23,15 +23,15 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from finetuner.console import Screen, quiet_libraries
-from finetuner.data.inputs import prepare_inputs
-from finetuner.data.train_loader import build_train_loader
-from finetuner.models.from_scratch import scratch_config, write_scratch_model
 from finetuner.models.gpt import GPTForCausalLM
-from finetuner.parallel.launch import build_accelerator
 from finetuner.plan.run import Plan
 from finetuner.recipe import load
-from finetuner.run.train import assemble, fit
-from finetuner.training.state import TrainState
+from finetuner.run.inputs import prepare_inputs
+from finetuner.run.layout import lay_over_ranks
+from finetuner.run.model import build_model
+from finetuner.run.session import Session
+from finetuner.run.start import join_ranks
+from finetuner.run.train import fit
 from finetuner.world import World
 
 RECIPE = Path(__file__).parent.parent / "examples/gpt_shakespeare.yml"
@@ -39,32 +39,25 @@ ROWS, CONTEXT, RATE, WARMUP = 12, 64, 1e-3, 20
 
 
 class Ours:
-    """The command's own parts, built once; a round trains from the first step on."""
+    """The command's own parts, its inputs prepared once; a round trains from the first step on."""
 
     def __init__(self, text: Path, folder: Path, steps: int) -> None:
         nothing = ["eval_steps=null", "save_steps=null", "save_strategy=no", "test_datasets=[]"]
         data = [f"datasets.0.path={text}", f"dataset_prepared_path={folder / 'prepared'}", f"output_dir={folder}"]
-        self.recipe = load(str(RECIPE), [*nothing, *data, f"max_steps={steps}", f"warmup_steps={WARMUP}"]).recipe
-        self.screen, world = Screen(speaks=True), World(num_threads=torch.get_num_threads())
-        quiet_libraries(self.screen)
-        self.plan = Plan.from_recipe(self.recipe, world)
-        self.vocabulary, self.prepared = prepare_inputs(self.recipe, world, self.plan.seed, Screen(speaks=False))
-        config = scratch_config(self.recipe.model.model, self.vocabulary.tokenizer)
-        self.base = write_scratch_model(config, self.recipe.data.dataset_prepared_path, self.plan.seed, world)
-        rows = self.prepared.train_rows
-        self.schedule = self.plan.schedule(self.recipe, len(rows), self.prepared.train.num_tokens)
-        self.accelerator = build_accelerator(self.plan, world, 60)
+        recipe = load(str(RECIPE), [*nothing, *data, f"max_steps={steps}", f"warmup_steps={WARMUP}"]).recipe
+        screen, world = Screen(speaks=True), World(num_threads=torch.get_num_threads())
+        quiet_libraries(screen)
+        self.session = Session(recipe, str(RECIPE), world, Plan.from_recipe(recipe, world), screen)
+        self.inputs = prepare_inputs(self.session)
+        self.base, self.vocabulary = self.inputs.base, self.inputs.vocabulary
+        self.start = join_ranks(self.session, self.inputs)
 
     def prepare(self) -> Callable[[], None]:
-        weights, _ = assemble(
-            self.recipe, self.base, self.plan, self.schedule, self.vocabulary, self.prepared, ("sdpa",), None,
-            self.accelerator, Screen(speaks=False),
-        )  # fmt: skip
-        rows, tokenizer = self.prepared.train_rows, self.vocabulary.tokenizer
-        feed = build_train_loader(self.recipe.data, tokenizer, rows, self.plan, self.schedule, weights.run.layout, None)
+        model = build_model(self.session, self.inputs, self.start)
+        ready = lay_over_ranks(self.session, self.inputs, self.start, model)
 
         def train() -> None:
-            fit(self.recipe, weights, feed, {}, TrainState(), self.screen)
+            fit(self.session, self.inputs, self.start, ready)
 
         return train
 

@@ -20,7 +20,7 @@ from finetuner.data.shuffling import row_order
 from finetuner.data.token_store import IGNORE_INDEX, TokenStore
 from finetuner.data.tokenizer import load_tokenizer
 from finetuner.models.adapter import add_lora
-from finetuner.recipe import Recipe, load
+from finetuner.recipe import Recipe, load, load_recipe
 from finetuner.run import train as run
 from finetuner.training.metrics import read_metrics
 
@@ -29,7 +29,7 @@ def our_losses(recipe_path: str, overrides: list[str], output_dir: str) -> list[
     """Logged steps of a run of ours."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    run.train(load(recipe_path, [*overrides, f"output_dir={output_dir}", "logging_steps=1"]), recipe_path)
+    run.train(load_recipe(recipe_path, [*overrides, f"output_dir={output_dir}", "logging_steps=1"]), recipe_path)
     return [row for row in read_metrics(Path(output_dir) / "metrics.jsonl") if "loss" in row]
 
 

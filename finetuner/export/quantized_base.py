@@ -17,9 +17,9 @@ from finetuner.export.adapter_updates import base_name
 from finetuner.models.adapter_folder import read_config
 from finetuner.models.empty_model import layers_to_quantize
 from finetuner.models.files import weight_files
+from finetuner.models.four_bit_linear import BLOCK_SIZE
 from finetuner.models.quant_format import require_bitsandbytes
 from finetuner.models.quant_record import RECORD, QuantRecord, read_record
-from finetuner.models.quantized import BLOCK
 from finetuner.storage.safetensors_stream import DTYPES, read_header
 
 FOUR_BIT_KINDS = ("nf4", "fp4")
@@ -64,12 +64,12 @@ def quantization_settings(adapter: Path) -> dict[str, Any] | None:
 def _record_by_bitsandbytes_rules(base: Path, settings: dict[str, Any]) -> QuantRecord:
     eight = bool(settings.get("load_in_8bit"))
     kind = "int8" if eight else settings.get("bnb_4bit_quant_type", "nf4")
-    method, block = settings.get("quant_method", "bitsandbytes"), settings.get("bnb_4bit_blocksize", BLOCK)
-    if "bitsandbytes" not in str(method) or kind not in (*FOUR_BIT_KINDS, "int8") or block != BLOCK:
+    method, block = settings.get("quant_method", "bitsandbytes"), settings.get("bnb_4bit_blocksize", BLOCK_SIZE)
+    if "bitsandbytes" not in str(method) or kind not in (*FOUR_BIT_KINDS, "int8") or block != BLOCK_SIZE:
         what = f"{method}, {kind}, blocks of {block}"
         raise ModelError(
-            f"the adapter was trained on a base quantized by {what}; bitsandbytes' nf4, fp4 (blocks of {BLOCK}) and "
-            "int8 can be followed.\nMerge onto the full weights as they are: base=original"
+            f"the adapter was trained on a base quantized by {what}; bitsandbytes' nf4, fp4 (blocks of {BLOCK_SIZE}) "
+            "and int8 can be followed.\nMerge onto the full weights as they are: base=original"
         )
     dtype = _number_format(base)
     compute = settings.get("bnb_4bit_compute_dtype", dtype) if not eight else dtype

@@ -16,10 +16,10 @@ from finetuner.checkpoint.output_dir import (
     remove_run_files,
 )
 from finetuner.data.dropped_rows import LISTED
-from finetuner.evaluation.evaluate import RESULTS
+from finetuner.evaluation.tables import RESULTS
 from finetuner.export.gguf_export import FORMATS
 from finetuner.export.hub import result_files
-from finetuner.export.merge import TOKENIZER_FILES
+from finetuner.export.merge_writer import TOKENIZER_FILES
 from finetuner.models.quant_record import RECORD
 
 

@@ -11,7 +11,8 @@ from finetuner.commands.export import export
 from finetuner.errors import ModelError
 from finetuner.export.gguf_source import SPLITS
 from finetuner.export.ollama_modelfile import turns_of
-from finetuner.models.gguf_import import import_gguf, read_header
+from finetuner.models.gguf_header import read_gguf_header
+from finetuner.models.gguf_import import import_gguf
 from finetuner.models.load import load_model
 
 pytestmark = pytest.mark.slow
@@ -53,7 +54,7 @@ def test_gguf_holds_the_same_model_but_for_the_rounding_of_its_form(form, tied, 
     here, there = (AutoTokenizer.from_pretrained(folder) for folder in (model, again))
     text = "<|im_start|>user\nNaïve  text, 10 times<|im_end|>"
     assert here(text)["input_ids"] == there(text)["input_ids"] and here.chat_template == there.chat_template
-    header = read_header(file)
+    header = read_gguf_header(file)
     assert header.values["tokenizer.ggml.pre"] == "gpt-2"
     assert header.values["tokenizer.ggml.eot_token_id"] == here.convert_tokens_to_ids("<|im_end|>")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
@@ -117,7 +118,7 @@ def test_a_qwen2_with_its_biases_and_its_tokenizer_is_read_back_the_same(form, t
     model.save_pretrained(tmp_path / "rounded")
     torch.testing.assert_close(logits_of(again), logits_of(tmp_path / "rounded"), rtol=1e-4, atol=1e-4)
     assert 1e-3 < (logits_of(again) - exact).abs().max() < 0.1 * exact.abs().max()
-    header = read_header(file)
+    header = read_gguf_header(file)
     assert (header.architecture, header.values["tokenizer.ggml.pre"]) == ("qwen2", "qwen2")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     assert kinds["blk.1.attn_k.bias"] == "F32" and kinds["blk.1.attn_k.weight"] == form.upper()

@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from finetuner.commands.generate import Manner, generate
-from finetuner.evaluation.evaluate import MAX_ANSWER_TOKENS, Question, _answered
+from finetuner.commands.generate import generate_text
+from finetuner.commands.text_model import SamplingOptions
+from finetuner.evaluation.question_answering import MAX_ANSWER_TOKENS, HeldOutQuestion, answer_questions
 from finetuner.models.generation import sample_text
 from finetuner.models.stop_tokens import stop_token_ids
 
@@ -47,17 +48,17 @@ def test_samples_in_training_and_the_generate_command_stop_at_the_end_of_a_turn(
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     parts: list[str] = []
-    generate(str(tmp_path), [], PROMPT, Manner(20, 0.0, 1.0, 0), parts.append)
+    generate_text(str(tmp_path), [], PROMPT, SamplingOptions(20, 0.0, 1.0, 0), parts.append)
     assert parts == [PROMPT, "", "\n"], "a token that is not written would be an empty text of its own"
 
 
 def test_answers_in_an_evaluation_stop_at_a_token_that_only_the_models_config_names(tiny_model, tokenizer):
     token = tokenizer("fox").input_ids[-1]
     model = always_writing(tiny_model, token).eval()
-    question = Question(np.array(tokenizer(PROMPT).input_ids, dtype=np.int32), "fox")
+    question = HeldOutQuestion(np.array(tokenizer(PROMPT).input_ids, dtype=np.int32), "fox")
 
     def answer() -> str:
-        ((said, _),) = _answered(model, tokenizer, [question], lambda done, total: None)
+        ((said, _),) = answer_questions(model, tokenizer, [question], lambda done, total: None)
         return said
 
     assert len(tokenizer(answer()).input_ids) == MAX_ANSWER_TOKENS
