@@ -48,7 +48,7 @@ def answer_questions(
     report: Callable[[int, int], None],
 ) -> Iterator[tuple[str, str]]:
     """Yield (greedy answer, reference). `report` takes (questions done, questions in all)."""
-    stops, device = stop_token_ids(tokenizer), next(model.parameters()).device
+    stops, device = stop_token_ids(tokenizer, model.generation_config), next(model.parameters()).device
     for done, one in enumerate(questions, 1):
         prompt = torch.from_numpy(one.prompt.astype(np.int64))[None].to(device)
         answered = model.generate(  # type: ignore[operator]

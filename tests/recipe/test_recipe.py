@@ -681,6 +681,11 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"torch_compile_backend": "eager", "torch_compile": True},
     ),
     ("logging_dir", {"logging_dir": "x"}, {"logging_dir": "x", "use_tensorboard": True}),
+    (
+        "trackio_run_name",
+        {"trackio_run_name": "x"},
+        {"trackio_run_name": "x", "trackio_project_name": "y"},
+    ),
     ("embedding_lr_scale", {"embedding_lr": 1e-5, "embedding_lr_scale": 2.0}, {"embedding_lr": 1e-5}),
     ("saves_per_epoch", {"save_steps": 5, "saves_per_epoch": 2}, {"saves_per_epoch": 2}),
     ("load_in_4bit", {"adapter": "qlora", "load_in_4bit": False}, {"adapter": "qlora"}),
