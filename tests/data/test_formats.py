@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import CHATML, SHARED_DATA, write_rows
+from support.places import SHARED_DATA
+from support.rows import write_rows
+from support.tiny import CHATML
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import alpaca_rows, largest_difference, run_command, weights_of, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.processes import run_command
+from support.results import largest_difference, weights_of
+from support.rows import alpaca_rows, write_rows
 from test_batches import all_ranks, make_plan
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, alpaca_rows, make_model, write_rows
+from support.places import ROOT
+from support.rows import alpaca_rows, write_rows
+from support.tiny import make_model
 
 from finetuner.cli import main
 from finetuner.commands.merge import merge

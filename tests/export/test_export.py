@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_model
+from support.tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.commands.export import export

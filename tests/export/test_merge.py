@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, weights_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.results import weights_of
+from support.tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.commands.merge import merge

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_model, weights_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.places import ROOT
+from support.results import weights_of
+from support.tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.checkpoint.folder import aside_of

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.places import ROOT
 
 from finetuner.errors import ModelError, PlanError, RecipeError
 from finetuner.export.hub import require_hub

@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 from bitsandbytes import functional
-from conftest import make_model, weights_of
 from safetensors.torch import load_file, save_file
+from support.results import weights_of
+from support.tiny import make_model
 from test_merge_kinds import KINDS, adapt
 
 from finetuner.commands.merge import merge

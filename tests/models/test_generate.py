@@ -5,7 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_model, run_command, write_rows
+from support.processes import run_command
+from support.rows import write_rows
+from support.tiny import make_model
 from test_gpt import GPT2, IDS, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_model
+from support.tiny import make_model
 from torch.nn import functional as F  # noqa: N812
 
 from finetuner.data.batches import collate

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import alpaca_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.rows import alpaca_rows, write_rows
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from finetuner.data.batches import Layout, collate

@@ -8,8 +8,11 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import ROOT, largest_difference, make_model, run_command, weights_of
 from quantized_worker import documents, inputs, qlora_loss, steps_of
+from support.places import ROOT
+from support.processes import run_command
+from support.results import largest_difference, weights_of
+from support.tiny import make_model
 from test_models import FP32
 
 from finetuner.data.batches import collate

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, largest_difference, run_command, unfinished, weights_of, write_rows
+from support.places import ROOT
+from support.processes import run_command
+from support.results import largest_difference, unfinished, weights_of
+from support.rows import write_rows
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import largest_difference, unfinished, weights_of
+from support.results import largest_difference, unfinished, weights_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 

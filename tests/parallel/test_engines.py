@@ -7,15 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import (
-    Result,
-    alpaca_rows,
-    largest_difference,
-    make_model,
-    run_command,
-    weights_of,
-    write_rows,
-)
+from support.processes import Result, run_command
+from support.results import largest_difference, weights_of
+from support.rows import alpaca_rows, write_rows
+from support.tiny import make_model
 
 from finetuner.errors import PlanError, RecipeError
 from finetuner.training.metrics import read_metrics
@@ -401,7 +396,7 @@ def test_only_the_main_rank_reads_the_model_and_tied_weights_stay_tied(recipe, t
     import subprocess
     import sys
 
-    from conftest import ROOT
+    from support.places import ROOT
 
     base = make_model(tmp_path / "base", tokenizer_folder, tied=True)
     reference = train(recipe, f"base_model={base}", "micro_batch_size=8", f"output_dir={tmp_path / 'one'}")

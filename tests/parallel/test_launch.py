@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED_DATA
+from support.places import ROOT, SHARED_DATA
 
 from finetuner.errors import PlanError
 from finetuner.plan.memory import Kept, Parts, kept_by_a_rank, trained_parts

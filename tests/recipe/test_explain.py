@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from conftest import ROOT
 from ruamel.yaml import YAML
+from support.places import ROOT
 
 from finetuner.cli import main
 from finetuner.errors import RecipeError

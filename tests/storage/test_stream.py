@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_model, run_command
+from support.places import ROOT
+from support.processes import run_command
+from support.tiny import make_model
 from transformers import AutoModelForCausalLM
 
 from finetuner.errors import ModelError

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, alpaca_rows, largest_difference, run_command, weights_of, write_rows
+from support.places import ROOT
+from support.processes import run_command
+from support.results import largest_difference, weights_of
+from support.rows import alpaca_rows, write_rows
 
 pytestmark = pytest.mark.slow
 

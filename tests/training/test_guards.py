@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, alpaca_rows, run_command, weights_of, write_rows
 from safetensors.torch import load_file
+from support.places import ROOT
+from support.processes import run_command
+from support.results import weights_of
+from support.rows import alpaca_rows, write_rows
 
 from finetuner.checkpoint.folder import list_checkpoints, newest_whole, read_saved
 from finetuner.errors import CheckpointError, RecipeError, TrainingError

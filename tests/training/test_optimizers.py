@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import largest_difference, run_command, unfinished, weights_of
+from support.processes import run_command
+from support.results import largest_difference, unfinished, weights_of
 from torch import nn
 
 from finetuner.errors import CheckpointError, PlanError, RecipeError

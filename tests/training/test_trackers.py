@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import unfinished
+from support.results import unfinished
 
 from finetuner.errors import PlanError
 from finetuner.recipe import load

@@ -3,7 +3,8 @@
 import importlib.util
 
 import pytest
-from conftest import ROOT, alpaca_rows, write_rows
+from support.places import ROOT
+from support.rows import alpaca_rows, write_rows
 
 pytestmark = pytest.mark.slow
 
