@@ -3,18 +3,31 @@
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.rows import RecipeWriter, alpaca_rows, write_rows
-from support.tiny import make_model, make_tokenizer
+
+pytest.register_assert_rewrite("support")
+
+from support.rows import RecipeWriter, alpaca_rows, write_rows  # noqa: E402
+from support.tiny import make_model, make_tokenizer  # noqa: E402
 
 # Before any test imports a library that would look for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads cost tiny models more than they give, most of all where another process wants the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(trylast=True)  # of the tests that marks have left
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests come first where workers share them: they take whole files, and should end at about the same time."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ from typing import Any
 import datasets
 import fsspec
 import pytest
+from support.batches import make_plan
 from support.results import largest_difference, weights_of
 from support.rows import RecipeWriter, write_rows
-from test_batches import make_plan
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.batches import Layout

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_formats import BOS, CONTENTS, EOS, chat, decoded, learn, real_file, trained_texts
+from support.templates import BOS, CONTENTS, EOS, chat, decoded, learn, real_file, trained_texts
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.chat import build_chat_renderer

@@ -8,9 +8,9 @@ import pytest
 import torch
 from bitsandbytes import functional
 from safetensors.torch import load_file, save_file
+from support.adapters import KINDS, adapt
 from support.results import weights_of
 from support.tiny import make_model
-from test_merge_kinds import KINDS, adapt
 
 from finetuner.commands.merge import merge
 from finetuner.errors import ModelError

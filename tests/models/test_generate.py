@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from support.gpt import GPT2, IDS, make
 from support.processes import run_command
 from support.rows import write_rows
 from support.tiny import make_model
-from test_gpt import GPT2, IDS, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.cli import main

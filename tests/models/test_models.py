@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.documents import FP32, documents, inputs
 from support.tiny import make_model
 from torch.nn import functional as F  # noqa: N812
 
@@ -24,26 +25,6 @@ from finetuner.objectives import next_token as loss_module
 from finetuner.objectives.next_token import TokenLoss, head_is_composable
 from finetuner.recipe.sections import AdapterSection, SpecialTokens, TokenizerSection
 from finetuner.world import World
-
-FP32 = {"dtype": torch.float32, "attention": ("sdpa",)}
-
-
-def documents(count: int = 3) -> TokenStore:
-    """Documents of unequal length, whose first half is not trained on."""
-    import numpy as np
-
-    generator = np.random.default_rng(1)
-    pairs = []
-    for i in range(count):
-        ids = generator.integers(4, 500, 6 + 5 * i).astype(np.int32)
-        labels = ids.copy()
-        labels[: len(ids) // 2] = IGNORE
-        pairs.append((ids, labels))
-    return TokenStore.of(pairs)
-
-
-def inputs(batch):
-    return batch.input_ids, batch.attention_mask, batch.positions, batch.targets
 
 
 def reference_loss(model, store: TokenStore) -> torch.Tensor:

@@ -8,12 +8,11 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
-from quantized_worker import documents, inputs, qlora_loss, steps_of
-from support.places import ROOT
+from support.documents import FP32, documents, inputs
 from support.processes import run_command
+from support.quantized_worker import qlora_loss, steps_of
 from support.results import largest_difference, weights_of
 from support.tiny import make_model
-from test_models import FP32
 
 from finetuner.data.batches import collate
 from finetuner.errors import CheckpointError, ModelError, RecipeError
@@ -148,7 +147,7 @@ def test_peft_adapts_it_as_any_linear_layer_and_the_gradients_are_those_of_the_d
 def test_two_ranks_of_fsdp_hold_half_the_bytes_and_take_the_steps_of_one(tiny_model):
     """Whatever the bytes pass as, and with a mixed precision that casts every other parameter."""
     cases = {"uint8-fp32": 1e-6, "uint8-bf16": 2e-3, "bfloat16-bf16": 2e-3}
-    done = run_command("quantized_worker", tiny_model, *cases, ranks=2, cwd=ROOT / "tests")
+    done = run_command("support.quantized_worker", tiny_model, *cases, ranks=2)
     assert done.code == 0, done.text
     sharded = json.loads(done.out.partition("LOSSES ")[2])
     for case, bound in cases.items():

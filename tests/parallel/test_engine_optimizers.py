@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from support.engines import COMPARED, ENGINES, assert_real, assert_same_numbers, override, run_ranks, zero
 from support.results import largest_difference, weights_of
 from support.rows import alpaca_rows, write_rows
-from test_engines import COMPARED, ENGINES, assert_real, assert_same_numbers, override, run_ranks, zero
 
 from finetuner.errors import RecipeError
 from finetuner.recipe import load

@@ -4,6 +4,7 @@ import json
 import string
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 RecipeWriter = Callable[..., Path]
 
@@ -24,3 +25,8 @@ def alpaca_rows(count: int) -> list[dict]:
         }
         for i in range(count)
     ]
+
+
+def texts(path: Path, name: str, count: int) -> dict[str, Any]:
+    rows = [{"text": f"{name}{i} " + "word " * ((7 * i) % 23)} for i in range(count)]
+    return {"path": str(write_rows(path / f"{name}.jsonl", rows)), "type": "completion"}

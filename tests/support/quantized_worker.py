@@ -1,13 +1,12 @@
 """One of two gloo ranks: three steps of QLoRA under FSDP2 for each storage and precision, as test_quantized.py asks.
 
-torchrun --nproc_per_node 2 -m quantized_worker MODEL uint8-fp32 bfloat16-bf16 ...
+torchrun --nproc_per_node 2 -m support.quantized_worker MODEL uint8-fp32 bfloat16-bf16 ...
 """
 
 import json
 import sys
 
 import torch
-from test_models import documents, inputs
 from torch import distributed
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -17,6 +16,7 @@ from finetuner.models.load import load_model, recompute_activations
 from finetuner.models.quantized import Format
 from finetuner.objectives.next_token import TokenLoss
 from finetuner.recipe.sections import AdapterSection
+from support.documents import documents, inputs
 
 
 def qlora_loss(folder: str, storage: str, precision: str) -> TokenLoss:

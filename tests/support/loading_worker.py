@@ -1,6 +1,6 @@
 """One of two gloo ranks that load a 4-bit model into FSDP2's parts and try it out, as test_stream.py asks.
 
-torchrun --nproc_per_node 2 -m loading_worker SMALL_MODEL MODEL
+torchrun --nproc_per_node 2 -m support.loading_worker SMALL_MODEL MODEL
 """
 
 import json
