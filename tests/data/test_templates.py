@@ -20,8 +20,6 @@ from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 from finetuner.recipe.sections.datasets import CHAT_TEMPLATES
 
-pytestmark = pytest.mark.slow
-
 # name -> what an answer begins with that is not in the prompt, what ends it, whether contents are trimmed
 NAMED: dict[str, tuple[str, str, bool]] = {
     "alpaca": ("", EOS, False),

@@ -22,8 +22,6 @@ from finetuner.models.quantized import choose_format
 from finetuner.recipe import load
 from finetuner.storage.safetensors_stream import read_header
 
-pytestmark = pytest.mark.slow
-
 FP4 = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
 LORA = {
     "adapter": "lora",
@@ -43,6 +41,7 @@ def greedy(model, tokenizer, text: str) -> list[int]:
     return out[0].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("tokens", [(), ("<tool>", "<call>")], ids=["", "with new tokens"])
 def test_merged_model_equals_adapter_model(tied, tokens, write_recipe, train, tmp_path, tokenizer_folder):
@@ -295,6 +294,7 @@ KEPT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keys", "dtype", "bound"), KEPT, ids=["nf4", "fp4, one module", "nf4 in bf16", "8 bits"])
 def test_an_adapter_of_a_quantised_base_is_merged_into_what_it_was_trained_on(
     keys, dtype, bound, write_recipe, train, tmp_path, tokenizer_folder, capsys

@@ -24,8 +24,6 @@ from finetuner.export.merge_options import read_wishes
 from finetuner.export.model_card import write_card
 from finetuner.export.verify_logits import verify_merged
 
-pytestmark = pytest.mark.slow
-
 # What PEFT computes in bf16 as in fp32: the others it rounds on the way.
 EXACT = ("plain", "rank and alpha patterns", "rsLoRA with a pattern", "one layer", "without some", "norms whole")
 

@@ -17,8 +17,6 @@ from finetuner.errors import ModelError
 from finetuner.export.merge import Form, merge_adapter
 from finetuner.export.verify_tensors import verify_layers
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
@@ -96,6 +94,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_tool_is_merged_onto_what_bitsandbytes_makes_of_the_base(tmp_path, tied_model, capsys):
     folder = tmp_path / "adapter"
     adapt(tied_model, folder, target_modules=["q_proj", "down_proj"])

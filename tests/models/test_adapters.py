@@ -19,8 +19,6 @@ from finetuner.models.lora_targets import target_modules, whole_modules
 from finetuner.recipe import load
 from finetuner.recipe.sections import AdapterSection
 
-pytestmark = pytest.mark.slow
-
 QUICK = {
     "adapter": "lora", "lora_r": 4, "lora_alpha": 16, "max_steps": 3, "learning_rate": 0.02, "lr_scheduler": "constant"
 }  # fmt: skip
@@ -64,6 +62,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_model_equals_adapter_model(kind, tied, write_recipe, train, tmp_path, tokenizer_folder):
@@ -109,6 +108,7 @@ def test_layers_that_store_their_weights_the_other_way_round_merge_right(
     torch.testing.assert_close(merged(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [
@@ -185,6 +185,7 @@ def test_mistakes_about_adapters_are_found_in_the_recipe(write_recipe):
             load(write_recipe(**keys))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_runs_adapter(write_recipe, train, tmp_path):
     recipe = write_recipe(**QUICK)
     first = train(recipe, f"output_dir={tmp_path / 'first'}")

@@ -19,8 +19,6 @@ from finetuner.errors import ModelError
 from finetuner.models.document_isolation import require_isolation
 from finetuner.objectives.next_token import TokenLoss
 
-pytestmark = pytest.mark.slow
-
 GENERATOR = np.random.default_rng(5)
 LENGTHS = (7, 5, 9, 3, 6, 4, 8, 6)
 PACKED = Layout(packed=True)

@@ -23,8 +23,6 @@ from finetuner.objectives.next_token import TokenLoss, head_is_composable
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import AdapterSection, FourBitSection, QuantizationSection
 
-pytestmark = pytest.mark.slow
-
 NF4 = Format("nf4", torch.float32, double=True, compute_dtype=torch.float32)
 SHAPES = [(96, 48), (7, 5), (2048, 300)]  # (in, out): whole blocks, less than one, three pieces
 
@@ -216,6 +214,7 @@ def test_a_missing_bitsandbytes_is_named_with_the_command(write_recipe, train, m
         train(write_recipe(**QLORA))
 
 
+@pytest.mark.slow
 def test_a_quantised_run_resumes_bitwise_and_only_on_the_same_base(write_recipe, train, tmp_path, capsys):
     recipe = write_recipe(**QLORA, max_steps=4, save_steps=2, gradient_checkpointing=True)
     unbroken = train(recipe)

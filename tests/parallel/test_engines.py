@@ -13,8 +13,6 @@ from support.tiny import make_model
 from finetuner.errors import PlanError, RecipeError
 from finetuner.training.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
-
 ADAPTERS: dict[str, dict] = {
     "full": {},
     # a rank that two ranks cannot share evenly, and a token that gets a row of its own
@@ -198,6 +196,7 @@ def test_dora_on_a_4_bit_base_is_refused(recipe, train):
         train(recipe, "adapter=qlora", "peft_use_dora=true")
 
 
+@pytest.mark.slow
 def test_a_sharded_recipe_runs_on_one_rank(recipe, train, capsys, tmp_path):
     plain = train(recipe, "micro_batch_size=4", f"output_dir={tmp_path / 'plain'}")
     capsys.readouterr()
@@ -208,6 +207,7 @@ def test_a_sharded_recipe_runs_on_one_rank(recipe, train, capsys, tmp_path):
     assert_same_numbers(again, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [

@@ -6,8 +6,6 @@ import pytest
 from support.places import ROOT
 from support.rows import alpaca_rows, write_rows
 
-pytestmark = pytest.mark.slow
-
 
 def _benchmark():
     spec = importlib.util.spec_from_file_location("trainer_parity", ROOT / "benchmarks" / "trainer_parity.py")
@@ -16,6 +14,7 @@ def _benchmark():
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [
