@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 -m support.loading_worker SMALL_MODEL MODEL
 
 import json
 import re
+import resource
 import sys
 import threading
 import time
@@ -24,17 +25,23 @@ CPU = torch.device("cpu")
 NF4 = Format("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)
 
 
-def count_of(name: str, file: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+)", Path(f"/proc/self/{file}").read_text())
+def bytes_read() -> int:
+    found = re.search(r"rchar:\s+(\d+)", Path("/proc/self/io").read_text())
     assert found is not None
     return int(found[1])
+
+
+def anonymous_bytes() -> int:
+    """The memory of this process that is no file's, from the shortest file that has it: each look is itself read."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * resource.getpagesize()
 
 
 class Peak:
     """The largest anonymous memory of this process while it is entered, in bytes more than at the beginning."""
 
     def __enter__(self) -> "Peak":
-        self.start = self.most = count_of("RssAnon", "status") * 1024
+        self.start = self.most = anonymous_bytes()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
@@ -42,7 +49,7 @@ class Peak:
 
     def _watch(self) -> None:
         while not self.done.is_set():
-            self.most = max(self.most, count_of("RssAnon", "status") * 1024)
+            self.most = max(self.most, anonymous_bytes())
             time.sleep(0.005)
 
     def __exit__(self, *_: object) -> None:
@@ -52,13 +59,13 @@ class Peak:
 
 
 def load_and_try(folder: str) -> dict[str, int]:
-    before = count_of("rchar", "io")
+    before = bytes_read()
     with Peak() as loading, giving_back():
         found = promised_model(folder, dtype=NF4.dtype, attention=("sdpa",), form=NF4, device=CPU)
         assert found is not None
         loss = TokenLoss(found[0], composed=True)
         shard_module(loss, FsdpPlan(num_shards=2, pin_memory=False), CPU, full=False, promises=found[1])
-    was_read = count_of("rchar", "io") - before
+    was_read = bytes_read() - before
     with torch.no_grad(), Peak() as trying, giving_back():
         assert loss(head_is_composable) == 1.0
     held = sum(p.to_local().numel() * p.itemsize for p in loss.parameters())

@@ -6,6 +6,7 @@ Forked is the rule, since a new interpreter spends four seconds of a core on imp
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import select
@@ -164,10 +165,16 @@ def _wait(children: list[Forked], timeout: int) -> int | None:
     return None
 
 
+_ports = itertools.count(os.getpid() * 97)
+
+
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port below those that systems give away, so that nothing takes it before a rank listens there."""
+    while True:
+        port = 15000 + next(_ports) % 15000
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _variables_of(rank: int, ranks: int) -> dict[str, str]:

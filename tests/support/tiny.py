@@ -17,7 +17,7 @@ def make_tokenizer(folder: Path) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    text = Path(__file__).with_name("corpus.txt").read_text()
+    text = Path(__file__).with_name("corpus.txt").read_text()  # a file of its own: numbers in tests depend on it
     corpus = [text, "the quick brown fox jumps over the lazy dog " * 20, "### Response:\n\n" * 20]
     trainer = trainers.BpeTrainer(
         vocab_size=512,
