@@ -2,10 +2,15 @@
 PYTHON ?= python3
 # Flags for installing torch alone, such as another index with the build for your machine.
 TORCH_FLAGS ?=
+# Processes that share the tests; each trains in one thread, and some of its tests start two ranks.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest
+# whole files to each worker, in the order of tests/conftest.py: those with the most slow tests first
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 
 MODEL := models/SmolLM2-135M-Instruct
@@ -19,7 +24,7 @@ OUT := outputs/quickstart
 help:
 	@echo "make quickstart   set up, train a real model on this machine in a few minutes, show what it learned"
 	@echo "make test         set up, check the code, run all tests"
-	@echo "make test-fast    the tests that need no further processes, in under 90 seconds"
+	@echo "make test-fast    the tests that start no process and train little, in under 90 seconds"
 	@echo "make test-matrix  every engine against one rank with every adapter, and the longest tests: half an hour and more"
 	@echo "make docs         build the docs site in build/site"
 	@echo "make clean-quickstart   delete what the quickstart made"
@@ -57,13 +62,13 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) $(SHARED)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) $(SHARED) -m "not slow and not matrix"
 
 test-matrix: $(INSTALLED)
-	$(BIN)/python -m pytest -m matrix
+	$(PYTEST) -m matrix
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

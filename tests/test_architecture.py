@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
-from conftest import ROOT
+from support.places import ROOT
 
 import finetuner
 from finetuner.recipe import KEYS, SECTIONS, load_recipe

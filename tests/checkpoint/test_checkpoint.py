@@ -23,8 +23,6 @@ from finetuner.storage.atomic import move_into
 from finetuner.storage.manifest import find_damage
 from finetuner.training.loop import TrainState
 
-pytestmark = pytest.mark.slow
-
 
 def saved_run(folder, steps=(1, 2, 3)):
     for step in steps:
@@ -93,6 +91,7 @@ def _hold(folder, held, release):
         release.wait(30)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_path):
     context = multiprocessing.get_context("spawn")
     held, release = context.Event(), context.Event()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.places import ROOT
 
 from finetuner.checkpoint.folder import STATE, checkpoint_folder, list_checkpoints
 from finetuner.checkpoint.output_dir import (

@@ -7,15 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, alpaca_rows, run_command, write_rows
+from support.places import ROOT
+from support.processes import exit_of, run_command
+from support.results import largest_difference, weights_of
+from support.rows import alpaca_rows, write_rows
 
 from finetuner import cli
-
-
-def exit_of(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(a) for a in arguments])
-    return int(stopped.value.code or 0)
 
 
 def _unwritable(tmp_path: Path) -> str:
@@ -71,13 +68,13 @@ def test_the_same_from_the_shell_with_two_ranks_is_said_once(write_recipe):
     recipe = write_recipe(adapter="lora", lora_target_modules=["nothing"])
     alone = run_command("finetuner.train", recipe)
     assert alone.code == 2 and "Traceback" not in alone.text and "Its linear layers are" in alone.err
-    two = run_command("finetuner.train", recipe, ranks=2)
+    two = run_command("finetuner.train", recipe, ranks=2, fresh=True)
     assert two.code != 0 and two.text.count("Its linear layers are") == 1
 
 
 @pytest.mark.slow
 def test_torchrun_with_one_rank_is_one_rank(write_recipe):
-    done = run_command("finetuner.train", write_recipe(max_steps=1), ranks=1)
+    done = run_command("finetuner.train", write_recipe(max_steps=1), ranks=1, fresh=True)
     assert done.code == 0 and "engine           one rank" in done.out, done.text
 
 
@@ -94,6 +91,10 @@ def test_accelerate_launch_that_lost_its_ranks_is_an_error_and_several_ranks_run
     )
     assert kept.returncode == 0, kept.stderr
     assert "2 rows = 2 ranks x 1 micro-batch x 1 accumulation" in kept.stdout
+    forked = run_command(*command[1:], f"output_dir={tmp_path / 'forked'}", ranks=2)
+    assert forked.code == 0, forked.text
+    same = largest_difference(weights_of(tmp_path / "out"), weights_of(tmp_path / "forked"))
+    assert same == 0.0, "the ranks that other tests fork are those of a launcher, to the bit"
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -159,5 +160,5 @@ def test_merge_before_training_names_the_command(write_recipe, capsys):
 def test_train_and_merge_modules_are_the_commands(write_recipe):
     """`python -m finetuner.train` parses like `finetuner train`, and merge likewise."""
     for module in ("finetuner.train", "finetuner.merge"):
-        done = run_command(module, write_recipe(nonsense=json.dumps(alpaca_rows(1))))
+        done = run_command(module, write_recipe(nonsense=json.dumps(alpaca_rows(1))), fresh=True)
         assert done.code == 2 and "unknown key 'nonsense'" in done.err and "Traceback" not in done.err

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from support.places import ROOT
 
 import finetuner
 from finetuner import cli

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from test_cli import exit_of
+from support.places import ROOT
+from support.processes import exit_of
 
 from finetuner.commands.plan import span
 from finetuner.errors import PlanError

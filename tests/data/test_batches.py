@@ -1,64 +1,19 @@
 """Order and batches: a pure function of (store, plan, step) that shows every row once an epoch, however it is split."""
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.batches import EOS, all_ranks, make_plan, make_schedule, make_store, rows_of
+from support.plans import many
 
 from finetuner.data.batch_sampler import evaluation_batches, step_batches
-from finetuner.data.batches import FILLER_ROW, Batch, collate
+from finetuner.data.batches import FILLER_ROW, collate
 from finetuner.data.shuffling import derive_seed, held_out_rows, row_order
 from finetuner.data.token_store import IGNORE_INDEX, TokenStore
-from finetuner.plan.parallel import ParallelPlan
-from finetuner.plan.run import Plan
-from finetuner.plan.schedule import Schedule
-from finetuner.recipe.sections import EvaluationSection, OutputSection, ScheduleSection
-
-EOS = 0  # and the number under the padding
-many = settings(deadline=None, max_examples=60, derandomize=True)
-
-
-def make_store(rows: int) -> TokenStore:
-    """Row i is [i + 1, noise ..., EOS] of its own length; all but the first token are trained in every other row."""
-    generator = np.random.default_rng(7)
-    documents = []
-    for i in range(rows):
-        ids = np.array([i + 1, *generator.integers(1, 400, 1 + generator.integers(9)), EOS], dtype=np.int32)
-        labels = ids.copy()
-        labels[: 1 + (i % 2) * (len(ids) - 2)] = IGNORE_INDEX
-        documents.append((ids, labels))
-    return TokenStore.of(documents)
-
-
-def make_plan(
-    ranks: int = 1, micro: int = 1, accum: int = 1, rank: int = 0, seed: int = 3, eval_batch: int = 2
-) -> Plan:
-    return Plan(
-        parallel=ParallelPlan(replicate=ranks), data_parallel_rank=rank, micro_batch=micro, grad_accum=accum,
-        eval_batch=eval_batch, precision="fp32", seed=seed,
-    )  # fmt: skip
-
-
-def make_schedule(rows: int, plan: Plan, epochs: int = 1) -> Schedule:
-    section = ScheduleSection(learning_rate=1.0, num_epochs=float(epochs))
-    return Schedule.from_sections(
-        section, EvaluationSection(), OutputSection(), num_rows=rows, global_batch=plan.global_batch
-    )
-
-
-def rows_of(batch: Batch) -> list[int]:
-    """Which rows of make_store are in the batch; a filler is all zeros."""
-    return [int(first) - 1 for first in batch.input_ids[:, 0]]
-
-
-def all_ranks(plan: Plan) -> Iterator[Plan]:
-    return (replace(plan, data_parallel_rank=rank) for rank in range(plan.data_parallel))
-
 
 # --- order ---
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import alpaca_rows, write_rows
+from support.rows import alpaca_rows, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.documents import CUT, SPLIT, SPLIT_IN_PART, TOO_LONG, UNTRAINED

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_formats import CONTENTS
+from support.templates import CONTENTS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 

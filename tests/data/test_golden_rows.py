@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow
 import pytest
-from conftest import SHARED_DATA, write_rows
+from support.places import SHARED_DATA
+from support.rows import write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.documents import BLANK

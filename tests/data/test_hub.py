@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-from conftest import ROOT
+from support.places import ROOT
 
 pytestmark = pytest.mark.slow
 

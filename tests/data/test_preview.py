@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import RecipeWriter, write_rows
+from support.rows import RecipeWriter, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.cli import main

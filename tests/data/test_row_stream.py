@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import alpaca_rows, largest_difference, run_command, weights_of, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batches import all_ranks, make_plan
+from support.batches import all_ranks, make_plan
+from support.processes import run_command
+from support.results import largest_difference, weights_of
+from support.rows import alpaca_rows, texts, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.batches import Layout
@@ -30,11 +32,6 @@ from finetuner.recipe.sections import DataSection
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tokenizer_folder)
-
-
-def texts(path: Path, name: str, count: int) -> dict[str, Any]:
-    rows = [{"text": f"{name}{i} " + "word " * ((7 * i) % 23)} for i in range(count)]
-    return {"path": str(write_rows(path / f"{name}.jsonl", rows)), "type": "completion"}
 
 
 Opener = Callable[..., RowStream]

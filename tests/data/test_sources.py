@@ -19,9 +19,10 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
-from conftest import ROOT, RecipeWriter, alpaca_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.places import ROOT
+from support.rows import RecipeWriter, alpaca_rows, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.cli import main

@@ -15,8 +15,9 @@ from typing import Any
 import datasets
 import fsspec
 import pytest
-from conftest import RecipeWriter, largest_difference, weights_of, write_rows
-from test_batches import make_plan
+from support.batches import make_plan
+from support.results import largest_difference, weights_of
+from support.rows import RecipeWriter, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.batches import Layout

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_formats import BOS, CONTENTS, EOS, chat, decoded, learn, real_file, trained_texts
+from support.templates import BOS, CONTENTS, EOS, chat, decoded, learn, real_file, trained_texts
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.chat_renderer import build_chat_renderer
@@ -19,8 +19,6 @@ from finetuner.data.template_sandbox import compile_template
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 from finetuner.recipe.sections.datasets import CHAT_TEMPLATES
-
-pytestmark = pytest.mark.slow
 
 # name -> what an answer begins with that is not in the prompt, what ends it, whether contents are trimmed
 NAMED: dict[str, tuple[str, str, bool]] = {

@@ -9,7 +9,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, alpaca_rows, make_model, write_rows
+from support.places import ROOT
+from support.rows import alpaca_rows, write_rows
+from support.tiny import make_model
 
 from finetuner.cli import main
 from finetuner.commands.evaluate import evaluate
@@ -18,8 +20,6 @@ from finetuner.errors import DataError, ModelError, RecipeError
 from finetuner.evaluation.answer_scores import f1, normalized, score_answers
 from finetuner.evaluation.benchmark_tasks import TaskScore, scores_of
 from finetuner.objectives.text_score import TextScore, total
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,7 @@ def test_bits_per_byte_is_the_loss_in_another_unit():
     assert both.perplexity == pytest.approx(2)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_one_that_training_logged_and_merging_changes_nothing(
     write_recipe, train, tmp_path, tokenizer_folder, capsys
 ):
@@ -108,6 +109,7 @@ def _the_same_without_the_runs_folder(tmp_path, files, *wanted):
             assert one["sources"]["texts.jsonl"]["num_bytes"] == other["sources"]["texts.jsonl"]["num_bytes"]
 
 
+@pytest.mark.slow
 def test_a_model_by_itself_is_measured_on_a_file_or_on_the_held_out_rows_of_a_recipe(
     write_recipe, tiny_model, tmp_path, capsys
 ):
@@ -183,6 +185,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_LM_EVAL, reason="needs lm-eval: pip install 'finetuner[eval]'")
 def test_a_task_of_ones_own_is_run_by_lm_eval_on_every_model_without_a_network(
     write_recipe, train, tmp_path, monkeypatch
@@ -214,6 +217,7 @@ def test_a_task_of_ones_own_is_run_by_lm_eval_on_every_model_without_a_network(
     assert away.returncode == 2 and "HF_HOME, HF_DATASETS_CACHE" in away.stderr and "Traceback" not in away.stderr
 
 
+@pytest.mark.slow
 def test_a_model_that_learned_the_answers_scores_full_marks(write_recipe, train, tmp_path):
     rows = write_rows(tmp_path / "one.jsonl", [{"instruction": "Say it.", "input": "", "output": "the quick fox"}] * 8)
     recipe = write_recipe(

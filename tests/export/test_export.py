@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_model
+from support.tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.commands.export import export
@@ -14,8 +14,6 @@ from finetuner.export.ollama_modelfile import turns_of
 from finetuner.models.gguf_header import read_gguf_header
 from finetuner.models.gguf_import import import_gguf
 from finetuner.models.load import load_model
-
-pytestmark = pytest.mark.slow
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf: pip install 'finetuner[gguf]'")
 
@@ -105,6 +103,7 @@ def make_gpt2(folder, tokenizer_folder, tied):
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["f16", "q8_0"])
 def test_a_qwen2_with_its_biases_and_its_tokenizer_is_read_back_the_same(form, tmp_path, tokenizer_folder):
     model = make_qwen2(tmp_path / "model", tokenizer_folder)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, weights_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.results import weights_of
+from support.tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.commands.merge import merge
@@ -22,8 +23,6 @@ from finetuner.models.load import load_model
 from finetuner.models.quant_format import choose_quant_format
 from finetuner.recipe import load
 from finetuner.storage.safetensors_stream import read_header
-
-pytestmark = pytest.mark.slow
 
 FP4 = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
 LORA = {
@@ -44,6 +43,7 @@ def greedy(model, tokenizer, text: str) -> list[int]:
     return out[0].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("tokens", [(), ("<tool>", "<call>")], ids=["", "with new tokens"])
 def test_merged_model_equals_adapter_model(tied, tokens, write_recipe, train, tmp_path, tokenizer_folder):
@@ -321,6 +321,7 @@ KEPT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keys", "dtype", "bound"), KEPT, ids=["nf4", "fp4, one module", "nf4 in bf16", "8 bits"])
 def test_an_adapter_of_a_quantized_base_is_merged_into_what_it_was_trained_on(
     keys, dtype, bound, write_recipe, train, tmp_path, tokenizer_folder, capsys

@@ -11,13 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.places import ROOT
 
 from finetuner.errors import ModelError, PlanError, RecipeError
 from finetuner.export.hub import require_hub
 from finetuner.recipe.sections import OutputSection
-
-pytestmark = pytest.mark.slow
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -116,6 +114,7 @@ def result(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_files_of_the_result_alone_are_uploaded_to_a_private_repository(hub, result):
     address, asked = hub
     done = upload(result, address)
@@ -133,6 +132,7 @@ def test_the_files_of_the_result_alone_are_uploaded_to_a_private_repository(hub,
     )
 
 
+@pytest.mark.slow
 def test_a_repository_is_public_only_where_it_was_asked_for(hub, result):
     address, asked = hub
     assert upload(result, address, private=False).returncode == 0
@@ -141,6 +141,7 @@ def test_a_repository_is_public_only_where_it_was_asked_for(hub, result):
     assert OutputSection().hub_private_repo is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", [{"large": True, "refuses": [False, True]}], indirect=True)
 def test_a_second_try_sends_a_merged_models_weights_no_second_time(hub, result):
     address, asked = hub
@@ -176,6 +177,7 @@ def test_what_to_upload_and_where_is_the_recipes_or_named(write_recipe, train, t
         push(str(tmp_path), None, public=False)
 
 
+@pytest.mark.slow
 def test_without_the_hub_the_message_says_where_the_result_is_and_what_to_type(result):
     done = upload(result, "http://127.0.0.1:9")
     assert done.returncode == 1 and "hf_secret" not in done.stderr

@@ -7,17 +7,16 @@ import shutil
 import pytest
 import torch
 from bitsandbytes import functional
-from conftest import make_model, weights_of
 from safetensors.torch import load_file, save_file
-from test_merge_kinds import KINDS, adapt
+from support.adapters import KINDS, adapt
+from support.results import weights_of
+from support.tiny import make_model
 
 from finetuner.commands.merge import merge
 from finetuner.errors import ModelError
 from finetuner.export.merge_plan import MergeFormat
 from finetuner.export.merge_writer import merge_adapter
 from finetuner.export.verify_tensors import verify_tensors
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -96,6 +95,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_tool_is_merged_onto_what_bitsandbytes_makes_of_the_base(tmp_path, tied_model, capsys):
     folder = tmp_path / "adapter"
     adapt(tied_model, folder, target_modules=["q_proj", "down_proj"])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, RecipeWriter
+from support.places import ROOT
+from support.rows import RecipeWriter
 
 from finetuner.training.metrics import read_metrics
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import make_model, weights_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.results import weights_of
+from support.tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from finetuner.commands.merge import merge
@@ -18,8 +19,6 @@ from finetuner.models.lora_targets import modules_to_save, target_modules
 from finetuner.models.trainable import train_only, trainable_parameters
 from finetuner.recipe import load
 from finetuner.recipe.sections import AdapterSection
-
-pytestmark = pytest.mark.slow
 
 QUICK = {
     "adapter": "lora", "lora_r": 4, "lora_alpha": 16, "max_steps": 3, "learning_rate": 0.02, "lr_scheduler": "constant"
@@ -64,6 +63,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_model_equals_adapter_model(kind, tied, write_recipe, train, tmp_path, tokenizer_folder):
@@ -109,6 +109,7 @@ def test_layers_that_store_their_weights_the_other_way_round_merge_right(
     torch.testing.assert_close(merged(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [
@@ -185,6 +186,7 @@ def test_mistakes_about_adapters_are_found_in_the_recipe(write_recipe):
             load(write_recipe(**keys))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_runs_adapter(write_recipe, train, tmp_path):
     recipe = write_recipe(**QUICK)
     first = train(recipe, f"output_dir={tmp_path / 'first'}")

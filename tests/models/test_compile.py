@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import largest_difference, run_command, weights_of
+from support.processes import run_command
+from support.results import largest_difference, weights_of
 from transformers import AutoModelForCausalLM
 
 from finetuner.errors import PlanError

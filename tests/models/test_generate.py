@@ -5,8 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_model, run_command, write_rows
-from test_gpt import GPT2, IDS, make
+from support.gpt import GPT2, IDS, make
+from support.processes import run_command
+from support.rows import write_rows
+from support.tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.cli import main
@@ -16,8 +18,6 @@ from finetuner.commands.text_model import SamplingOptions
 from finetuner.data.new_tokenizers import write_byte_tokenizer
 from finetuner.errors import ModelError
 from finetuner.models.generation import draw_token, generate_tokens, stream_text
-
-pytestmark = pytest.mark.slow
 
 GREEDY = partial(draw_token, temperature=0, top_p=1.0, generator=torch.Generator())
 
@@ -36,6 +36,7 @@ def test_the_likeliest_tokens_are_those_of_transformers_and_a_text_may_outgrow_t
     assert list(again) == found[35:40]
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_by_their_probability_and_only_the_likely_ones():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
@@ -58,6 +59,7 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole(tmp_path):
     assert [part for part in shown if part] == ["é", " ", "\U0001f642", "!"]
 
 
+@pytest.mark.slow
 def test_a_recipe_speaks_with_its_adapter_and_a_seed_says_the_same_again(write_recipe, train, tmp_path, tiny_model):
     recipe = write_recipe(adapter="lora", max_steps=8, learning_rate=0.02, micro_batch_size=8)
     with pytest.raises(ModelError, match=r"nothing is trained in .*out yet"):
@@ -167,6 +169,7 @@ def test_a_model_without_turns_is_said(talk, tiny_model, tmp_path):
         talk("hello", source=tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_the_command_talks_with_the_adapter_of_a_recipe_through_a_pipe(write_recipe, train, tmp_path, tiny_model):
     chats = [{"messages": [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Yes."}]}] * 8
     rows = [{"path": str(write_rows(tmp_path / "chats.jsonl", chats)), "type": "chat_template"}]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from peft import PeftModel
+from support.gpt import GPT2, IDS, make
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetuner.data.new_tokenizers import write_byte_tokenizer
@@ -15,25 +16,6 @@ from finetuner.models.document_isolation import require_isolation
 from finetuner.models.gpt import GPTConfig, GPTForCausalLM, rotate_half
 from finetuner.models.gpt_conversion import portable_config, portable_weights
 from finetuner.objectives.logits import head_is_composable
-
-GPT2 = {"norm": "layer", "activation": "gelu", "positions": "learned", "bias": True, "num_key_value_heads": 4}
-
-
-def make(seed: int = 0, **choices) -> GPTForCausalLM:
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2} | choices
-    config = GPTConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, max_position_embeddings=40,
-        attn_implementation=shape.pop("attn_implementation", "sdpa"), **shape,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    model = GPTForCausalLM(config)
-    with torch.no_grad():  # as after some training: no weight is 0 or 1 exactly
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.eval()
-
-
-IDS = torch.randint(97, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("tied", [True, False])

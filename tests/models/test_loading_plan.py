@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from support.tiny import make_model
 
 from finetuner.errors import ModelError
 from finetuner.models.loading_plan import Loading, LoadingPlan, choose_loading, load_base

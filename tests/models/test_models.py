@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import make_model
+from support.documents import FP32, documents
+from support.tiny import make_model
 from torch.nn import functional as F  # noqa: N812
 
 from finetuner.data.batches import collate
@@ -23,22 +24,6 @@ from finetuner.objectives.loss_module import LossModule
 from finetuner.objectives.next_token import NextToken
 from finetuner.recipe.sections import AdapterSection, SpecialTokens, TokenizerSection
 from finetuner.world import World
-
-FP32 = {"dtype": torch.float32, "attention": ("sdpa",)}
-
-
-def documents(count: int = 3) -> TokenStore:
-    """Documents of unequal length, whose first half is not trained on."""
-    import numpy as np
-
-    generator = np.random.default_rng(1)
-    pairs = []
-    for i in range(count):
-        ids = generator.integers(4, 500, 6 + 5 * i).astype(np.int32)
-        labels = ids.copy()
-        labels[: len(ids) // 2] = IGNORE_INDEX
-        pairs.append((ids, labels))
-    return TokenStore.of(pairs)
 
 
 def reference_loss(model, store: TokenStore) -> torch.Tensor:

@@ -8,9 +8,11 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import ROOT, largest_difference, make_model, run_command, weights_of
-from quantized_worker import documents, qlora_loss, steps_of
-from test_models import FP32
+from support.documents import FP32, documents
+from support.processes import run_command
+from support.quantized_worker import qlora_loss, steps_of
+from support.results import largest_difference, weights_of
+from support.tiny import make_model
 
 from finetuner.data.batches import collate
 from finetuner.errors import CheckpointError, ModelError, RecipeError
@@ -27,8 +29,6 @@ from finetuner.objectives.loss_module import LossModule
 from finetuner.objectives.next_token import NextToken
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import AdapterSection, FourBitSection, QuantizationSection
-
-pytestmark = pytest.mark.slow
 
 NF4 = QuantFormat("nf4", torch.float32, double=True, compute_dtype=torch.float32)
 SHAPES = [(96, 48), (7, 5), (2048, 300)]  # (in, out): whole blocks, less than one, three pieces
@@ -152,7 +152,7 @@ def test_peft_adapts_it_as_any_linear_layer_and_the_gradients_are_those_of_the_d
 def test_two_ranks_of_fsdp_hold_half_the_bytes_and_take_the_steps_of_one(tiny_model):
     """Whatever the bytes pass as, and with a mixed precision that casts every other parameter."""
     cases = {"uint8-fp32": 1e-6, "uint8-bf16": 2e-3, "bfloat16-bf16": 2e-3}
-    done = run_command("quantized_worker", tiny_model, *cases, ranks=2, cwd=ROOT / "tests")
+    done = run_command("support.quantized_worker", tiny_model, *cases, ranks=2)
     assert done.code == 0, done.text
     sharded = json.loads(done.out.partition("LOSSES ")[2])
     for case, bound in cases.items():
@@ -221,6 +221,7 @@ def test_a_missing_bitsandbytes_is_named_with_the_command(write_recipe, train, m
         train(write_recipe(**QLORA))
 
 
+@pytest.mark.slow
 def test_a_quantised_run_resumes_bitwise_and_only_on_the_same_base(write_recipe, train, tmp_path, capsys):
     recipe = write_recipe(**QLORA, max_steps=4, save_steps=2, gradient_checkpointing=True)
     unbroken = train(recipe)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, largest_difference, run_command, unfinished, weights_of, write_rows
+from support.places import ROOT
+from support.processes import run_command
+from support.results import largest_difference, unfinished, weights_of
+from support.rows import write_rows
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -28,8 +31,6 @@ from finetuner.plan.run import Plan
 from finetuner.recipe import load_recipe
 from finetuner.recipe.sections import GPTSection
 from finetuner.world import World
-
-pytestmark = pytest.mark.slow
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\n  Speak, speak. \U0001f642 déjà\tvu\r\n"
 TINY = {"layers": 2, "heads": 4, "key_value_heads": 2, "width": 32, "context": 64}
@@ -213,6 +214,7 @@ def test_the_best_weights_of_other_shapes_are_written_as_what_they_are(
     assert torch.allclose(ours(ids).logits, written(ids).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_are_shown_while_training_and_change_nothing(recipe, train, tmp_path, capsys):
     path = recipe(model=TINY | {"dropout": 0.1}, tokenizer="byte", max_steps=5)
     train(path)
@@ -301,6 +303,7 @@ def test_a_run_in_shards_resumes_bitwise_from_a_checkpoint_in_parts(recipe, trai
     assert largest_difference(weights_of(tmp_path / "out"), weights_of(out)) == 0.0
 
 
+@pytest.mark.slow
 def test_two_ranks_that_share_the_model_or_copy_it_train_it_as_one_rank_does(recipe, train, tmp_path):
     """The second launch goes on under DDP from where FSDP was after two of four steps."""
     keys = {"tokenizer": {"train": {"vocab_size": 300}}, "sample_packing": True, "max_steps": 4, "save_steps": 2}
@@ -320,6 +323,7 @@ def test_two_ranks_that_share_the_model_or_copy_it_train_it_as_one_rank_does(rec
     assert largest_difference(copied, shared) < 2e-5
 
 
+@pytest.mark.slow
 def test_the_whole_life_of_a_model_by_the_examples(train, write_rows_of, tmp_path, capsys):
     """From scratch, text from it, LoRA on what was exported, and a conversation with the result."""
     functions = [f"def f{i}(x):\n    return x * {i}\n\n" for i in range(10)]

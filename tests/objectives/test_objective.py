@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from accelerate import Accelerator
-from test_batches import make_plan, make_schedule, make_store
+from support.batches import make_plan, make_schedule, make_store
 from transformers import AutoModelForCausalLM
 
 from finetuner.data.batch_sampler import step_batches

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import largest_difference, unfinished, weights_of
+from support.results import largest_difference, unfinished, weights_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -12,8 +12,6 @@ from finetuner.models.neftune import document_lengths, embedding_noise
 from finetuner.objectives import logits as loss_module
 from finetuner.objectives.loss_module import LossModule
 from finetuner.objectives.next_token import NextToken, Regularization, summed_loss
-
-pytestmark = pytest.mark.slow
 
 IDS = torch.arange(24).reshape(2, 12)
 POSITIONS, TARGETS = torch.arange(20), torch.arange(100, 120)
@@ -74,6 +72,7 @@ def test_noise_is_uniform_of_the_papers_size_by_document_and_gone_afterwards():
     assert document_lengths(None, packed).tolist() == [[3, 3, 3, 2, 2, 4, 4, 4, 4], [7] * 7 + [2, 2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_a_run_with_noise_resumes_bitwise(packed, write_recipe, train, tmp_path):
     recipe = write_recipe(

@@ -3,15 +3,14 @@
 from pathlib import Path
 
 import pytest
-from conftest import alpaca_rows, largest_difference, weights_of, write_rows
-from test_engines import COMPARED, ENGINES, assert_real, assert_same_numbers, override, run_ranks, zero
+from support.engines import COMPARED, ENGINES, assert_real, assert_same_numbers, override, run_ranks, zero
+from support.results import largest_difference, weights_of
+from support.rows import alpaca_rows, write_rows
 
 from finetuner.errors import RecipeError
 from finetuner.recipe import load
 from finetuner.recipe.optimizers import OPTIMIZERS
 from finetuner.training.metrics import read_metrics
-
-pytestmark = pytest.mark.slow
 
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 SPREAD = {
@@ -42,6 +41,7 @@ UPDATES: dict[str, dict] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     ("engine", "optimizer"),
@@ -62,6 +62,7 @@ def test_an_optimizer_takes_the_steps_of_one_rank_where_it_is_spread(engine, opt
         assert largest_difference(weights_of(tmp_path / "one"), weights_of(tmp_path / "two")) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.parametrize("engine", [name for name in SPREAD if name not in ("FSDP2", "ZeRO-1")])
 def test_moments_in_8_bits_are_spread_by_every_zero(engine, recipe, train, tmp_path):
@@ -77,6 +78,7 @@ def test_moments_in_8_bits_are_spread_by_every_zero(engine, recipe, train, tmp_p
     assert 0 < largest_difference(weights_of(tmp_path / "one"), weights_of(tmp_path / "two")) < 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.parametrize("engine", ["FSDP2", "ZeRO-1", "ZeRO-3"])
 def test_noise_and_dropout_are_those_of_ddp_on_as_many_ranks(engine, recipe, tmp_path):
@@ -90,6 +92,7 @@ def test_noise_and_dropout_are_those_of_ddp_on_as_many_ranks(engine, recipe, tmp
     assert_same_numbers(rows[engine], rows["DDP"])
 
 
+@pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
 def test_compiled_layers_give_the_numbers_of_one_rank(engine, recipe, train, tmp_path):

@@ -1,26 +1,17 @@
 """Every engine is real, gives the numbers of one rank, and leaves checkpoints that every other can go on from."""
 
-import json
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import (
-    Result,
-    alpaca_rows,
-    largest_difference,
-    make_model,
-    run_command,
-    weights_of,
-    write_rows,
-)
+from support.engines import ENGINES, assert_real, assert_same_numbers, holds, override, run_ranks
+from support.processes import run_command
+from support.results import largest_difference, weights_of
+from support.rows import alpaca_rows, write_rows
+from support.tiny import make_model
 
 from finetuner.errors import PlanError, RecipeError
 from finetuner.training.metrics import read_metrics
-
-pytestmark = pytest.mark.slow
 
 ADAPTERS: dict[str, dict] = {
     "full": {},
@@ -28,68 +19,6 @@ ADAPTERS: dict[str, dict] = {
     "lora": {"adapter": "lora", "lora_r": 3, "tokens": ["<|new|>"], "gradient_checkpointing": True},
     "qlora": {"adapter": "qlora", "load_in_4bit": True, "lora_r": 3},
 }
-
-
-def zero(stage: int, **block: object) -> dict:
-    return {"deepspeed": {"zero_optimization": {"stage": stage, "overlap_comm": stage == 1, **block}}}
-
-
-ENGINES: dict[str, dict] = {
-    "DDP": {},
-    "FSDP2": {"fsdp": ["full_shard", "auto_wrap"]},
-    "FSDP2 offloaded": {
-        "fsdp": ["full_shard", "auto_wrap"],
-        "fsdp_config": {"fsdp_offload_params": True, "fsdp_cpu_ram_efficient_loading": True},
-    },
-    "ZeRO-1": zero(1),
-    "ZeRO-2": zero(2),
-    "ZeRO-3": zero(3),
-}
-
-
-@dataclass(frozen=True)
-class Holds:
-    """The run's own words on what its ranks hold: elements, as (least, most) over the ranks."""
-
-    engine: str
-    parameters: tuple[int, int]
-    updated: tuple[int, int]
-    trained: int
-    total: int
-
-
-def holds(text: str) -> Holds:
-    def numbers(pattern: str) -> list[int]:
-        found = re.search(pattern, text)
-        assert found, text
-        return [int(n.replace(",", "")) for n in found.groups() if n]
-
-    held = numbers(r"each rank holds +([\d,]+)(?: to ([\d,]+))? parameters")
-    updated = numbers(r"parameters, ([\d,]+)(?: to ([\d,]+))? updated by it")
-    trained, total = numbers(r"parameters +([\d,]+) trained of ([\d,]+)")
-    engine = re.search(r"engine +(.+?) *\n", text)
-    assert engine
-    return Holds(engine[1], (held[0], held[-1]), (updated[0], updated[-1]), trained, total)
-
-
-def assert_real(name: str, text: str, whole: int = 0) -> None:
-    """On two ranks: the engine says its name, and a rank holds no more than its part (which ZeRO pads).
-
-    `whole`: elements that one rank alone holds, where they are fewer than the model's: 4-bit weights are two to one.
-    """
-    found = holds(text)
-    whole = whole or found.total
-    word, _, rest = name.partition(" ")
-    assert found.engine.startswith(f"{word} over 2 ranks") and ("offloaded" in found.engine) == ("offloaded" in rest)
-    if word == "DDP":
-        assert found.parameters == (whole, whole) and found.updated == (found.trained, found.trained)
-        return
-    if word in ("ZeRO-1", "ZeRO-2"):
-        assert found.parameters == (whole, whole)
-    else:
-        assert whole <= sum(found.parameters) <= whole + 500
-    assert found.trained <= sum(found.updated) <= found.trained + 500
-    assert max(found.updated) < 0.7 * found.trained
 
 
 @pytest.fixture
@@ -109,27 +38,6 @@ def recipe(unequal_rows, write_recipe):
         save_steps=3,
         seed=7,
     )
-
-
-def override(**keys: object) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in keys.items()]
-
-
-def run_ranks(recipe: Path, out: Path, *overrides: str, ranks: int = 2) -> Result:
-    done = run_command("finetuner.train", recipe, f"output_dir={out}", *overrides, ranks=ranks)
-    assert done.code == 0, done.text
-    return done
-
-
-COMPARED = {"loss": 1e-5, "grad_norm": 1e-5, "learning_rate": 0.0, "num_tokens": 0.0, "eval_loss": 1e-5}
-
-
-def assert_same_numbers(rows: list[dict], reference: list[dict]) -> None:
-    assert len(rows) == len(reference)
-    for row, expected in zip(rows, reference, strict=True):
-        for key, bound in COMPARED.items():
-            if key in expected:
-                assert row[key] == pytest.approx(expected[key], rel=bound, abs=0.0), (key, row["step"])
 
 
 def compare_with_one_rank(engine: str, adapter: str, accum: int, recipe: Path, train, tmp_path: Path, capsys) -> None:
@@ -288,6 +196,7 @@ def test_dora_on_a_4_bit_base_is_refused(recipe, train):
         train(recipe, "adapter=qlora", "peft_use_dora=true")
 
 
+@pytest.mark.slow
 def test_a_sharded_recipe_runs_on_one_rank(recipe, train, capsys, tmp_path):
     plain = train(recipe, "micro_batch_size=4", f"output_dir={tmp_path / 'plain'}")
     capsys.readouterr()
@@ -298,6 +207,7 @@ def test_a_sharded_recipe_runs_on_one_rank(recipe, train, capsys, tmp_path):
     assert_same_numbers(again, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [
@@ -412,7 +322,7 @@ def test_only_the_main_rank_reads_the_model_and_tied_weights_stay_tied(recipe, t
     import subprocess
     import sys
 
-    from conftest import ROOT
+    from support.places import ROOT
 
     base = make_model(tmp_path / "base", tokenizer_folder, tied=True)
     reference = train(recipe, f"base_model={base}", "micro_batch_size=8", f"output_dir={tmp_path / 'one'}")

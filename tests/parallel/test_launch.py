@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED_DATA
+from support.places import ROOT, SHARED_DATA
+from support.processes import free_port
 
 from finetuner.errors import PlanError
 from finetuner.plan.memory import ModelBytes, RankBytes, bytes_of_a_rank, bytes_of_training
@@ -178,10 +179,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_a_rank_that_hangs_or_dies_is_not_
     engine, write_recipe, tmp_path
 ):
     recipe = write_recipe(max_steps=5000, save_strategy="no", logging_steps=1, ddp_timeout=15, **SHARDED[engine])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
+    port = free_port()
     processes = started_by_no_launcher(recipe, port, (0, 1))
     try:
         until(processes[0], "step 2/")

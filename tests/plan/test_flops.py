@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_model
+from support.tiny import make_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.plans import many, when
 
 from finetuner.errors import PlanError
 from finetuner.plan.precision import choose_precision
@@ -25,7 +26,6 @@ from finetuner.world import (
 
 CPU, CPU_BF16 = World(), World(bf16=True)
 GPU, OLD_GPU = World(device="cuda", bf16=True), World(device="cuda")
-many = settings(deadline=None, max_examples=60, derandomize=True)
 
 
 def schedule(num_rows: int = 100, global_batch: int = 10, **keys: Any) -> Schedule:
@@ -38,10 +38,6 @@ def schedule(num_rows: int = 100, global_batch: int = 10, **keys: Any) -> Schedu
     return Schedule.from_sections(
         of(ScheduleSection), of(EvaluationSection), of(OutputSection), num_rows=num_rows, global_batch=global_batch
     )
-
-
-def when(happens: Callable[[int], bool], total: int) -> list[int]:
-    return [done for done in range(1, total + 1) if happens(done)]
 
 
 # --- batch and precision ---

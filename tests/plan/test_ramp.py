@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import alpaca_rows, largest_difference, run_command, unfinished, weights_of, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from test_batches import all_ranks, make_plan, make_store, rows_of
-from test_cli import exit_of
-from test_plan import many, when
-from test_row_stream import texts
+from support.batches import all_ranks, make_plan, make_store, rows_of
+from support.plans import many, when
+from support.processes import exit_of, run_command
+from support.results import largest_difference, unfinished, weights_of
+from support.rows import alpaca_rows, texts, write_rows
 
 from finetuner.data.batch_sampler import padding_share, step_batches
 from finetuner.data.batches import FILLER_ROW, PADDED

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.places import ROOT
 
 from finetuner.errors import PlanError, RecipeError
 from finetuner.plan.parallel import FsdpOptions, ParallelPlan, ZeroOptions

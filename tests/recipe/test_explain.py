@@ -7,9 +7,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from conftest import ROOT
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
+from support.places import ROOT
 
 from finetuner.cli import main
 from finetuner.errors import RecipeError

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
-from conftest import ROOT
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
+from support.places import ROOT
 
 from finetuner.errors import RecipeError
 from finetuner.recipe import ALIASES, KEYS, SECTIONS, Recipe, dump_recipe, load, load_recipe

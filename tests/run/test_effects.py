@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import largest_difference, weights_of, write_rows
+from support.results import largest_difference, weights_of
+from support.rows import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.data.chat_templates import choose_template

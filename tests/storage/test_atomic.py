@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.places import ROOT
 
 from finetuner.errors import DataError
 from finetuner.storage.atomic import TASK, move_into, staged_file, staged_folder, staging_of

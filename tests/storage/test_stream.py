@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_model, run_command
+from support.processes import run_command
+from support.tiny import make_model
 from transformers import AutoModelForCausalLM
 
 from finetuner.errors import ModelError
@@ -134,7 +135,7 @@ def test_ranks_load_their_parts_and_a_few_tensors_and_read_each_file_once(tiny_m
         tmp_path, tokenizer_folder, dtype="bfloat16", hidden_size=512, intermediate_size=2048, num_hidden_layers=40
     )
     size = (folder / "model.safetensors").stat().st_size
-    done = run_command("loading_worker", tiny_model, folder, ranks=2, cwd=ROOT / "tests")
+    done = run_command("support.loading_worker", tiny_model, folder, ranks=2)
     assert done.code == 0, done.text
     main, other = json.loads(done.out.partition("RANKS ")[2])
     held = main["held"] + other["held"]

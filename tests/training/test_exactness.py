@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, alpaca_rows, largest_difference, run_command, weights_of, write_rows
-
-pytestmark = pytest.mark.slow
+from support.places import ROOT
+from support.processes import run_command
+from support.results import largest_difference, weights_of
+from support.rows import alpaca_rows, write_rows
 
 LORA = {"adapter": "lora", "lora_r": 4, "lora_target_linear": True}
 
@@ -59,6 +60,7 @@ def test_four_splits_of_a_batch_give_one_gradient(adapter, unequal_rows, write_r
     assert [r["grad_norm"] for r in two_ranks] == pytest.approx([r["grad_norm"] for r in rows], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_odd_number_of_rows_is_trained_on_once_an_epoch_whatever_the_split(
     unequal_rows, write_recipe, train, tmp_path
 ):
@@ -76,6 +78,7 @@ def test_an_odd_number_of_rows_is_trained_on_once_an_epoch_whatever_the_split(
 COMPARED = ("step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "total_tokens")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [{}, LORA | {"lora_dropout": 0.2}], ids=["full", "lora with dropout"])
 @pytest.mark.parametrize("stop", [3, 7], ids=["in the first epoch", "in the second epoch"])
 def test_resumed_run_is_bitwise_the_unbroken_run(adapter, stop, write_recipe, train, tmp_path):
@@ -96,6 +99,7 @@ def test_resumed_run_is_bitwise_the_unbroken_run(adapter, stop, write_recipe, tr
     assert (tmp_path / "unbroken" / last).read_bytes() == (broken / last).read_bytes()
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_steps_and_between_seeds(write_recipe, train, tmp_path):
     recipe = write_recipe(
         max_steps=2, **(LORA | {"lora_dropout": 0.5, "lr_scheduler": "constant", "micro_batch_size": 20})
@@ -107,6 +111,7 @@ def test_dropout_differs_between_steps_and_between_seeds(write_recipe, train, tm
     assert [r["grad_norm"] for r in first] != [r["grad_norm"] for r in other]
 
 
+@pytest.mark.slow
 def test_a_run_resumed_with_another_split_stays_on_the_curve(write_recipe, train, tmp_path):
     recipe = write_recipe(num_epochs=2, save_steps=5, **LORA)
     split = ("micro_batch_size=4", "gradient_accumulation_steps=1")
@@ -134,6 +139,7 @@ def test_moments_in_8_bits_resume_bitwise_and_go_where_those_in_32_go(optimizer,
     assert 0.0 < largest_difference(weights_of(tmp_path / "unbroken"), weights_of(tmp_path / "full")) < 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_a_stopped_run_resumes_to_the_same_weights(how, write_recipe, train, tmp_path):
     """Stopped at no chosen moment after the first checkpoint; then the same command again."""

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, alpaca_rows, run_command, weights_of, write_rows
 from safetensors.torch import load_file
+from support.places import ROOT
+from support.processes import run_command
+from support.results import weights_of
+from support.rows import alpaca_rows, write_rows
 
 from finetuner.checkpoint.folder import list_checkpoints, newest_intact, read_saved_state
 from finetuner.errors import CheckpointError, RecipeError, TrainingError
@@ -22,8 +25,6 @@ from finetuner.recipe.sections import GuardSection
 from finetuner.training.guards import Guards
 from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_requests
-
-pytestmark = pytest.mark.slow
 
 # Learns its few rows by heart: the held-out loss falls and then rises.
 OVERFITS = {
@@ -136,6 +137,7 @@ def test_a_loss_above_the_threshold_stops_the_run_and_saves_nothing_over(write_r
     assert steps_saved(tmp_path / "out") == [1]
 
 
+@pytest.mark.slow
 def test_the_result_is_the_best_and_early_stopping_ends_the_run(write_recipe, train, tmp_path, capsys):
     out = tmp_path / "out"
     keys = {"load_best_model_at_end": True, "early_stopping_patience": 3, "save_total_limit": 1}
@@ -153,6 +155,7 @@ def test_the_result_is_the_best_and_early_stopping_ends_the_run(write_recipe, tr
     assert "is trained already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_resumed_run_finds_the_same_best_and_stops_at_the_same_step(write_recipe, train, tmp_path):
     keys = {"load_best_model_at_end": True, "early_stopping_patience": 3, "save_total_limit": 0, "adapter": "lora"}
     recipe = write_recipe(**OVERFITS | {"learning_rate": 0.1}, **keys)
@@ -168,6 +171,7 @@ def test_a_resumed_run_finds_the_same_best_and_stops_at_the_same_step(write_reci
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_is_said_and_not_replaced_by_the_last(write_recipe, train, tmp_path):
     recipe = write_recipe(**OVERFITS, load_best_model_at_end=True, early_stopping_patience=2)
     train(recipe)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import largest_difference, run_command, unfinished, weights_of
+from support.processes import run_command
+from support.results import largest_difference, unfinished, weights_of
 from torch import nn
 
 from finetuner.errors import CheckpointError, PlanError, RecipeError
@@ -14,8 +15,6 @@ from finetuner.recipe import load
 from finetuner.recipe.optimizers import OPTIMIZERS, TrainedTensor, read_arguments
 from finetuner.recipe.sections import AdapterSection, OptimizerSection, RatesSection
 from finetuner.training.optimizer import BUILDERS, build_optimizer, own_rates
-
-pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 
@@ -252,6 +251,7 @@ def test_embeddings_and_named_weights_have_rates_of_their_own_and_keep_their_dec
         trained({}, {"lr_groups": [{"name": "mine", "modules": ["w_proj"], "lr": 0.5}]}, tiny_model)
 
 
+@pytest.mark.slow
 def test_a_run_with_rates_of_its_own_logs_the_schedules_and_resumes_bitwise(write_recipe, train, tmp_path):
     recipe = write_recipe(
         adapter="lora", lora_modules_to_save=["lm_head"], loraplus_lr_ratio=4.0, embedding_lr=1e-4, max_steps=4,

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import unfinished
+from support.results import unfinished
 
 from finetuner.errors import PlanError
 from finetuner.recipe import load
 from finetuner.recipe.sections import TrackingSection
 from finetuner.training.trackers import Figures, Trackers, require_trackers, wants_mlflow, wants_trackio, wants_wandb
-
-pytestmark = pytest.mark.slow
 
 FIGURES = {"step": 3, "loss": 2.5, "eval_loss": 2.0, "grad_norm": float("nan"), "learning_rate": 0.1}
 WRITTEN = {"train/loss": 2.5, "eval/loss": 2.0, "train/learning_rate": 0.1}  # of FIGURES
@@ -252,6 +250,7 @@ def test_boilerplate_of_trackers_asks_for_nothing(write_recipe):
     assert not wants_wandb(loaded.recipe.tracking)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_reads_back_the_figures_of_a_run_and_of_its_resumption(write_recipe, train, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

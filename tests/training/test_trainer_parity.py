@@ -3,9 +3,8 @@
 import importlib.util
 
 import pytest
-from conftest import ROOT, alpaca_rows, write_rows
-
-pytestmark = pytest.mark.slow
+from support.places import ROOT
+from support.rows import alpaca_rows, write_rows
 
 
 def _benchmark():
@@ -15,6 +14,7 @@ def _benchmark():
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [

@@ -1,13 +1,12 @@
 """One of two gloo ranks: three steps of QLoRA under FSDP2 for each storage and precision, as test_quantized.py asks.
 
-torchrun --nproc_per_node 2 -m quantized_worker MODEL uint8-fp32 bfloat16-bf16 ...
+torchrun --nproc_per_node 2 -m support.quantized_worker MODEL uint8-fp32 bfloat16-bf16 ...
 """
 
 import json
 import sys
 
 import torch
-from test_models import documents
 from torch import distributed
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -19,6 +18,7 @@ from finetuner.models.quant_format import QuantFormat
 from finetuner.objectives.loss_module import LossModule
 from finetuner.objectives.next_token import NextToken
 from finetuner.recipe.sections import AdapterSection
+from support.documents import documents
 
 
 def qlora_loss(folder: str, storage: str, precision: str) -> LossModule:

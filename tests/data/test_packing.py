@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import alpaca_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.rows import alpaca_rows, write_rows
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from finetuner.data.batches import Layout, collate
@@ -19,8 +19,6 @@ from finetuner.errors import ModelError
 from finetuner.models.document_isolation import require_isolation
 from finetuner.objectives.loss_module import LossModule
 from finetuner.objectives.next_token import NextToken
-
-pytestmark = pytest.mark.slow
 
 GENERATOR = np.random.default_rng(5)
 LENGTHS = (7, 5, 9, 3, 6, 4, 8, 6)

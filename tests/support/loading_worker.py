@@ -1,10 +1,11 @@
 """One of two gloo ranks that load a 4-bit model into FSDP2's parts and try it out, as test_stream.py asks.
 
-torchrun --nproc_per_node 2 -m loading_worker SMALL_MODEL MODEL
+torchrun --nproc_per_node 2 -m support.loading_worker SMALL_MODEL MODEL
 """
 
 import json
 import re
+import resource
 import sys
 import threading
 import time
@@ -25,14 +26,16 @@ CPU = torch.device("cpu")
 NF4 = QuantFormat("nf4", torch.bfloat16, double=True, compute_dtype=torch.bfloat16)
 
 
-def count_of(name: str, text: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+)", text)
+def bytes_read() -> int:
+    found = re.search(r"rchar:\s+(\d+)", Path("/proc/self/io").read_text())
     assert found is not None
     return int(found[1])
 
 
-def read_of_self(file: str) -> str:
-    return Path(f"/proc/self/{file}").read_text()
+def anonymous_bytes() -> int:
+    """The memory of this process that is no file's, from the shortest file that has it: each look is itself read."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * resource.getpagesize()
 
 
 class Peak:
@@ -42,8 +45,7 @@ class Peak:
     """
 
     def __enter__(self) -> "Peak":
-        self.start = self.most = count_of("RssAnon", read_of_self("status")) * 1024
-        self.own_reads = 0
+        self.start = self.most = anonymous_bytes()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
@@ -51,9 +53,7 @@ class Peak:
 
     def _watch(self) -> None:
         while not self.done.is_set():
-            status = read_of_self("status")
-            self.own_reads += len(status)
-            self.most = max(self.most, count_of("RssAnon", status) * 1024)
+            self.most = max(self.most, anonymous_bytes())
             time.sleep(0.005)
 
     def __exit__(self, *_: object) -> None:
@@ -63,14 +63,14 @@ class Peak:
 
 
 def load_and_try(folder: str) -> dict[str, int]:
-    before = count_of("rchar", read_of_self("io"))
+    before = bytes_read()
     with Peak() as loading, returning_freed_memory():
         found = lazy_model(folder, dtype=NF4.dtype, attention=("sdpa",), quant_format=NF4, device=CPU)
         assert found is not None
         loss = LossModule(found[0], NextToken(), composed=True)
         plan = ParallelPlan("fsdp2", shard=2, fsdp=FsdpOptions(pin_memory=False))
         shard_module(loss, plan, CPU, full=False, lazy=found[1])
-    was_read = count_of("rchar", read_of_self("io")) - before - loading.own_reads
+    was_read = bytes_read() - before
     with torch.no_grad(), Peak() as trying, returning_freed_memory():
         assert loss(question=lambda module: module.settle(packs=False)) == 1.0
     held = sum(p.to_local().numel() * p.itemsize for p in loss.parameters())
