@@ -208,7 +208,7 @@ def test_a_mistake_in_the_recipe_does_not_cost_the_earlier_run(write_recipe, tra
 
 
 def test_a_run_that_is_extended_and_stopped_is_not_taken_for_done(write_recipe, train, tmp_path, monkeypatch):
-    from finetuner.run import train as run_module
+    from finetuner.run import output as run_module
 
     out = tmp_path / "out"
     recipe = write_recipe(adapter="lora", save_steps=1, resume_from_checkpoint=True, lr_scheduler="constant")

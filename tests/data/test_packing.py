@@ -108,7 +108,7 @@ def test_packs_have_the_loss_and_the_gradient_of_their_documents(model, store, l
     def outcome(rows, numbers, how):
         batch = collate(rows, numbers, how)
         model.zero_grad()
-        value = loss(batch.input_ids, batch.attention_mask, batch.positions, batch.targets, batch.position_ids)
+        (value,) = loss(batch.tensors())
         value.backward()
         return value.item(), [p.grad.clone() for p in model.parameters()]
 

@@ -52,7 +52,7 @@ def test_weights_products_and_input_gradients_are_bitsandbytes_bit_for_bit(kind,
     for sizes, bias in itertools.product(SHAPES, [True, False]):
         ours, theirs = pair(sizes, kind, double, dtype, bias)
         weight = bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
-        assert torch.equal(ours.dequantized(), weight) and weight.dtype == dtype
+        assert torch.equal(ours.dequantize(), weight) and weight.dtype == dtype
         left = torch.randn(3, 4, sizes[0]).to(dtype).requires_grad_()
         right = left.detach().clone().requires_grad_()
         one, other = ours(left), theirs(right)
@@ -73,28 +73,28 @@ def test_a_large_layer_takes_four_bits_and_an_eighth_a_weight():
 def test_bytes_survive_saving_moving_and_casting(storage):
     form = QuantFormat("nf4", torch.float32, double=True, storage=storage)
     layer = FourBitLinear.quantize(torch.randn(48, 96), form)
-    weight = layer.dequantized()
+    weight = layer.dequantize()
     fresh = FourBitLinear.quantize(torch.zeros(48, 96), form)
     fresh.load_state_dict(layer.state_dict())
-    assert torch.equal(fresh.dequantized(), weight)
+    assert torch.equal(fresh.dequantize(), weight)
     cast = layer.to(torch.float16)
     if storage == torch.uint8:
-        assert torch.equal(cast.dequantized(), weight)
+        assert torch.equal(cast.dequantize(), weight)
     else:
         with pytest.raises(ModelError, match="an engine cast or cut them"):
-            cast.dequantized()
+            cast.dequantize()
 
 
 @pytest.fixture(scope="module")
 def four_bit(tiny_model):
     def build(form: QuantFormat = NF4, folder=tiny_model):
-        return load_model(str(folder), dtype=form.dtype, attention=("sdpa",), form=form)
+        return load_model(str(folder), dtype=form.dtype, attention=("sdpa",), quant_format=form)
 
     return build
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_every_linear_layer_but_the_head_is_quantised(tied, tiny_model, tied_model, four_bit):
+def test_every_linear_layer_but_the_head_is_quantized(tied, tiny_model, tied_model, four_bit):
     folder = tied_model if tied else tiny_model
     model, full = four_bit(folder=folder), load_model(str(folder), **FP32)
     layers = quantized_layers(model)
@@ -102,7 +102,7 @@ def test_every_linear_layer_but_the_head_is_quantised(tied, tiny_model, tied_mod
     assert list(layers) == names and len(names) == 14
     for name, layer in layers.items():
         exact = full.get_submodule(name).weight
-        assert torch.equal(layer.dequantized(), FourBitLinear.quantize(exact.detach(), NF4).dequantized())
+        assert torch.equal(layer.dequantize(), FourBitLinear.quantize(exact.detach(), NF4).dequantize())
     rest = {n: p for n, p in full.named_parameters() if n.removesuffix(".weight") not in names}
     assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in rest.items())
     assert count_parameters(model)[1] == count_parameters(full)[1], "packed weights count as what they stand for"
@@ -119,7 +119,7 @@ def test_logits_are_those_of_bitsandbytes_own_layers(tiny_model, four_bit):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_peft_adapts_it_as_any_linear_layer_and_the_gradients_are_those_of_the_dequantised_model(
+def test_peft_adapts_it_as_any_linear_layer_and_the_gradients_are_those_of_the_dequantized_model(
     checkpointing, tiny_model, four_bit
 ):
     def gradients(model) -> dict[str, torch.Tensor]:
@@ -136,10 +136,10 @@ def test_peft_adapts_it_as_any_linear_layer_and_the_gradients_are_those_of_the_d
         return {n: p.grad for n, p in adapted.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
 
     ours = four_bit()
-    dequantised = load_model(str(tiny_model), **FP32)
+    dequantized = load_model(str(tiny_model), **FP32)
     for name, layer in quantized_layers(ours).items():
-        dequantised.get_submodule(name).weight.data = layer.dequantized()
-    one, other = gradients(ours), gradients(dequantised)
+        dequantized.get_submodule(name).weight.data = layer.dequantize()
+    one, other = gradients(ours), gradients(dequantized)
     assert len(one) == 29 and all("lora_" in name for name in one if name != "loss")
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     from peft.tuners.lora.layer import Linear
@@ -170,8 +170,8 @@ QLORA = {"adapter": "qlora", "lora_r": 4, "learning_rate": 0.02, "micro_batch_si
         (None, {}, None),
         ("lora", {}, None),
         ("lora", {"load_in_8bit": True}, "8-bit"),
-        ("qlora", {}, "4-bit nf4, double quantised"),
-        ("qlora", {"bnb_config_kwargs": FourBitSection(bnb_4bit_quant_type="fp4")}, "4-bit fp4, double quantised"),
+        ("qlora", {}, "4-bit nf4, double quantized"),
+        ("qlora", {"bnb_config_kwargs": FourBitSection(bnb_4bit_quant_type="fp4")}, "4-bit fp4, double quantized"),
         ("qlora", {"bnb_config_kwargs": FourBitSection(bnb_4bit_use_double_quant=False)}, "4-bit nf4"),
     ],
 )
@@ -185,7 +185,7 @@ def test_products_are_in_the_compute_dtype_and_come_back_in_the_inputs():
     form = choose_quant_format("qlora", QuantizationSection(bnb_config_kwargs=block), torch.float32)
     layer = FourBitLinear.quantize(torch.randn(64, 64), form)
     x = torch.randn(2, 64)
-    expected = torch.nn.functional.linear(x.bfloat16(), layer.dequantized().bfloat16()).float()
+    expected = torch.nn.functional.linear(x.bfloat16(), layer.dequantize().bfloat16()).float()
     assert torch.equal(layer(x), expected) and layer.weight.dtype == torch.float16
 
 
@@ -222,10 +222,10 @@ def test_a_missing_bitsandbytes_is_named_with_the_command(write_recipe, train, m
 
 
 @pytest.mark.slow
-def test_a_quantised_run_resumes_bitwise_and_only_on_the_same_base(write_recipe, train, tmp_path, capsys):
+def test_a_quantized_run_resumes_bitwise_and_only_on_the_same_base(write_recipe, train, tmp_path, capsys):
     recipe = write_recipe(**QLORA, max_steps=4, save_steps=2, gradient_checkpointing=True)
     unbroken = train(recipe)
-    assert "4-bit nf4, double quantised: 14 linear layers, 42.8% of the weights" in capsys.readouterr().out
+    assert "4-bit nf4, double quantized: 14 linear layers, 42.8% of the weights" in capsys.readouterr().out
     broken = tmp_path / "broken"
     shutil.copytree(tmp_path / "out/checkpoints/step-00000002", broken / "checkpoints/step-00000002")
     resumed = train(recipe, f"output_dir={broken}", "resume_from_checkpoint=true")
@@ -234,18 +234,18 @@ def test_a_quantised_run_resumes_bitwise_and_only_on_the_same_base(write_recipe,
     again = ("overwrite_output_dir=false", "resume_from_checkpoint=true", "max_steps=5", f"output_dir={broken}")
     with pytest.raises(CheckpointError, match="bnb_config_kwargs"):
         train(recipe, *again, "bnb_config_kwargs.bnb_4bit_use_double_quant=false")
-    with pytest.raises(CheckpointError, match="was kept as 4-bit nf4, double quantised of float32"):
+    with pytest.raises(CheckpointError, match="was loaded as 4-bit nf4, double quantized of float32"):
         train(recipe, *again, "bf16=true")
 
 
-def test_the_record_beside_the_adapter_names_what_was_quantised(write_recipe, train, tmp_path):
+def test_the_record_beside_the_adapter_names_what_was_quantized(write_recipe, train, tmp_path):
     train(write_recipe(**QLORA, max_steps=1, bnb_config_kwargs={"bnb_4bit_quant_type": "fp4"}))
     record = read_record(tmp_path / "out")
     assert record == read_record(tmp_path / "out" / "checkpoints" / "step-00000001")
     assert (record.kind, record.double, record.dtype) == ("fp4", True, "float32")
     assert "model.layers.1.mlp.down_proj" in record.modules and len(record.modules) == 14
     train(write_recipe(**QLORA | {"adapter": "lora"}, max_steps=1), "overwrite_output_dir=true")
-    assert read_record(tmp_path / "out") is None, "a full base is not said to be quantised"
+    assert read_record(tmp_path / "out") is None, "a full base is not said to be quantized"
 
 
 def test_a_base_in_eight_bits_trains_lora(write_recipe, train, tmp_path):
@@ -269,5 +269,5 @@ def test_what_cannot_be_kept_in_four_bits_is_refused(tmp_path, tokenizer_folder,
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="is quantised already"):
+    with pytest.raises(ModelError, match="is quantized already"):
         four_bit(folder=base)

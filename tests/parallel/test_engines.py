@@ -339,6 +339,7 @@ def test_only_the_main_rank_reads_the_model_and_tied_weights_stay_tied(recipe, t
     assert largest_difference(weights_of(tmp_path / "one"), weights_of(tmp_path / "two")) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_gradient_norm_of_a_real_vocabulary_is_one_number_in_every_engine(
     recipe, tokenizer_folder, train, tmp_path
 ):

@@ -25,7 +25,7 @@ def qlora_loss(folder: str, storage: str, precision: str) -> LossModule:
     """The whole model with its adapter, all in one number format beside the packed bytes."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     form = QuantFormat("nf4", dtype, double=True, compute_dtype=dtype, storage=getattr(torch, storage))
-    model = load_model(folder, dtype=dtype, attention=("sdpa",), form=form)
+    model = load_model(folder, dtype=dtype, attention=("sdpa",), quant_format=form)
     recompute_activations(model)
     adapted = add_lora(model, AdapterSection(adapter="qlora", lora_r=4), base_model="x", seed=1)
     for parameter in adapted.parameters():
