@@ -134,7 +134,7 @@ def test_a_token_across_the_border_is_cut(tokenizer: PreTrainedTokenizerBase, tm
     ids, labels = learn(tokenizer, [row], tmp_path).train.document(0)
     assert trained_texts(tokenizer, ids, labels) == ["\n\nHello" + EOS]
     prompt = tokenizer(WITHOUT_INPUT)["input_ids"]
-    assert list(ids[: len(prompt)]) == prompt, "the prompt is tokenised as when the model is used"
+    assert list(ids[: len(prompt)]) == prompt, "the prompt is tokenized as when the model is used"
 
 
 @pytest.mark.parametrize("output", ["if x:\n    return  y", "   indented", "a  b   c ", "  ", " x"])
@@ -224,7 +224,7 @@ def test_an_answer_has_no_space_that_the_template_does_not_write(
     for i, content in enumerate(CONTENTS):
         ids, labels = store.document(i)
         assert trained_texts(sentencepiece, ids, labels) == [lead + content + end] * 2
-        if lead:  # no border lies within a token: the whole is tokenised as it is when the model is used
+        if lead:  # no border lies within a token: the whole is tokenized as it is when the model is used
             rendered = sentencepiece.apply_chat_template(rows[i]["messages"], tokenize=False)
             assert list(ids) == sentencepiece(rendered, add_special_tokens=False)["input_ids"]
 

@@ -88,7 +88,7 @@ def test_the_terminal_shows_what_is_learned_of_each_document(
     assert re.search(r"1 packs of 256 tokens, \d\d\.\d% full", out)
 
 
-def test_marks_and_colours_say_what_the_labels_say(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_marks_and_colors_say_what_the_labels_say(tokenizer: PreTrainedTokenizerBase) -> None:
     text = "plain 🦊 ﷽ words " + EOS + " and more"
     ids = tokenizer(text)["input_ids"]
     for split in range(len(ids) + 1):

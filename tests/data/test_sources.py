@@ -381,7 +381,7 @@ def test_a_digest_is_remembered_only_of_a_file_that_was_not_written_to_just_now(
 
 
 def test_what_is_wrong_with_an_earlier_row_is_told_first(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """That it is too long is known only when it is tokenised, which is batches behind the reading."""
+    """That it is too long is known only when it is tokenized, which is batches behind the reading."""
     rows = [json.dumps({"text": f"row {i} " * (400 if i == 700 else 1)}) for i in range(1400)]
     rows[1300] = '{"text": '
     (tmp_path / "a.jsonl").write_text("\n".join(rows))

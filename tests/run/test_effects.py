@@ -101,7 +101,7 @@ def test_the_mode_of_compiling_reaches_the_compiler(tiny_model, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_second_start_reads_the_quantised_cache_and_trains_the_same(write_recipe, train, tmp_path):
+def test_a_second_start_reads_the_quantized_cache_and_trains_the_same(write_recipe, train, tmp_path):
     pytest.importorskip("bitsandbytes")
     keys = {"adapter": "qlora", "quantized_cache": True, "max_steps": 2}
     for name in ("first", "second"):
