@@ -47,9 +47,9 @@ class Screen:
             self.console.print(table)
 
     @contextmanager
-    def work(self, what: str, unit: str) -> Iterator["Work"]:
+    def work(self, what: str, unit: str) -> Iterator["WorkProgress"]:
         """Yield the progress of one long piece of work, whose size may become known later."""
-        with Work(self, what, unit) as work:
+        with WorkProgress(self, what, unit) as work:
             yield work
 
 
@@ -61,7 +61,7 @@ class TimeLeftColumn(ProgressColumn):
         return Text(f"{duration(left)} left" if left is not None else "", style="cyan")
 
 
-class Work:
+class WorkProgress:
     """Progress of one piece of work: a bar that vanishes when done (terminal), or a line every ten seconds."""
 
     def __init__(self, screen: Screen, what: str, unit: str) -> None:
@@ -79,7 +79,7 @@ class Work:
         )
         self.task = self.bar.add_task(what, total=None, unit=unit, left=None)
 
-    def __enter__(self) -> "Work":
+    def __enter__(self) -> "WorkProgress":
         self.bar.start()
         return self
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetuner.errors import PlanError
-from finetuner.plan.flops import Work, known_devices, parts_of_shape, peak_of, work_of_shape
+from finetuner.plan.flops import TrainingFlops, known_devices, parts_of_shape, peak_of, training_flops_of_shape
 from finetuner.plan.memory import ModelBytes, RankBytes, bytes_of_a_rank, bytes_of_training
 from finetuner.plan.run import Plan
 from finetuner.recipe.gpt_shape import shape_of, tensors_of_shape
@@ -33,7 +33,7 @@ class ModelCost:
 
     title: str
     parameters_by_part: dict[str, int]
-    work: Work | None
+    work: TrainingFlops | None
     memory: ModelBytes
 
     @property
@@ -138,7 +138,7 @@ def scratch_model_cost(block: GPTSection, vocabulary: int, plan: Plan, optimizer
     )
     tensors = tensors_of_shape(shape, vocabulary)
     memory = bytes_of_training(tensors, optimizer, parallel=plan.parallel, bf16=plan.precision == "bf16")
-    return ModelCost(title, by_part, work_of_shape(shape, vocabulary), memory)
+    return ModelCost(title, by_part, training_flops_of_shape(shape, vocabulary), memory)
 
 
 def training_times(flops: float, devices: Devices, utilization: float) -> tuple[DeviceTime, ...]:

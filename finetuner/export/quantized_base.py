@@ -20,7 +20,7 @@ from finetuner.models.files import weight_files
 from finetuner.models.four_bit_linear import BLOCK_SIZE
 from finetuner.models.quant_format import require_bitsandbytes
 from finetuner.models.quant_record import RECORD, QuantRecord, read_record
-from finetuner.storage.safetensors_stream import DTYPES, read_header
+from finetuner.storage.safetensors_stream import SAFETENSORS_DTYPES, read_header
 
 FOUR_BIT_KINDS = ("nf4", "fp4")
 
@@ -81,7 +81,7 @@ def _record_by_bitsandbytes_rules(base: Path, settings: dict[str, Any]) -> Quant
 
 def _number_format(base: Path) -> str:
     """Number format of most of the base's weights, from which they were quantized."""
-    kinds = [DTYPES[info.dtype] for path in weight_files(base) for info in read_header(path).values()]
+    kinds = [SAFETENSORS_DTYPES[info.dtype] for path in weight_files(base) for info in read_header(path).values()]
     floats = [kind for kind in kinds if kind in (torch.float32, torch.float16, torch.bfloat16)]
     most = max(set(floats), key=floats.count, default=torch.bfloat16)
     return str(most).removeprefix("torch.")

@@ -7,14 +7,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finetuner.models.four_bit_linear import FourBitLinear
-from finetuner.plan.flops import Work
+from finetuner.plan.flops import TrainingFlops
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 
-def training_flops(model: "PreTrainedModel | PeftModel", unwrapped: "PreTrainedModel", longest: int) -> Work | None:
+def training_flops(
+    model: "PreTrainedModel | PeftModel", unwrapped: "PreTrainedModel", longest: int
+) -> TrainingFlops | None:
     """Count the FLOPs of training, from the layers of a model that no engine has sharded yet.
 
     `unwrapped`: the transformers model without PEFT's wrapper; `longest`: tokens of the longest document.
@@ -40,7 +42,7 @@ def training_flops(model: "PreTrainedModel | PeftModel", unwrapped: "PreTrainedM
             per_token += _flops_per_token(layer)
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return Work(per_token, per_trained, 6.0 * config.num_hidden_layers * width)
+    return TrainingFlops(per_token, per_trained, 6.0 * config.num_hidden_layers * width)
 
 
 def _flops_per_token(layer: nn.Module) -> float:

@@ -62,7 +62,7 @@ def peak_of(device_name: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingFlops:
     """FLOPs of training, forward and backward: for each token, for each token that is predicted (the head), and for
     each pair of tokens of a document, T^2 of them."""
 
@@ -74,21 +74,21 @@ class Work:
         """Return the FLOPs of so many tokens, predicted tokens, and pairs (T^2, summed over documents)."""
         return self.per_token * tokens + self.per_trained * trained + self.per_pair * pairs
 
-    def with_head_everywhere(self) -> "Work":
+    def with_head_everywhere(self) -> "TrainingFlops":
         """Return the work with the head computed for all tokens, also for those after which nothing is trained on."""
-        return Work(self.per_token + self.per_trained, 0.0, self.per_pair)
+        return TrainingFlops(self.per_token + self.per_trained, 0.0, self.per_pair)
 
     def flops_of_rows(self, tokens: float, length: int) -> float:
         """Return the FLOPs of `tokens` in rows of `length`, each one document of which all is predicted."""
         return self.flops(tokens, tokens, tokens * length)
 
 
-def work_of_shape(shape: "GPTShape", vocabulary: int) -> Work:
+def training_flops_of_shape(shape: "GPTShape", vocabulary: int) -> TrainingFlops:
     """Return the work of a model from scratch, all of which is trained. `vocabulary`: rows of its embedding."""
     parts = parts_of_shape(shape, vocabulary)
     biases = shape.layers * _biases(shape) if shape.bias else 0
     matrices = parts["attention"] + parts["MLPs"] - biases
-    return Work(6.0 * matrices, 6.0 * shape.width * vocabulary, 6.0 * shape.layers * shape.width)
+    return TrainingFlops(6.0 * matrices, 6.0 * shape.width * vocabulary, 6.0 * shape.layers * shape.width)
 
 
 def parts_of_shape(shape: "GPTShape", vocabulary: int) -> dict[str, int]:

@@ -22,7 +22,7 @@ from finetuner.models.quant_record import record_of, require_same_record
 from finetuner.models.trainable import count_parameters, train_in_fp32, train_only
 from finetuner.objectives import build_objective
 from finetuner.objectives.loss_module import LossModule
-from finetuner.plan.flops import Work
+from finetuner.plan.flops import TrainingFlops
 from finetuner.plan.run import Plan
 from finetuner.recipe.sections import AdapterSection, CompileSection
 from finetuner.run.inputs import Inputs
@@ -47,7 +47,7 @@ class BuiltModel:
     num_trained: int
     num_parameters: int
     table_names: frozenset[str]
-    work: Work | None
+    work: TrainingFlops | None
 
 
 def build_model(session: Session, inputs: Inputs, start: Start) -> BuiltModel:

@@ -18,12 +18,12 @@ import torch
 
 from finetuner.errors import ModelError
 
-DTYPES: dict[str, torch.dtype] = {
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the library's own bound
 FLUSH_BYTES = 1 << 27
 
@@ -41,7 +41,7 @@ class TensorInfo:
         count = 1
         for size in self.shape:
             count *= size
-        return count * torch.empty(0, dtype=DTYPES[self.dtype]).element_size()
+        return count * torch.empty(0, dtype=SAFETENSORS_DTYPES[self.dtype]).element_size()
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -62,7 +62,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     expected = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
     if expected != size:
         raise ModelError(f"'{path}' has {size:,} bytes, but its header promises {expected:,}. Fetch it again.")
-    unknown = {info["dtype"] for info in header.values()} - DTYPES.keys()
+    unknown = {info["dtype"] for info in header.values()} - SAFETENSORS_DTYPES.keys()
     if unknown:
         raise ModelError(f"'{path}' holds tensors of type {', '.join(sorted(unknown))}, which cannot be merged.")
     ordered = sorted(header, key=lambda name: header[name]["data_offsets"])
@@ -76,7 +76,7 @@ def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
     """Read one tensor of shape `info.shape` to the CPU.
 
     It has memory of its own, since pages of a mapped file would count as this process's for as long as it lives."""
-    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    tensor = torch.empty(info.shape, dtype=SAFETENSORS_DTYPES[info.dtype])
     with path.open("rb", buffering=0) as file:
         file.seek(info.begin)
         rest = _bytes_of(tensor)

@@ -13,7 +13,7 @@ from finetuner.data.shuffling import derive_seed
 from finetuner.errors import PreemptedError
 from finetuner.objectives.base import Objective, figure_means, gradient_scales, step_loss
 from finetuner.parallel.engine import Engine
-from finetuner.plan.flops import Work
+from finetuner.plan.flops import TrainingFlops
 from finetuner.plan.run import Plan
 from finetuner.plan.schedule import Schedule
 from finetuner.training.evaluation import HeldOut, evaluate
@@ -41,7 +41,7 @@ class Run:
     guards: Guards
     held_out: HeldOut
     max_grad_norm: float
-    work: Work | None = None
+    work: TrainingFlops | None = None
     device_peak_flops: float | None = None
 
 
@@ -173,7 +173,7 @@ class _Window:
     def __init__(self) -> None:
         self.num_input_tokens, self.flops, self.seconds = 0, 0.0, 0.0
 
-    def add(self, stats: StepStats, seconds: float, work: Work | None) -> None:
+    def add(self, stats: StepStats, seconds: float, work: TrainingFlops | None) -> None:
         self.num_input_tokens += stats.num_input_tokens
         self.seconds += seconds
         if work is not None:

@@ -13,7 +13,7 @@ from finetuner.estimate.fit import trained_tensors
 from finetuner.models.empty_model import meta_model
 from finetuner.models.from_scratch import scratch_config
 from finetuner.models.model_flops import training_flops
-from finetuner.plan.flops import Work, parts_of_shape, peak_of, work_of_shape
+from finetuner.plan.flops import TrainingFlops, parts_of_shape, peak_of, training_flops_of_shape
 from finetuner.recipe.gpt_shape import PRESETS, shape_of, tensors_of_shape
 from finetuner.recipe.sections import GPTSection
 
@@ -32,7 +32,7 @@ def test_the_parts_and_the_work_of_a_shape_are_those_of_its_model(choices):
     shape = shape_of(GPTSection(**choices))
     model = meta_model(scratch_config(GPTSection(**choices), Words()), dtype=torch.float32, attention=("sdpa",))
     assert sum(parts_of_shape(shape, 1000).values()) == model.num_parameters()
-    assert work_of_shape(shape, 1000) == training_flops(model, model, 64)
+    assert training_flops_of_shape(shape, 1000) == training_flops(model, model, 64)
     ours, theirs = tensors_of_shape(shape, 1000), trained_tensors(model)
     assert sorted(map(str, ours)) == sorted(map(str, theirs))
 
@@ -51,7 +51,7 @@ def test_the_formula_counts_what_a_training_step_multiplies(lora, tmp_path, toke
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     work = training_flops(model, bare, 32)
-    expected = Work(work.per_token, work.per_trained, 2 * work.per_pair).flops_of_rows(3 * 32, 32)
+    expected = TrainingFlops(work.per_token, work.per_trained, 2 * work.per_pair).flops_of_rows(3 * 32, 32)
     # the first layer's input needs no gradient under LoRA, of which the formula knows nothing
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.1 if lora else 0.002)
 

@@ -40,9 +40,13 @@ IMPORTED = (
 )
 
 
+# They are for `python -m`, and refuse to be imported.
+COMMANDS = {"finetuner.train", "finetuner.merge"}
+
+
 def preload() -> None:
-    ours = [module.name for module in pkgutil.walk_packages(finetuner.__path__, "finetuner.")]
-    for name in (*IMPORTED, *ours):
+    ours = {module.name for module in pkgutil.walk_packages(finetuner.__path__, "finetuner.")} - COMMANDS
+    for name in (*IMPORTED, *sorted(ours)):
         with contextlib.suppress(ModuleNotFoundError):  # an extra that is not installed
             importlib.import_module(name)
     assert threading.active_count() == 1, threading.enumerate()
