@@ -43,7 +43,7 @@ IMPORTED = (
 def preload() -> None:
     ours = [module.name for module in pkgutil.walk_packages(finetuner.__path__, "finetuner.")]
     for name in (*IMPORTED, *ours):
-        with contextlib.suppress(ModuleNotFoundError):  # an extra that is not installed
+        with contextlib.suppress(ImportError):  # an extra that is not installed, a module that is only run
             importlib.import_module(name)
     assert threading.active_count() == 1, threading.enumerate()
 
