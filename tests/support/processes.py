@@ -89,10 +89,8 @@ class Forked:
         self.code: int | None = None
 
     def _answer(self) -> bytes:
-        line = b""
-        with contextlib.suppress(ConnectionResetError):  # by a server that ended before it read the request
-            line = self._answers.readline()
-        assert line, "the server has ended: " + "".join(log.read_text() for log in _folder().glob("*.log"))
+        line = self._answers.readline()
+        assert line, _end_of_a_server()
         return line
 
     def poll(self, seconds: float = 0.0) -> int | None:
@@ -196,7 +194,10 @@ def _connect(server: int) -> socket.socket:
     while not address.exists():
         assert time.monotonic() < deadline, f"the server did not start: see {address}.log"
         time.sleep(0.02)
-    connection.connect(str(address))
+    try:
+        connection.connect(str(address))
+    except ConnectionRefusedError:
+        pytest.fail(_end_of_a_server())
     return connection
 
 
@@ -223,6 +224,10 @@ def _folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"finetuner-servers-{_owner()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
+
+
+def _end_of_a_server() -> str:
+    return "a server has ended: " + "".join(log.read_text() for log in _folder().glob("*.log"))
 
 
 def _start(address: Path, log: Path) -> subprocess.Popen:
