@@ -45,9 +45,9 @@ COMMANDS = {"finetuner.train", "finetuner.merge"}
 
 
 def preload() -> None:
-    ours = [module.name for module in pkgutil.walk_packages(finetuner.__path__, "finetuner.")]
-    for name in (*IMPORTED, *ours):
-        with contextlib.suppress(ImportError):  # an extra that is not installed, a module that is only run
+    ours = {module.name for module in pkgutil.walk_packages(finetuner.__path__, "finetuner.")} - COMMANDS
+    for name in (*IMPORTED, *sorted(ours)):
+        with contextlib.suppress(ModuleNotFoundError):  # an extra that is not installed
             importlib.import_module(name)
     assert threading.active_count() == 1, threading.enumerate()
 
