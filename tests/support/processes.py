@@ -89,7 +89,9 @@ class Forked:
         self.code: int | None = None
 
     def _answer(self) -> bytes:
-        line = self._answers.readline()
+        line = b""
+        with contextlib.suppress(ConnectionResetError):  # by a server that ended before it read the request
+            line = self._answers.readline()
         assert line, _end_of_a_server()
         return line
 
