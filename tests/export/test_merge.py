@@ -339,7 +339,7 @@ def test_an_adapter_of_a_quantized_base_is_merged_into_what_it_was_trained_on(
 
     loaded = load(recipe).recipe
     form = choose_quant_format(loaded.adapter.adapter, loaded.quantization, number)
-    quantized = load_model(str(base), dtype=number, attention=("sdpa",), form=form)
+    quantized = load_model(str(base), dtype=number, attention=("sdpa",), quant_format=form)
     adapted = PeftModel.from_pretrained(quantized, str(out)).train()  # in eval, bitsandbytes may take other kernels
     ids = torch.arange(20)[None]
     wanted = adapted(input_ids=ids).logits.detach().float()
