@@ -10,6 +10,7 @@ import json
 import sqlite3
 import struct
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,21 @@ def opened(tmp_path: Path, said: list[str], values: Mapping[str, Any] | None = N
 
 
 def wandb_records(folder: Path) -> list[Any]:
-    """Every record of the one offline run in `folder`: a log of LevelDB's form behind a header of 7 bytes."""
+    """Every record of the one offline run in `folder`, which has ended: its file is complete a moment later."""
+    (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 30
+    while True:
+        records = records_in(path)
+        if any(record.HasField("exit") for record in records):
+            return records
+        assert time.monotonic() < deadline, "the run has ended, and its file does not say so"
+        time.sleep(0.05)
+
+
+def records_in(path: Path) -> list[Any]:
+    """Every whole record of a file that may be being written: a log of LevelDB's form behind a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
     data, at, message, records = path.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
         left_of_block = 32768 - at % 32768
@@ -60,6 +72,8 @@ def wandb_records(folder: Path) -> list[Any]:
             at += left_of_block
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + length > len(data):
+            break
         message += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole record, or the last piece of one
