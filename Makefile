@@ -23,7 +23,7 @@ OUT := outputs/quickstart
 
 help:
 	@echo "make quickstart   set up, train a real model on this machine in a few minutes, show what it learned"
-	@echo "make test         set up, check the code, run all tests"
+	@echo "make test         set up, check the code, run the tests but those of test-matrix"
 	@echo "make test-fast    the tests that start no process and train little, in under 90 seconds"
 	@echo "make test-matrix  every engine against one rank with every adapter, and the longest tests: half an hour and more"
 	@echo "make docs         build the docs site in build/site"

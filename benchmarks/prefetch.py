@@ -37,7 +37,7 @@ def loader_of(case: dict[str, bool], given: argparse.Namespace, folder: Path) ->
     """Return (loader, number of steps)."""
     from transformers import AutoTokenizer
 
-    from finetuner.data.batches import Layout
+    from finetuner.data.batches import BatchLayout
     from finetuner.data.cache import prepare_once
     from finetuner.data.train_loader import build_train_loader
     from finetuner.plan.run import Plan
@@ -73,7 +73,7 @@ def loader_of(case: dict[str, bool], given: argparse.Namespace, folder: Path) ->
     if not streaming:
         rows = prepare_once(recipe.data, recipe.packing, tokenizer, plan.seed, World()).train_rows
     schedule = plan.schedule(recipe, len(rows))
-    layout = Layout(packed=case.get("packed", False))
+    layout = BatchLayout(packed=case.get("packed", False))
     return build_train_loader(recipe.data, tokenizer, rows, plan, schedule, layout, None)
 
 

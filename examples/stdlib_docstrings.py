@@ -1,4 +1,4 @@
-"""Build a real dataset without a download: write a function's docstring, learnt from Python's own standard library.
+"""Build a real dataset without a download: write a function's docstring, learned from Python's own standard library.
 
     python examples/stdlib_docstrings.py --out data/stdlib_docstrings
 

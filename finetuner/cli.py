@@ -69,7 +69,7 @@ app = LazyCommands(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 2 the input is wrong, 1 the run failed."""
+    """Run one command and exit: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped: start it again."""
     try:
         app(arguments)
     except FinetunerError as error:

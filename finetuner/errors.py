@@ -4,7 +4,7 @@
     ├── RecipeError       the YAML says something it cannot mean          exit 2
     ├── PlanError         the recipe does not fit this machine            exit 2
     ├── DataError         a dataset or one of its rows cannot be used     exit 2
-    │   └── LostConnectionError   a server went away for good: try later  exit 75
+    │   └── LostConnectionError   a server cannot be reached any more: try later  exit 75
     ├── ModelError        a model, tokenizer or adapter cannot be used    exit 2
     ├── CheckpointError   a checkpoint or output folder cannot be used    exit 2
     ├── TrainingError     the run itself went wrong (NaN, no progress)    exit 1

@@ -6,7 +6,7 @@ Torch and transformers are imported by the first call.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuner.recipe import Recipe, load_recipe
+from finetuner.recipe import Loaded, Recipe, load, load_recipe
 
 if TYPE_CHECKING:
     from finetuner.export.merge import MergeResult
@@ -19,11 +19,11 @@ def train(recipe: Recipe | str | Path) -> "TrainResult":
     The same run as `finetuner train`, with its lines on the screen; on several ranks each of them calls this, as under
     `torchrun my_script.py`. Raises FinetunerError.
     """
-    from finetuner.run.train import train as run
+    file = None if isinstance(recipe, Recipe) else str(recipe)
+    loaded = Loaded(recipe) if isinstance(recipe, Recipe) else load(recipe)
+    from finetuner.run.train import train as run  # imports torch: only once the recipe is known to be right
 
-    if isinstance(recipe, Recipe):
-        return run(recipe)
-    return run(load_recipe(recipe), name=str(recipe))
+    return run(loaded.recipe, file, map(str, loaded.notes))
 
 
 def merge(source: Recipe | str | Path, **options: Any) -> "MergeResult":

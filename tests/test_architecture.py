@@ -1,4 +1,4 @@
-"""The rules of the house, executed."""
+"""The rules of the code base, executed."""
 
 import ast
 import importlib
@@ -260,8 +260,9 @@ def test_every_key_says_what_it_means():
 
 def test_public_names():
     assert sorted(finetuner.__all__) == [
-        "CheckpointError", "DataError", "FinetunerError", "MergeResult", "ModelError", "PlanError", "Recipe",
-        "RecipeError", "TrainResult", "TrainingError", "load_recipe", "merge", "train",
+        "CheckpointError", "DataError", "FinetunerError", "LostConnectionError", "MergeResult", "ModelError",
+        "PlanError", "PreemptedError", "Recipe", "RecipeError", "TrainResult", "TrainingError",
+        "load_recipe", "merge", "train",
     ]  # fmt: skip
     assert all(hasattr(finetuner, name) for name in finetuner.__all__)
     assert (PACKAGE / "py.typed").exists()

@@ -8,8 +8,8 @@ from finetuner.recipe.optimizers import state_kind
 from finetuner.recipe.schema import keys_where
 
 # Which keys must match and which are free stands beside each key, in recipe/sections; every other one is noted.
-MUST_MATCH = keys_where(lambda facts: facts.resume == "must_match")
-NOT_NOTED = {*MUST_MATCH, *keys_where(lambda facts: facts.resume == "free")}
+MUST_MATCH_KEYS = keys_where(lambda facts: facts.resume == "must_match")
+NOT_NOTED = {*MUST_MATCH_KEYS, *keys_where(lambda facts: facts.resume == "free")}
 
 
 def resume_facts(
@@ -25,7 +25,7 @@ def resume_facts(
 
 
 def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return notes on keys that changed and may, given the facts of both runs.
+    """Return a note for each changed key that a resumed run may change, given the facts of both runs.
 
     Raises CheckpointError with every difference under which the run cannot go on.
     """
@@ -35,14 +35,14 @@ def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         raise CheckpointError(
             "the checkpoint is of another run; these differ:\n  "
             + "\n  ".join(refused)
-            + "\nSet them back, or start anew with another output_dir."
+            + "\nSet them back, or start again with another output_dir."
         )
     changed = [key for key in sorted({*before, *after}) if key not in NOT_NOTED and before.get(key) != after.get(key)]
     return [f"changed since the checkpoint: {key} {before.get(key)} -> {after.get(key)}" for key in changed]
 
 
 def _recipe_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    for key in MUST_MATCH:
+    for key in MUST_MATCH_KEYS:
         if before.get(key) != after.get(key):
             yield f"{key}: {before.get(key)} -> {after.get(key)}"
     old, new = (state_kind(str(recipe.get("optimizer", ""))) for recipe in (before, after))

@@ -84,12 +84,8 @@ def untied_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(found.values())
 
 
-def write_sharded_checkpoint(trained: TrainedModel, folder: Path, *, model_only: bool) -> None:
-    """Write a checkpoint of which every rank writes what it holds, into a `folder` that the main rank has made.
-
-    Called by all ranks together.
-    """
-    trained.accelerator.wait_for_everyone()
+def write_share_of_checkpoint(trained: TrainedModel, folder: Path, *, model_only: bool) -> None:
+    """Write what this rank holds into a `folder` that the main rank has made. Called by every rank; none waits."""
     tensors = {MODEL_PART + name: tensor for name, tensor in saved_tensors(trained).items()}
     if not model_only:
         state = optimizer_tensors(trained.engine.optimizer, trained.parameters, on_cpu=False)
@@ -100,7 +96,6 @@ def write_sharded_checkpoint(trained: TrainedModel, folder: Path, *, model_only:
         (model.peft_config["default"] if trained.is_adapter else model.config).save_pretrained(str(folder))
         _write_record(trained, folder)
         trained.tokenizer.save_pretrained(folder)
-    trained.accelerator.wait_for_everyone()
 
 
 def write_checkpoint(trained: TrainedModel, gathered: Gathered, folder: Path) -> None:
@@ -210,5 +205,5 @@ def result_mark(output_dir: Path, is_adapter: bool) -> Path:
 
 
 def checkpoint_bytes(num_trained: int) -> int:
-    """Bytes of a checkpoint of so many trained parameters: each and AdamW's two moments of it, in fp32."""
+    """Return the bytes of a checkpoint: each trained weight and AdamW's two moments of it, in fp32."""
     return 12 * num_trained

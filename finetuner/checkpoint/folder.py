@@ -6,10 +6,13 @@ A kill while one is written leaves those before it untouched. Their names are th
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from finetuner.checkpoint.output_dir import CHECKPOINT
 from finetuner.errors import CheckpointError
@@ -29,6 +32,7 @@ class SavedState:
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` steps."""
     return output_dir / "checkpoints" / f"step-{step:08}"
 
 
@@ -37,22 +41,28 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def save_checkpoint(
-    folder: Path, state: TrainState, facts: dict[str, Any], write_weights: Callable[[Path], None]
-) -> None:
-    """Write a checkpoint: `write_weights(staging_folder)` writes models and optimizer, this the rest.
+@contextmanager
+def staged_checkpoint(folder: Path, state: TrainState, facts: dict[str, Any]) -> Iterator[Path]:
+    """Yield the folder to write weights and optimizer into; when the block ends, it becomes the checkpoint `folder`.
 
-    Raises CheckpointError if the disk is full; nothing is left of the checkpoint then."""
+    Raises CheckpointError if the disk is full; nothing is left of the checkpoint then.
+    """
+    with explain_full_disk(folder), staged_folder(folder) as staging:
+        yield staging
+        (staging / STATE).write_text(json.dumps({"state": asdict(state), "facts": facts}, indent=1) + "\n")
+        seal_folder(staging)
+
+
+@contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError in place of an error on writing the checkpoint `folder`."""
     try:
-        with staged_folder(folder) as staging:
-            write_weights(staging)
-            (staging / STATE).write_text(json.dumps({"state": asdict(state), "facts": facts}, indent=1) + "\n")
-            seal_folder(staging)
-    except OSError as error:
+        yield
+    except (OSError, SafetensorError) as error:
         free_bytes = shutil.disk_usage(folder.parent.parent).free
         raise CheckpointError(
             f"cannot write the checkpoint {folder}: {error} ({free_bytes / 1e9:.2f} GB are free there).\n"
-            "The checkpoints before it are whole. Make room and start again with resume_from_checkpoint=true."
+            "The checkpoints before it are intact. Make room and start again with resume_from_checkpoint=true."
         ) from error
 
 
@@ -63,7 +73,7 @@ def read_saved_state(folder: Path) -> SavedState:
 
 
 def require_intact(folder: Path) -> None:
-    """Raises CheckpointError unless `folder` is a checkpoint and every byte of it as it was written."""
+    """Raise CheckpointError unless `folder` is a checkpoint and every byte of it is as it was written."""
     if not (folder / MANIFEST).exists() and not (folder / STATE).exists():
         raise CheckpointError(
             f"'{folder}' is not a checkpoint. Name one, such as {folder}/checkpoints/step-00000100, or write\n"
@@ -73,7 +83,7 @@ def require_intact(folder: Path) -> None:
     if damage:
         raise CheckpointError(
             f"the checkpoint {folder} is damaged: {damage}.\n"
-            "Write resume_from_checkpoint=true for the newest whole one."
+            "Write resume_from_checkpoint=true for the newest intact one."
         )
 
 
@@ -93,10 +103,10 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def abandon_checkpoints_after(output_dir: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of later steps than a run resumes from, which are of another branch or damaged. Return
-    their new paths.
+    """Rename checkpoints of steps after `step`, where a run resumes; return their new paths.
 
-    As the newest, they would be resumed from, and those of this run be pruned."""
+    They are of another branch or damaged. As the newest they would be resumed from, and this run's would be pruned.
+    """
     abandoned = []
     for folder in list_checkpoints(output_dir):
         if step_of(folder) > step:

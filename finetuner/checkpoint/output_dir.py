@@ -63,6 +63,11 @@ def _has_merge_mark(path: Path) -> bool:
     return (path / "merge.json").exists()
 
 
+def _is_our_export(path: Path) -> bool:
+    """`finetuner export` names a file by its folder, that of the merged model by "merged"."""
+    return path.name == "Modelfile" or path.name.rpartition("-")[0] in (path.parent.resolve().name, "merged")
+
+
 ADAPTER = OutputFile(
     ("adapter_model.safetensors", "adapter_config.json", "quantization.json"),
     "the trained LoRA adapter, and with QLoRA how its base was quantized; `peft.PeftModel.from_pretrained` loads it "
@@ -85,7 +90,7 @@ TOKENIZER = OutputFile(
     (
         "tokenizer.json", "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json",
         "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-        "sentencepiece.bpe.model",
+        "sentencepiece.bpe.model", "tekken.json",
     ),
     "the tokenizer as it was trained with",
     "train",
@@ -154,13 +159,14 @@ OUTPUT_FILES = (
         ("NAME-f16.gguf", "NAME-q8_0.gguf", "Modelfile"),
         "the model for llama.cpp, and how Ollama is to run it",
         "export",
-        is_ours=Path.is_file,
+        is_ours=_is_our_export,
     ),
     OutputFile((LOCK,), "locked by the run that writes here", "train", is_deleted=False),
     OutputFile(
         (
-            "checkpoints/.step-00000100.tmp", "final.tmp", ".final.tmp.tmp", ".final.tmp.old.tmp", ".merged.tmp",
-            ".merged.old.tmp", "metrics.jsonl.tmp", "dropped.jsonl.tmp", ".NAME.partial.gguf",
+            "checkpoints/.step-00000100.tmp", "checkpoints/.step-00000100.old.tmp", "final.tmp",
+            ".final.tmp.tmp", ".final.tmp.old.tmp", ".merged.tmp", ".merged.old.tmp",
+            "metrics.jsonl.tmp", "dropped.jsonl.tmp", ".NAME.partial.gguf",
         ),
         "left half written by a kill; the next run or merge replaces it",
         "train, merge, export",
@@ -213,12 +219,12 @@ def _require_replaceable(folder: Path, *, replaces: bool) -> None:
         raise CheckpointError(
             f"'{folder}' holds an earlier run. Write one of:\n"
             "  resume_from_checkpoint=true   to go on with it\n"
-            "  output_dir=ANOTHER            to keep it and start anew\n"
-            "  overwrite_output_dir=true     to delete it and start anew"
+            "  output_dir=ANOTHER            to keep it and start again\n"
+            "  overwrite_output_dir=true     to delete it and start again"
         )
 
 
-def remove_run_files(folder: Path, keep: Path) -> None:
+def remove_run_files(folder: Path, keep: Path | None) -> None:
     """Delete what an earlier run left and OUTPUT_FILES says may go, but not `keep`, the recipe that is being run."""
     if not (folder / METRICS).exists():
         return
@@ -228,7 +234,7 @@ def remove_run_files(folder: Path, keep: Path) -> None:
     for path in sorted(doomed, key=lambda path: path.name == METRICS):
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.resolve() != keep.resolve():
+        elif keep is None or path.resolve() != keep.resolve():
             path.unlink()
 
 

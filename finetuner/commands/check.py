@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from finetuner.commands.arguments import Overrides, RecipePath
-from finetuner.recipe.convert import check as check_recipe
+from finetuner.recipe.convert import check_lines
 
 
 def check(
@@ -14,5 +14,5 @@ def check(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also what is accepted without effect.")] = False,
 ) -> None:
     """Print what is found in the recipe. Raises RecipeError with every mistake."""
-    for line in check_recipe(recipe, overrides or [], verbose=verbose):
+    for line in check_lines(recipe, overrides or [], verbose=verbose):
         typer.echo(line)

@@ -14,7 +14,7 @@ import typer
 from finetuner import __version__
 from finetuner.commands.arguments import Overrides
 from finetuner.errors import FinetunerError
-from finetuner.recipe.convert import check
+from finetuner.recipe.convert import check_lines
 from finetuner.redaction import hidden
 from finetuner.world import World, launcher_variables, visible_gpus
 
@@ -120,7 +120,7 @@ def _gigabytes(num_bytes: int | None) -> str:
 
 def _check_result(recipe: str, overrides: list[str]) -> str:
     try:
-        return hidden("\n".join(check(recipe, overrides, verbose=False)))
+        return hidden("\n".join(check_lines(recipe, overrides, verbose=False)))
     except FinetunerError as error:
         return hidden(str(error))
     except Exception as error:  # a bug of ours: the report is about it

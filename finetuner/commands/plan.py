@@ -156,7 +156,7 @@ def _time_rows(cost: TrainingCost, count: int, utilization: float) -> list[tuple
     return [
         (
             f"on {count} x {time.device}",
-            f"{span(time.seconds)}, at {utilization:.0%} of {time.peak_flops / 1e12:,.4g} TFLOP/s",
+            f"{readable_duration(time.seconds)}, at {utilization:.0%} of {time.peak_flops / 1e12:,.4g} TFLOP/s",
         )
         for time in cost.times
     ]
@@ -172,8 +172,8 @@ def _memory_line(cost: TrainingCost, batches: Plan) -> str:
     return f"{total} in all{sharded}{host}; activations come on top"
 
 
-def span(seconds: float) -> str:
-    """Return a time in the unit that a person would take, such as "2.5 days"."""
+def readable_duration(seconds: float) -> str:
+    """Return a duration in its natural unit, such as "2.5 days"."""
     for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -4,7 +4,7 @@ rows        source_files, row_files, fetch, remote_files; sources (all rows), st
 texts       formats, messages, chat_templates, template_sandbox, template_spans, chat_renderer, pretokenized
 tokens      tokenizer, new_tokenizers, encoding, fastokens_backend, documents, token_store, token_store_writer
 data sets   prepare, mixture, packing, prepared_data, cache (prepared once), row_stream (while training)
-inputs      tokenizer_source, inputs: the tokenizer and the prepared rows of a recipe
+inputs      tokenizer_source, tokenized_rows: the tokenizer and the prepared rows of a recipe
 batches     shuffling, batch_sampler, batches, train_loader
 for people  preview, dropped_rows, token_bytes
 """

@@ -6,14 +6,16 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.batches import FILLER_ROW, PADDED, Batch, Layout, collate
+from finetuner.data.batches import FILLER_ROW, PADDED, Batch, BatchLayout, collate
 from finetuner.data.shuffling import row_order, row_order_by_length
 from finetuner.data.token_store import TokenRows
 from finetuner.plan.run import Plan
 from finetuner.plan.schedule import Schedule
 
 
-def step_batches(rows: TokenRows, plan: Plan, schedule: Schedule, step: int, layout: Layout = PADDED) -> list[Batch]:
+def step_batches(
+    rows: TokenRows, plan: Plan, schedule: Schedule, step: int, layout: BatchLayout = PADDED
+) -> list[Batch]:
     """Return this rank's `grad_accum` micro-batches of a step (see Batch for the shapes).
 
     The rows of the global batch are dealt longest first, micro-batch by micro-batch and within one rank by rank, so
@@ -24,7 +26,7 @@ def step_batches(rows: TokenRows, plan: Plan, schedule: Schedule, step: int, lay
     return rank_batches(rows, _rows_of_step(rows, plan, schedule, step, layout), plan, layout)
 
 
-def rank_batches(rows: TokenRows, longest_first: list[int], plan: Plan, layout: Layout) -> list[Batch]:
+def rank_batches(rows: TokenRows, longest_first: list[int], plan: Plan, layout: BatchLayout) -> list[Batch]:
     """Return this rank's micro-batches of a global batch, whose row numbers are given longest row first."""
     rows_at_once = plan.data_parallel * plan.micro_batch
     batches = []
@@ -35,7 +37,7 @@ def rank_batches(rows: TokenRows, longest_first: list[int], plan: Plan, layout: 
     return batches
 
 
-def _rows_of_step(rows: TokenRows, plan: Plan, schedule: Schedule, step: int, layout: Layout) -> list[int]:
+def _rows_of_step(rows: TokenRows, plan: Plan, schedule: Schedule, step: int, layout: BatchLayout) -> list[int]:
     """Return the row numbers of a step's global batch, longest row first."""
     epoch, start, stop = schedule.rows_at(step)
     if layout.by_length:
@@ -52,7 +54,7 @@ def _cached_order_by_length(rows: TokenRows, seed: int, epoch: int, global_batch
 
 
 def evaluation_batches(
-    rows: TokenRows, plan: Plan, layout: Layout = PADDED, *, numbers: range | None = None
+    rows: TokenRows, plan: Plan, layout: BatchLayout = PADDED, *, numbers: range | None = None
 ) -> Iterator[Batch]:
     """Yield this rank's batches of the rows with these numbers (default: all), sorted by length.
 
@@ -66,8 +68,10 @@ def evaluation_batches(
         yield collate(rows, group, layout)
 
 
-def padding_share(rows: TokenRows, plan: Plan, schedule: Schedule, layout: Layout, *, max_steps: int = 200) -> float:
-    """Share (0 to 1) of the tokens that a model computes which are padding, over all ranks, for `max_steps` steps."""
+def padding_share(
+    rows: TokenRows, plan: Plan, schedule: Schedule, layout: BatchLayout, *, max_steps: int = 200
+) -> float:
+    """Return the share (0 to 1) of padding among the tokens computed in `max_steps` steps, over all ranks."""
     num_tokens = num_computed = 0
     rows_at_once = plan.data_parallel * plan.micro_batch
     for step in range(min(schedule.steps_of_first_epoch, schedule.total_steps, max_steps)):

@@ -16,7 +16,7 @@ BatchTensors = dict[str, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """Options by which rows become the tensors of a batch.
 
     `packed`: a row holds several documents, told apart by position ids that restart at 0. `flat`: all rows of a
@@ -32,12 +32,12 @@ class Layout:
     by_length: bool = False
 
 
-PADDED = Layout()
+PADDED = BatchLayout()
 
 
-def layout_of(section: PackingSection, sequence_len: int, *, packed: bool, flat: bool) -> Layout:
+def layout_of(section: PackingSection, sequence_len: int, *, packed: bool, flat: bool) -> BatchLayout:
     """Return the layout that a recipe asks for. `flat`: the model's attention takes packs end to end."""
-    return Layout(
+    return BatchLayout(
         packed=packed,
         flat=packed and flat,
         joined=packed and not section.pretrain_multipack_attn,
@@ -70,7 +70,7 @@ class Batch:
         return len(self.targets)
 
     def tensors(self) -> BatchTensors:
-        """Return what a model is called with, by name: of `attention_mask` and `position_ids` one is None."""
+        """Return the tensors that LossModule takes, by name; one of `attention_mask` and `position_ids` is None."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -101,7 +101,7 @@ class Batch:
 _FILLER = (np.zeros(2, dtype=np.int32), np.full(2, IGNORE_INDEX, np.int32))
 
 
-def collate(rows: TokenRows, numbers: list[int], layout: Layout = PADDED) -> Batch:
+def collate(rows: TokenRows, numbers: list[int], layout: BatchLayout = PADDED) -> Batch:
     """Return the rows of these numbers as one Batch of shape (len(numbers), length), or (1, length) if flat.
 
     FILLER_ROW stands for a row of two tokens, neither trained on; a batch of it alone counts no tokens.
@@ -135,7 +135,7 @@ def collate(rows: TokenRows, numbers: list[int], layout: Layout = PADDED) -> Bat
     )
 
 
-def _arrange(rows: TokenRows, numbers: list[int], layout: Layout) -> list[list[Document]]:
+def _arrange(rows: TokenRows, numbers: list[int], layout: BatchLayout) -> list[list[Document]]:
     """Return the documents of each row of the batch."""
     by_row = [[_FILLER] if number == FILLER_ROW else rows.documents(number) for number in numbers]
     if layout.joined:
@@ -145,7 +145,7 @@ def _arrange(rows: TokenRows, numbers: list[int], layout: Layout) -> list[list[D
     return by_row
 
 
-def _padded_length(by_row: list[list[Document]], num_rows: int, layout: Layout) -> int:
+def _padded_length(by_row: list[list[Document]], num_rows: int, layout: BatchLayout) -> int:
     """Tokens of each row of the batch, with padding; `num_rows` counts the rows before they were laid end to end."""
     if layout.pad_to is not None:
         return layout.pad_to * num_rows if layout.flat else layout.pad_to

@@ -69,7 +69,7 @@ def prepare_once(
     def fill(staging: Path) -> None:
         _write(staging, section, packing, tokenizer, seed, report)
         if _stamps(section) != stamps:  # the folder's name would be that of other bytes than were prepared
-            raise DataError("a data file was written to while it was being prepared. Start again when it is whole.")
+            raise DataError("a data file was written to while it was being prepared. Start again when it is complete.")
 
     with explain_disk_errors(
         DataError,

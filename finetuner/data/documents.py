@@ -1,4 +1,4 @@
-"""Turns the rows of a dataset into documents that fit, and accounts for every row that is not among them."""
+"""Turn the rows of a dataset into documents that fit, and account for every row that is not among them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +33,7 @@ DROPPED = (TOO_LONG, TOO_SHORT, UNTRAINED, BAD)
 
 
 class Outcome(NamedTuple):
-    """A row that is not trained on as it stands, and the reason. `length`: its tokens, 0 if it has none."""
+    """A row that was dropped, cut or split, and the reason. `length`: its tokens, 0 if it has none."""
 
     source: str
     row: int
@@ -42,8 +42,8 @@ class Outcome(NamedTuple):
     detail: str = ""
 
 
-class Made(NamedTuple):
-    """Documents of each row (none, one, or several of a split row), and the rows that were not taken as they were."""
+class MadeDocuments(NamedTuple):
+    """Documents of each row (none, one or several), and the rows that were dropped, cut or split."""
 
     documents: list[list[Document]]
     outcomes: list[Outcome]
@@ -82,13 +82,13 @@ class DocumentMaker:
         # Far more characters than so many tokens can stand for: not worth the minutes that tokenizing them takes.
         self.hopeless = section.sequence_len * max(map(len, tokenizer.get_vocab())) * 8
 
-    def make(self, rows: Sequence[SourceRow]) -> Made:
+    def make(self, rows: Sequence[SourceRow]) -> MadeDocuments:
         """Return the documents of rows.
 
         Raises DataError at a row that cannot become tokens, unless on_bad_row says to skip it.
         """
         texts = self.render(rows)
-        return self.fit(texts, self.tokenize(texts))
+        return self.fit_to_length(texts, self.tokenize(texts))
 
     def render(self, rows: Sequence[SourceRow]) -> Texts:
         """Return the texts of rows. Raises DataError as `make` does."""
@@ -99,7 +99,7 @@ class DocumentMaker:
         """Return a document for each row that is a text, in their order."""
         return self.encoder.tokenize([text for text in texts.texts if isinstance(text, Rendered)])
 
-    def fit(self, texts: Texts, tokenized: Sequence[Document]) -> Made:
+    def fit_to_length(self, texts: Texts, tokenized: Sequence[Document]) -> MadeDocuments:
         """Return the documents of rows, cut, split or dropped as the recipe says. `tokenized`: from `tokenize`."""
         documents: list[list[Document]] = []
         outcomes, of_texts = list(texts.outcomes), iter(tokenized)
@@ -112,8 +112,8 @@ class DocumentMaker:
                 outcomes.append(Outcome(placed.file, placed.number, BLANK, 0))
                 documents.append([])
                 continue
-            documents.append(fit(document, self.section, outcomes, placed))
-        return Made(documents, outcomes)
+            documents.append(fit_to_length(document, self.section, outcomes, placed))
+        return MadeDocuments(documents, outcomes)
 
     def _text(self, placed: SourceRow, outcomes: list[Outcome]) -> Rendered | Document | None:
         """One row as text or tokens; None for a row that is skipped, which joins the outcomes."""
@@ -155,7 +155,9 @@ def _renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedT
     return render_all
 
 
-def fit(document: Document, section: DataSection, outcomes: list[Outcome], placed: SourceRow) -> list[Document]:
+def fit_to_length(
+    document: Document, section: DataSection, outcomes: list[Outcome], placed: SourceRow
+) -> list[Document]:
     """Return a row's document as it is trained on: none, one, or, if it is split, several.
 
     A row that is not taken as it is joins `outcomes`. Raises DataError for one that is too long, if the recipe says so.

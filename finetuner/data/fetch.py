@@ -22,7 +22,7 @@ from finetuner.recipe.rules import DATA_SUFFIXES
 from finetuner.storage.build_once import build_once
 from finetuner.storage.disk_errors import explain_disk_errors
 
-CHUNK_BYTES = 1 << 20
+DOWNLOAD_CHUNK_BYTES = 1 << 20
 _TIMEOUT_SECONDS = 30.0  # without a byte
 _VERSION_HEADERS = ("etag", "last-modified", "content-length")
 
@@ -50,7 +50,7 @@ def fetch(address: str, folder: Path) -> list[Path]:
     def download(name: str) -> Callable[[IO[bytes]], None]:
         def run(target: IO[bytes]) -> None:
             with fs.open(name, "rb") as source:
-                shutil.copyfileobj(source, target, CHUNK_BYTES)
+                shutil.copyfileobj(source, target, DOWNLOAD_CHUNK_BYTES)
 
         return run
 
@@ -107,7 +107,7 @@ def _fetch_http(address: str, folder: Path) -> Path:
 def _copy_all(answer: HTTPResponse, target: IO[bytes], address: str) -> None:
     """Copy the answer's body. Raises DataError if it is shorter than its header says: a connection that breaks looks
     like a file that ends."""
-    shutil.copyfileobj(answer, target, CHUNK_BYTES)
+    shutil.copyfileobj(answer, target, DOWNLOAD_CHUNK_BYTES)
     if answer.length:
         raise DataError(f"cannot read '{address}': the connection broke {answer.length} bytes before the end.")
 

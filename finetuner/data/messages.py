@@ -197,7 +197,7 @@ def _parsed(text: str, what: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a value as it was in its file: a table gives every block the keys of all, those it lacks as nulls."""
+    """Remove the null keys that a table adds to a row: it gives every block the keys of all blocks."""
     if isinstance(value, dict):
         return {
             key: inner if isinstance(inner, str) else without_nulls(inner)

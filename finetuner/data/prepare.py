@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.documents import CUT, DUPLICATE, SPLIT, TOO_LONG, DocumentMaker, Made, Outcome, Texts
+from finetuner.data.documents import CUT, DUPLICATE, SPLIT, TOO_LONG, DocumentMaker, MadeDocuments, Outcome, Texts
 from finetuner.data.fetch import is_address
 from finetuner.data.mixture import select_mixture
 from finetuner.data.prepared_data import PreparedData, SourceShare
@@ -95,7 +95,7 @@ def prepare_documents(
 
 def make_documents(
     source: Source, section: DataSection, tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[tuple[Sequence[SourceRow], Made]]:
+) -> Iterator[tuple[Sequence[SourceRow], MadeDocuments]]:
     """Yield the rows of a source, batch by batch in order, with the documents that they become.
 
     While one batch is tokenized, on every core and without Python's lock, the next is read and rendered, and the one
@@ -104,9 +104,9 @@ def make_documents(
     maker = DocumentMaker(source.entry, section, tokenizer)
     ahead: deque[tuple[Texts, Future[list[Document]]]] = deque()
 
-    def oldest() -> tuple[Sequence[SourceRow], Made]:
+    def oldest() -> tuple[Sequence[SourceRow], MadeDocuments]:
         texts, tokenized = ahead.popleft()
-        return texts.rows, maker.fit(texts, tokenized.result())
+        return texts.rows, maker.fit_to_length(texts, tokenized.result())
 
     with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
         try:

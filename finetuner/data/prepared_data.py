@@ -1,4 +1,4 @@
-"""PreparedData training and held-out documents, and what became of the rows that are not among them."""
+"""The training and held-out documents of a recipe, and what happened to the rows that are not among them."""
 
 from collections import Counter
 from dataclasses import dataclass, replace

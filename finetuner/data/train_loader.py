@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from finetuner.data.batch_sampler import rank_batches, step_batches
-from finetuner.data.batches import Batch, Layout
+from finetuner.data.batches import Batch, BatchLayout
 from finetuner.data.remote_files import RetryPolicy
 from finetuner.data.row_stream import RowStream, StreamState
 from finetuner.data.streaming_source import FileVersion
@@ -49,7 +49,7 @@ class StoredRowsLoader:
     rows: TokenRows
     plan: Plan
     schedule: Schedule
-    layout: Layout
+    layout: BatchLayout
 
     def batches(self, step: int) -> list[Batch]:
         return step_batches(self.rows, self.plan, self.schedule, step, self.layout)
@@ -71,7 +71,7 @@ class StreamLoader:
 
     stream: RowStream
     plan: Plan
-    layout: Layout
+    layout: BatchLayout
 
     def batches(self, step: int) -> list[Batch]:
         first = self.plan.rows_before(step)
@@ -98,7 +98,7 @@ def build_train_loader(
     rows: TokenRows,
     plan: Plan,
     schedule: Schedule,
-    layout: Layout,
+    layout: BatchLayout,
     checkpoint: Path | None,
     *,
     dropped_file: Path | None = None,

@@ -1,4 +1,4 @@
-"""Does the model fit, before anything but its config.json is fetched?
+"""Check that a model fits into memory, before anything but its config.json is fetched.
 
 Activations come on top of what plan/memory.py counts, so what is refused here cannot run, while what passes may still
 be too large.
@@ -59,7 +59,7 @@ def require_fit(
         in_ram = on_cpu or words.startswith("this node")
         if available is not None and needed > available:
             layout = "on each rank" if plan.parallel.is_replicated else f"with {plan.parallel.name}"
-            advice = smaller_ways(
+            advice = ways_to_fit(
                 adapter,
                 quantization,
                 plan.parallel,
@@ -113,7 +113,7 @@ def trained_tensors(model: "PreTrainedModel") -> list[TrainedTensor]:
     return [TrainedTensor(tuple(p.shape), name in tables) for name, p in model.named_parameters()]
 
 
-def smaller_ways(
+def ways_to_fit(
     adapter: AdapterSection,
     quantization: QuantizationSection,
     parallel: ParallelPlan,

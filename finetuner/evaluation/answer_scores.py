@@ -12,7 +12,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Shares of 1 over `num_rows` questions: answers that are the same, and the mean overlap of words."""
+    """Mean exact match and mean F1 of words (0 to 1) over `num_rows` questions."""
 
     exact_match: float
     f1: float

@@ -30,7 +30,7 @@ def score_held_out(
     """Return the summed loss of each source's held-out rows. `report` takes (rows done, rows in all)."""
     rows, packed = prepared.held_out_rows, prepared.held_out_packs is not None
     loss = LossModule(model, NextToken())
-    loss.settle(packs=packed)
+    loss.probe_head(packs=packed)
     flat = wants_flat_packs(loss.unwrapped)
     layout = layout_of(settings.packing, settings.data.sequence_len, packed=packed, flat=flat)
     device, done = next(model.parameters()).device, 0
@@ -44,11 +44,11 @@ def score_held_out(
             done += len(batch.input_ids)
             report(done, len(rows))
         documents = (document for i in numbers for document in rows.documents(i))
-        num_bytes = sum(len(text_of(tokenizer, labels[labels != IGNORE_INDEX]).encode()) for _, labels in documents)
+        num_bytes = sum(len(decode_text(tokenizer, labels[labels != IGNORE_INDEX]).encode()) for _, labels in documents)
         scores[source.name] = TextScore(loss_sum, num_tokens, num_bytes)
     return scores
 
 
-def text_of(tokenizer: "PreTrainedTokenizerBase", ids: Any) -> str:
+def decode_text(tokenizer: "PreTrainedTokenizerBase", ids: Any) -> str:
     """Decode an array of token ids, special tokens left out: they are no text, and every tokenizer has others."""
     return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))

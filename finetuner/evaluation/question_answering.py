@@ -9,7 +9,7 @@ import torch
 
 from finetuner.data.prepared_data import PreparedData
 from finetuner.data.token_store import IGNORE_INDEX, Ids
-from finetuner.evaluation.held_out_loss import text_of
+from finetuner.evaluation.held_out_loss import decode_text
 from finetuner.models.stop_tokens import stop_token_ids
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def find_questions(prepared: PreparedData, tokenizer: "PreTrainedTokenizerBase",
         (trained,) = np.nonzero(labels != IGNORE_INDEX)
         # the last token of an answer ends the turn; behind it a template may have a line break
         if 0 < len(trained) <= MAX_ANSWER_TOKENS and trained[0] > 0 and np.ptp(trained) + 1 == len(trained):
-            found.append(HeldOutQuestion(ids[: trained[0]], text_of(tokenizer, labels[trained])))
+            found.append(HeldOutQuestion(ids[: trained[0]], decode_text(tokenizer, labels[trained])))
     return [one for one in found if one.answer.strip()]
 
 
@@ -60,4 +60,4 @@ def answer_questions(
             pad_token_id=stops[0] if stops else 0,
         )
         report(done, len(questions))
-        yield text_of(tokenizer, answered[0, prompt.shape[1] :].cpu().numpy()), one.answer
+        yield decode_text(tokenizer, answered[0, prompt.shape[1] :].cpu().numpy()), one.answer

@@ -1,4 +1,4 @@
-"""Read an adapter as updates of its base's tensors. Adapters of other tools too, as PEFT writes them."""
+"""Read an adapter in PEFT's format, of any tool, as updates of its base's tensors."""
 
 import re
 from collections.abc import Mapping

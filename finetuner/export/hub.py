@@ -61,7 +61,7 @@ def upload_result(folder: Path, repo_id: str, *, private: bool) -> str:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(
             f"the result could not be uploaded to '{repo_id}': {first}\n"
-            f"It is whole in {folder}. Try once more (what has arrived is not sent again):\n"
+            f"It is complete in {folder}. Try once more (what has arrived is not sent again):\n"
             f"  finetuner push {folder} --to {repo_id}{'' if private else ' --public'}"
         ) from error
     return f"{api.endpoint}/{repo_id}"

@@ -1,4 +1,4 @@
-"""Merge a trained adapter into its base model, and verify the result: what `finetuner merge` does, but for printing."""
+"""Merge a trained adapter into its base model, and verify the result: `finetuner merge` without the printing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -47,8 +47,8 @@ class Verification:
 
     def __str__(self) -> str:
         if self.compared_on is None:
-            return f"base + update in fp32: {self.agreement}"
-        return f"base + adapter on {self.compared_on}: {self.agreement}"
+            return f"base + update in fp32, tensor by tensor: {self.agreement}"
+        return f"base + adapter in fp32 on {self.compared_on}: {self.agreement}"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class LowRankUpdate:
         delta = (self.b.shape[0], self.a.shape[1])
         delta = delta[::-1] if self.stored_in_out else delta
         if delta != shape:
-            raise ModelError(misfit(name, shape, delta))
+            raise ModelError(shape_mismatch_message(name, shape, delta))
         return shape
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ class VocabularyRows:
 
     def shape_after(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         if self.rows.shape[1] != shape[1]:
-            raise ModelError(misfit(name, shape, tuple(self.rows.shape)))
+            raise ModelError(shape_mismatch_message(name, shape, tuple(self.rows.shape)))
         return (max(shape[0], max(self.ids) + 1), shape[1])
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ class Replacement:
         after = tuple(self.tensor.shape)
         grown = len(shape) == 2 and after[1:] == shape[1:] and after[0] >= shape[0]
         if after != shape and not grown:
-            raise ModelError(misfit(name, shape, after))
+            raise ModelError(shape_mismatch_message(name, shape, after))
         return after
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
@@ -116,7 +116,7 @@ class ScaledAddition:
 
     def shape_after(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         if tuple(self.tensor.shape) != shape:
-            raise ModelError(misfit(name, shape, tuple(self.tensor.shape)))
+            raise ModelError(shape_mismatch_message(name, shape, tuple(self.tensor.shape)))
         return shape
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
@@ -154,7 +154,7 @@ def same_update(head: TensorUpdate, embedding: TensorUpdate) -> bool:
     return False
 
 
-def misfit(name: str, base: tuple[int, ...], adapter: tuple[int, ...]) -> str:
+def shape_mismatch_message(name: str, base: tuple[int, ...], adapter: tuple[int, ...]) -> str:
     """Message for an update whose shape is not that of the base's tensor `name`."""
     return (
         f"the adapter does not fit the base model: '{name}' has shape {base} in the base and {adapter} in the adapter. "

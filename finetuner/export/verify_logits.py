@@ -57,7 +57,7 @@ class LogitAgreement:
 
 
 def memory_shortage(base_model: str) -> str | None:
-    """Say why this machine's free memory cannot hold the model in fp32; None if it can, or nothing says."""
+    """Say why this machine's free memory cannot hold the model in fp32; None if it can, or nobody knows."""
     infos = (info for path in weight_files(find_base(base_model)) for info in read_header(path).values())
     needed = 4 * sum(math.prod(info.shape) for info in infos) * 1.25
     free = available_ram()

@@ -1,4 +1,4 @@
-"""A test whether a model isolates the documents of a pack, on the model itself, since architectures differ."""
+"""Test on the model itself whether it isolates the documents of a pack, since architectures differ."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LENGTH = 8  # tokens of each of the two documents
-MOST_LEAKED = 0.01  # of what the document before would change if the two were one
+MAX_LEAK = 0.01  # share of the change that a pack without isolation shows
 
 
 def wants_flat_packs(model: "PreTrainedModel") -> bool:
@@ -49,7 +49,7 @@ def require_isolation(model: "PreTrainedModel") -> None:
     influence = float((joined - joined_changed).abs().max())
     seen = max(float((packed - changed).abs().max()), float((packed - leading).abs().max()))
     rounding = 1e-5 if leading.dtype == torch.float32 else 2e-2
-    allowed = max(MOST_LEAKED * influence, rounding * float(leading.abs().max()) if seen < influence / 2 else 0.0)
+    allowed = max(MAX_LEAK * influence, rounding * float(leading.abs().max()) if seen < influence / 2 else 0.0)
     if seen > allowed:
         raise ModelError(_leaks(model, f"changes by {seen:.2g} with the document before it in the pack"))
 

@@ -141,9 +141,9 @@ def plain_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def adding(layer: nn.Linear) -> nn.Linear:
-    """Mark a layer whose result is added to the running sum, for GPTPreTrainedModel._init_weights; return it."""
-    layer.adds_to_the_sum = True  # type: ignore[assignment]
+def residual_output(layer: nn.Linear) -> nn.Linear:
+    """Mark a layer that writes to the residual stream, for GPTPreTrainedModel._init_weights; return it."""
+    layer.is_residual_output = True  # type: ignore[assignment]
     return layer
 
 
@@ -160,7 +160,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, wide, bias=config.bias)
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.bias)
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.bias)
-        self.o_proj = adding(nn.Linear(wide, config.hidden_size, bias=config.bias))
+        self.o_proj = residual_output(nn.Linear(wide, config.hidden_size, bias=config.bias))
 
     def forward(
         self,
@@ -195,7 +195,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
-        self.down_proj = adding(nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias))
+        self.down_proj = residual_output(nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -208,7 +208,7 @@ class GELU(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
-        self.down_proj = adding(nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias))
+        self.down_proj = residual_output(nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -260,7 +260,7 @@ class GPTPreTrainedModel(PreTrainedModel):
         """
         std = self.config.initializer_range  # transformers' functions pass over weights that were read from a file
         if isinstance(module, nn.Linear | nn.Embedding):
-            depth = 2 * self.config.num_hidden_layers if getattr(module, "adds_to_the_sum", False) else 1
+            depth = 2 * self.config.num_hidden_layers if getattr(module, "is_residual_output", False) else 1
             initialization.normal_(module.weight, 0.0, std / math.sqrt(depth))
         elif isinstance(module, RMSNorm | nn.LayerNorm):
             initialization.ones_(module.weight)

@@ -34,7 +34,7 @@ _IN_GPT2 = {
 
 
 def is_portable(config: "GPTConfig") -> bool:
-    """Return whether its choices are Llama's or GPT-2's."""
+    """Return whether the config is exactly a Llama or a GPT-2."""
     try:
         portable_config(config)
     except ModelError:

@@ -12,7 +12,7 @@ them, which only a look into the files can tell, so that each has another way be
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,13 +22,12 @@ from finetuner.models.empty_model import empty_model
 from finetuner.models.lazy_weights import LazyWeights, ReportBytes, lazy_model
 from finetuner.models.load import load_model
 from finetuner.models.quant_format import QuantFormat, choose_quant_format
+from finetuner.plan.parallel import ParallelPlan
 from finetuner.plan.precision import Precision
 from finetuner.recipe.sections import QuantizationSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-EngineKind = Literal["ddp", "fsdp", "deepspeed"]
 
 
 class Loading(Enum):
@@ -67,36 +66,32 @@ def choose_loading(
     adapter: str | None,
     quantization: QuantizationSection,
     precision: Precision,
-    engine: EngineKind,
-    shards_parameters: bool,
-    main_rank_reads: bool = False,
+    parallel: ParallelPlan,
     trust_remote_code: bool = False,
 ) -> LoadingPlan:
     """Choose where the weights of the base come from, in which format, and how they get into memory.
 
     `adapter`: the recipe's key; None: the base itself is trained, so that its weights are in the `checkpoint` to resume
     from. `checkpoint_is_sharded`: each rank's shards are read later, once the model is sharded.
-    `engine`, `shards_parameters`: ZeRO-3 is "deepspeed" with shards of the parameters, ZeRO-1 and 2 are without.
-    `main_rank_reads`: FSDP's cpu_ram_efficient_loading.
     """
     trains_base = adapter is None
     dtype = torch.float32 if trains_base else DTYPES[precision]
     quant_format = choose_quant_format(adapter, quantization, dtype)
     resumes_base = trains_base and checkpoint is not None
     reads_shards = resumes_base and checkpoint_is_sharded
-    main_rank_loads = main_rank_reads and quant_format is None and not checkpoint_is_sharded
+    main_rank_loads = parallel.main_rank_reads and quant_format is None and not checkpoint_is_sharded
     ways: tuple[Loading, ...] = (Loading.MAIN_RANK if main_rank_loads else Loading.EVERY_RANK,)
     # Tensor by tensor from the disk is not how shards, a model that comes with code of its own, or LLM.int8 is read.
     if not (reads_shards or trust_remote_code or quantization.load_in_8bit):
-        ways = (Loading.LAZY_SHARDED if shards_parameters else Loading.LAZY_FULL, *ways)
+        ways = (Loading.LAZY_SHARDED if parallel.shards_weights else Loading.LAZY_FULL, *ways)
     return LoadingPlan(
         source=str(checkpoint) if resumes_base and not reads_shards else base_model,
         dtype=dtype,
         quant_format=quant_format,
         ways=ways,
         trust_remote_code=trust_remote_code,
-        empty_dtype=DTYPES[precision] if engine == "deepspeed" and shards_parameters else None,
-        full_weights_on_device=engine == "ddp",
+        empty_dtype=DTYPES[precision] if parallel.casts_full_model and parallel.shards_weights else None,
+        full_weights_on_device=parallel.is_replicated,
         caches_quantized=quantization.quantized_cache,
     )
 

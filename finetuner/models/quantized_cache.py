@@ -22,7 +22,7 @@ class PackedCache:
     """
 
     def __init__(self, folder: Path, key: str, infos: Mapping[str, TensorInfo]) -> None:
-        """Raises ModelError if the folder cannot be written to or the disk is too full for it."""
+        """Raise ModelError if the folder cannot be written to or the disk is too full for it."""
         self.path = folder / f"{key}.safetensors"
         self.stored = self._header()
         self.file: TensorFile | None = None
@@ -76,7 +76,7 @@ class PackedCache:
             raise
 
     def close(self) -> None:
-        """Give the file its name. Every tensor must have been written."""
+        """Rename the file to its final name. Every tensor must have been written."""
         if self.file is None:
             return
         assert not self.file.missing

@@ -14,7 +14,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def train_only(model: nn.Module, patterns: tuple[str, ...] | None) -> None:
-    """Freeze all parameters but those whose name begins as one of the regular expressions says; None freezes none.
+    """Freeze every parameter whose name no pattern matches from its start; None freezes nothing.
 
     Raises ModelError for an expression that no name matches.
     """

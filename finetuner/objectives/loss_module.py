@@ -27,7 +27,7 @@ class LossModule(nn.Module):
     """
 
     def __init__(self, model: "PreTrainedModel | PeftModel", objective: Objective, *, composed: bool = False) -> None:
-        """`composed`: whether the head can be called by itself. `settle` finds out when the weights are loaded."""
+        """`composed`: whether the head can be called by itself. `probe_head` finds out when the weights are loaded."""
         super().__init__()
         self.model = model  # optimizer states in checkpoints are named by this attribute
         self.objective = objective
@@ -52,8 +52,8 @@ class LossModule(nn.Module):
         return sum_over_logits(self.unwrapped, batch, chunk_sums, composed=self.composed)
 
     @torch.no_grad()
-    def settle(self, *, packs: bool) -> bool:
-        """Find out, with the weights there, whether the head can be composed; return that.
+    def probe_head(self, *, packs: bool) -> bool:
+        """Try on the loaded weights whether the head can run apart from the decoder; return the answer.
 
         Raises ModelError for a model that cannot be trained like this; `packs`: also for one that does not keep the
         documents of a pack apart.

@@ -33,9 +33,9 @@ class DeepSpeedInternals:
         missing = [name for name in (_OF_STAGE_3 if stage == 3 else _OF_STAGES_1_AND_2) if not hasattr(self.zero, name)]
         if missing:
             raise PlanError(
-                f"DeepSpeed {version('deepspeed')} has no '{missing[0]}': its insides are not those of "
-                f"{' and '.join(TESTED)}, which finetuner knows.\nInstall one of these: "
-                f"pip install 'deepspeed>={TESTED[0]},<0.20'"
+                f"the {type(self.zero).__name__} of DeepSpeed {version('deepspeed')} has no '{missing[0]}': it is not "
+                f"the optimizer of {' and '.join(TESTED)} that finetuner knows. Remove from the DeepSpeed file what "
+                f"chooses another (such as data_types), or install: pip install 'deepspeed>={TESTED[0]},<0.20'"
             )
 
     def local_gradients(self) -> list[torch.Tensor]:

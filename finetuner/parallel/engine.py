@@ -41,7 +41,7 @@ class Engine(Protocol):
         """The optimizer over what this rank updates."""
 
     def ask(self, question: Question) -> float:
-        """Return the answer to a question about the full module, asked where its weights are gathered."""
+        """Call `question` on the module while its full weights are gathered, and return the number it gives."""
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the rate of the next update. Called before the first backward of its step."""

@@ -1,4 +1,4 @@
-"""Ranks: how they meet, what they decide together, and how they part.
+"""Process groups: their start, decisions that all ranks share, and their end.
 
 Accelerate sets up the ranks, the device, the precision, and DDP. FSDP2 and ZeRO are built on its ranks directly: see
 fsdp.py and zero.py for why.
@@ -16,6 +16,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
 )
 from torch import distributed
 
@@ -96,6 +97,23 @@ def by_main_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
         _leave_group()
         raise refusal
     return result
+
+
+def by_every_rank(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Do `work`, in which no rank waits for another, on every rank. Called by all ranks together.
+
+    A FinetunerError of one rank is raised on all; the main one prints it.
+    """
+    error = None
+    try:
+        work()
+    except FinetunerError as raised:
+        error = raised
+    failures = [raised for raised in gather_object([error]) if raised is not None]
+    if failures:
+        failures[0].said = not accelerator.is_main_process
+        _leave_group()
+        raise failures[0] from error
 
 
 def leave_ranks(accelerator: Accelerator) -> None:

@@ -12,10 +12,10 @@ from finetuner.errors import CheckpointError
 OF_RANKS = "zero rank "
 
 
-class SideBySide(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Several optimizers that step as one, each over its own parameters.
 
-    Groups and states are read from the parts, so that there is one truth.
+    Groups and states are read from these optimizers, never copied.
     """
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
@@ -79,8 +79,8 @@ def load_optimizer_tensors(
     told apart by parameters.
     """
     if any(name.startswith(OF_RANKS) for name in tensors):
-        raise blocks_are_of(next(iter(tensors)), "another engine")
-    for part in optimizer.parts if isinstance(optimizer, SideBySide) else (optimizer,):
+        raise cannot_reshard_blocks(next(iter(tensors)), "another engine")
+    for part in optimizer.parts if isinstance(optimizer, CombinedOptimizer) else (optimizer,):
         numbers = {id(p): i for i, p in enumerate(p for group in part.param_groups for p in group["params"])}
         state: dict[int, dict[str, torch.Tensor | int]] = {}
         for name, tensor in tensors.items():
@@ -101,11 +101,11 @@ def as_value(tensor: torch.Tensor) -> torch.Tensor | int:
     return int(tensor) if tensor.dtype == torch.int64 and tensor.ndim == 0 else tensor
 
 
-def blocks_are_of(name: str, here: str) -> CheckpointError:
+def cannot_reshard_blocks(name: str, here: str) -> CheckpointError:
     """Return the error for a state in blocks, written under `name`, that another way of sharding cannot take over."""
-    where = name.rpartition("::")[0] if name.startswith(OF_RANKS) else "an engine that spreads no optimizer"
+    where = name.rpartition("::")[0] if name.startswith(OF_RANKS) else "an engine that does not shard the optimizer"
     return CheckpointError(
         f"the optimizer's state in this checkpoint is in blocks of 8 bits, as {where} held it, and cannot be divided "
-        f"anew for {here}.\nGo on with the engine and the number of ranks that wrote it, or give its weights to a new "
+        f"again for {here}.\nGo on with the engine and the number of ranks that wrote it, or give its weights to a new "
         "run as base_model (or lora_model_dir)."
     )

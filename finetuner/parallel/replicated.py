@@ -1,4 +1,4 @@
-"""The plainest engine: a copy of the model on each rank, alone or under DDP."""
+"""The engine without sharding: a full copy of the model on each rank, alone or under DDP."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping

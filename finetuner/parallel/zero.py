@@ -22,7 +22,7 @@ from finetuner.parallel.optimizer_state import (
     OF_RANKS,
     as_tensor,
     as_value,
-    blocks_are_of,
+    cannot_reshard_blocks,
     set_learning_rate,
 )
 from finetuner.plan.parallel import ParallelPlan
@@ -194,7 +194,7 @@ class ZeroEngine:
             part = self._shard_name(distributed.get_rank(), i)
             its = {key.rpartition("::")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{part}::")}
             if not its or its["state1"].numel() != flat.numel():
-                raise blocks_are_of(next(iter(tensors)), self.name)
+                raise cannot_reshard_blocks(next(iter(tensors)), self.name)
             for key, tensor in its.items():
                 self.optimizer.state[flat][key] = as_value(tensor.to(flat.device))
 

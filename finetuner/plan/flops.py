@@ -10,7 +10,7 @@ sees T (T + 1) / 2 pairs of a document of T tokens, counted as T^2 / 2 here:
 
 t tokens, N trained and F frozen weights of matrices, L layers, D = heads x C. Activations that are computed a second
 time (gradient_checkpointing) do not count, nor does padding: what is stated is how fast the model learns, not how busy
-the device is. That is the model FLOP utilisation of arXiv:2204.02311, appendix B, but for attention, which is counted
+the device is. That is the model FLOP utilization of arXiv:2204.02311, appendix B, but for attention, which is counted
 there as if every token saw the whole row: twice as much.
 """
 

@@ -65,7 +65,7 @@ class Plan:
         if parallel.shards_weights and recipe.quantization.load_in_8bit:
             raise PlanError(
                 "load_in_8bit is for one GPU, DDP and ZeRO-1 or 2: the scales of an 8-bit layer are lost where its "
-                "weights are cut into parts.\nWrite `adapter: qlora`, which is smaller and can be sharded, or remove "
+                "weights are sharded.\nWrite `adapter: qlora`, which is smaller and can be sharded, or remove "
                 "fsdp or deepspeed."
             )
         rows_per_step = parallel.data_parallel * batch.micro_batch_size * batch.gradient_accumulation_steps

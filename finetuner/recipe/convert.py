@@ -44,7 +44,7 @@ def convert(path: str | Path) -> Converted:
     return Converted(tool.name, _written(document, Path(path).name, tool, given, notes, defaults), loaded.notes)
 
 
-def check(path: str, overrides: list[str], *, verbose: bool) -> Iterator[str]:
+def check_lines(path: str, overrides: list[str], *, verbose: bool) -> Iterator[str]:
     """Yield the lines of `finetuner check`.
 
     Raises RecipeError with every mistake, or every foreign key that blocks.

@@ -12,7 +12,7 @@ from typing import Any
 from finetuner.errors import RecipeError
 from finetuner.recipe.problems import did_you_mean
 
-# Blocks that plan/parallel.py fills in and checks against the recipe.
+# Blocks that plan/zero.py fills in and checks against the recipe.
 RESOLVED = (
     "bf16", "bfloat16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size",
     "train_micro_batch_size_per_gpu", "zero_optimization", "zero_allow_untested_optimizer",

@@ -11,7 +11,7 @@ from finetuner.errors import RecipeError
 from finetuner.recipe.foreign.base import Foreign
 from finetuner.recipe.foreign.translate import MEANINGS
 from finetuner.recipe.load import Loaded
-from finetuner.recipe.problems import meant, near_words
+from finetuner.recipe.problems import did_you_mean_one_of, near_words
 from finetuner.recipe.schema import FACTS, KEYS, SECTIONS
 from finetuner.recipe.sections.base import unit_of
 from finetuner.redaction import without_secrets
@@ -26,7 +26,7 @@ def explain(key: str, loaded: Loaded | None = None) -> str:
         return f"{key}\n  {foreign_meaning(MEANINGS[key])}"
     name, _, rest = key.partition(".")
     if name not in KEYS:
-        raise RecipeError(f"there is no key '{key}'.{meant(near_words(name, [*KEYS, *MEANINGS]))}")
+        raise RecipeError(f"there is no key '{key}'.{did_you_mean_one_of(near_words(name, [*KEYS, *MEANINGS]))}")
     section, info = KEYS[name]
     info = _inner(info, name, [part for part in rest.split(".") if part and not part.isdigit()])
     lines = [key, f"  {info.description}", f"  type      {type_of(info)}", f"  default   {default_of(info)}"]
@@ -56,7 +56,7 @@ def _inner(info: FieldInfo, name: str, path: list[str]) -> FieldInfo:
         model = nested_model(info)
         if model is None or part not in model.model_fields:
             known = list(model.model_fields) if model is not None else []
-            raise RecipeError(f"'{name}' has no key '{part}'.{meant(near_words(part, known))}")
+            raise RecipeError(f"'{name}' has no key '{part}'.{did_you_mean_one_of(near_words(part, known))}")
         info, name = model.model_fields[part], f"{name}.{part}"
     return info
 

@@ -109,7 +109,7 @@ def _muon_bytes(tensor: TrainedTensor, arguments: Arguments) -> int:
 
 
 # bitsandbytes' kernels know no DTensor, which is what FSDP2 makes of a parameter.
-_KERNELS = {"fsdp": "its kernels cannot work on FSDP's parts"}
+_KERNELS = {"fsdp": "its kernels cannot work on FSDP's shards"}
 _BLOCK_STATE = {"fsdp": "it keeps a state that FSDP cannot shard"}
 _BLOCK_ARGUMENTS = {"min_8bit_size": int}
 

@@ -135,9 +135,9 @@ def edit_distance(one: str, other: str, limit: int) -> int | None:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?", " ... 'x' or 'y'?" in a tie, or "" if nothing is near."""
-    return meant(near_words(word, known))
+    return did_you_mean_one_of(near_words(word, known))
 
 
-def meant(near: Iterable[str]) -> str:
+def did_you_mean_one_of(near: Iterable[str]) -> str:
     """Return did_you_mean's sentence for words that are known to be near."""
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -8,7 +8,7 @@ from pydantic_core import ErrorDetails
 
 from finetuner.recipe.foreign.tools import ELSEWHERE
 from finetuner.recipe.foreign.translate import MEANINGS
-from finetuner.recipe.problems import KeyPath, Problem, did_you_mean, edit_distance, meant, near_words
+from finetuner.recipe.problems import KeyPath, Problem, did_you_mean, did_you_mean_one_of, edit_distance, near_words
 from finetuner.recipe.schema import KEYS, SECTIONS, Recipe
 from finetuner.recipe.sections import Section
 from finetuner.recipe.yaml_document import YamlDocument
@@ -65,7 +65,7 @@ def _unknown_key(key: str) -> str:
     theirs = [word for word in MEANINGS if edit_distance(key, word, limit=max(1, len(key) // 6)) is not None]
     near = near_words(key, [*KEYS, *theirs])
     ours = [word for word in near if word in KEYS]
-    return f"unknown key '{key}'.{meant(ours or near)}"
+    return f"unknown key '{key}'.{did_you_mean_one_of(ours or near)}"
 
 
 def _problems_of(

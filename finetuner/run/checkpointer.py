@@ -1,6 +1,7 @@
 """Checkpoints of a run: gathered or sharded, with the position in the rows, and the older ones pruned."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,12 @@ from finetuner.checkpoint.contents import (
     gather,
     write_checkpoint,
     write_model,
-    write_sharded_checkpoint,
+    write_share_of_checkpoint,
 )
-from finetuner.checkpoint.folder import checkpoint_folder, prune, save_checkpoint
+from finetuner.checkpoint.folder import checkpoint_folder, explain_full_disk, prune, staged_checkpoint
 from finetuner.data.train_loader import TrainLoader
-from finetuner.parallel.launch import by_main_rank
+from finetuner.parallel.launch import by_every_rank, by_main_rank
 from finetuner.recipe.sections import OutputSection
-from finetuner.storage.atomic import staging_of
 from finetuner.training.observers import Observer
 from finetuner.training.state import TrainState
 
@@ -37,29 +37,36 @@ class Checkpointer:
     def save(self, state: TrainState, stops: bool) -> None:
         """Write the checkpoint of `state`. Called by all ranks together; `stops`: the run was asked to stop."""
         self._announce()
-        output_dir = Path(self.section.output_dir)
+        accelerator = self.trained.accelerator
         model_only = self.section.save_only_model and not stops
-        folder = checkpoint_folder(output_dir, state.step)
-        write = self._writer(folder, model_only=model_only)
+        folder = checkpoint_folder(Path(self.section.output_dir), state.step)
+        write = None if self.sharded else self._gathered_writer(model_only=model_only)
+        with ExitStack() as stack:  # holds the staging folder, on the main rank
+            staged = staged_checkpoint(folder, state, self.facts | {"model_only": model_only})
+            staging = by_main_rank(accelerator, lambda: stack.enter_context(staged))
+            if self.sharded:
+                by_every_rank(accelerator, lambda: self._write_share(folder, staging, model_only=model_only))
 
-        def write_all(staging: Path) -> None:
-            write(staging)
-            self.loader.write_position(state.step, staging)
+            def finish() -> None:
+                if write is not None:
+                    write(staging)
+                self.loader.write_position(state.step, staging)
+                stack.close()
+                prune(
+                    Path(self.section.output_dir),
+                    self.section.save_total_limit,
+                    state.best_step if self.keeps_best else None,
+                )
 
-        def seal_and_prune() -> None:
-            save_checkpoint(folder, state, self.facts | {"model_only": model_only}, write_all)
-            prune(output_dir, self.section.save_total_limit, state.best_step if self.keeps_best else None)
-
-        by_main_rank(self.trained.accelerator, seal_and_prune)
+            by_main_rank(accelerator, finish)
         self._announce()
 
-    def _writer(self, folder: Path, *, model_only: bool) -> Callable[[Path], None]:
-        """Return what writes the weights on the main rank; the others have done their share when it is returned."""
-        if self.sharded:
-            write = partial(write_sharded_checkpoint, self.trained, model_only=model_only)
-            if not self.trained.accelerator.is_main_process:
-                write(staging_of(folder))
-            return write
+    def _write_share(self, folder: Path, staging: Path, *, model_only: bool) -> None:
+        with explain_full_disk(folder):
+            write_share_of_checkpoint(self.trained, staging, model_only=model_only)
+
+    def _gathered_writer(self, *, model_only: bool) -> Callable[[Path], None]:
+        """Gather weights and optimizer from all ranks; return what the main rank writes them with."""
         gathered = gather(self.trained, optimizer=not model_only)
         if model_only:
             return partial(write_model, self.trained, gathered.model)

@@ -18,7 +18,7 @@ from finetuner.run.session import Session
 
 @dataclass(frozen=True)
 class Inputs:
-    """`base`: a folder or hub id; `attention`: implementations to try, the best first."""
+    """The data of a run, and its base. `base`: a folder or hub id; `attention`: kinds to try, the best first."""
 
     vocabulary: Vocabulary
     prepared: PreparedData

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from finetuner.checkpoint.contents import TrainedModel
-from finetuner.data.batches import Layout, layout_of
+from finetuner.data.batches import BatchLayout, layout_of
 from finetuner.data.cache import packs_held_out
 from finetuner.data.token_bytes import token_bytes
 from finetuner.data.tokenizer import special_ids
@@ -23,11 +23,11 @@ from finetuner.training.optimizer import build_optimizer, own_rates
 
 @dataclass(frozen=True)
 class ReadyToTrain:
-    """`run`: for the loop; `trained`: for checkpoints; `layout`: of training rows in a batch."""
+    """The model on its ranks. `run`: for the loop; `trained`: for checkpoints; `layout`: of rows in a batch."""
 
     run: Run
     trained: TrainedModel
-    layout: Layout
+    layout: BatchLayout
     num_trained: int
     num_parameters: int
 
@@ -51,11 +51,11 @@ def lay_over_ranks(session: Session, inputs: Inputs, start: Start, model: BuiltM
         lazy=model.lazy,
     )
     packs = recipe.packing.sample_packing or packs_held_out(recipe.packing)
-    composed = bool(engine.ask(lambda module: module.settle(packs=packs)))
+    composed = bool(engine.ask(lambda module: module.probe_head(packs=packs)))
     work = model.work if model.work is None or composed else model.work.with_head_everywhere()
     flat = wants_flat_packs(loss.unwrapped)
 
-    def layout(*, packed: bool) -> Layout:
+    def layout(*, packed: bool) -> BatchLayout:
         return layout_of(recipe.packing, recipe.data.sequence_len, packed=packed, flat=flat)
 
     held_out = HeldOut(

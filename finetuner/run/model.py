@@ -50,15 +50,17 @@ class BuiltModel:
     work: TrainingFlops | None
 
 
-def build_model(session: Session, inputs: Inputs, start: Start) -> BuiltModel:
+def build_model(
+    session: Session, inputs: Inputs, start: Start, report: ReportBytes = lambda done, total: None
+) -> BuiltModel:
     """Build base model, adapter and objective as one module, from the base's files or from the checkpoint's.
 
-    It is on the CPU if an engine takes it to the device in shards. Raises ModelError for parts that do not fit.
+    It is on the CPU if an engine takes it to the device in shards. `report` is also told of weights that are read only
+    then. Raises ModelError for parts that do not fit.
     """
     recipe, screen = session.recipe, session.screen
-    with screen.work("loading the model", "MB") as work:
-        model, lazy = _load_base(session, inputs, start, work.at_bytes)
-        adapted = _prepare_to_train(model, session, inputs, start, lazy)
+    model, lazy = _load_base(session, inputs, start, report)
+    adapted = _prepare_to_train(model, session, inputs, start, lazy)
     loss = LossModule(adapted, build_objective(recipe))
     longest = inputs.longest_document or recipe.data.sequence_len
     for note in length_notes(loss.unwrapped, longest):
@@ -82,7 +84,7 @@ def _prepare_to_train(
     new_ids = ids_to_train(model, inputs.vocabulary)
     vocab_size = len(inputs.vocabulary.tokenizer)
     if lazy is not None:
-        lazy.materialize(read_at_once(model, recipe.adapter, vocab_size), torch.device("cpu"))
+        lazy.materialize(parameters_read_early(model, recipe.adapter, vocab_size), torch.device("cpu"))
     grow_embeddings(model, vocab_size)
     if plan.parallel.is_replicated:
         model.to(start.accelerator.device)
@@ -138,9 +140,7 @@ def _load_base(
         adapter=recipe.adapter.adapter,
         quantization=recipe.quantization,
         precision=session.plan.precision,
-        engine=parallel.recipe_word or "ddp",
-        shards_parameters=parallel.shards_weights,
-        main_rank_reads=parallel.main_rank_reads,
+        parallel=parallel,
         trust_remote_code=recipe.model.trust_remote_code,
     )
     return load_base(
@@ -153,8 +153,8 @@ def _load_base(
     )
 
 
-def read_at_once(model: "PreTrainedModel", section: AdapterSection, vocab_size: int) -> list[nn.Parameter]:
-    """Parameters whose values are needed before the model is spread: those that the adapter copies or measures, and
+def parameters_read_early(model: "PreTrainedModel", section: AdapterSection, vocab_size: int) -> list[nn.Parameter]:
+    """Parameters whose values are needed before the model is sharded: those that the adapter copies or measures, and
     tables that grow by the mean of their rows."""
     if section.peft_use_dora:  # the sizes of the columns of every weight that it adapts
         return list(model.parameters())

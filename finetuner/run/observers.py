@@ -15,7 +15,7 @@ from finetuner.run.session import Session
 from finetuner.training.metrics import MetricsFile
 from finetuner.training.observers import Observer
 from finetuner.training.progress import TrainingProgress
-from finetuner.training.rows import EvaluationRow, StepRow
+from finetuner.training.records import EvaluationRecord, StepRecord
 from finetuner.training.state import TrainState
 from finetuner.training.stats import StepStats
 from finetuner.training.trackers import Trackers
@@ -29,10 +29,10 @@ class MetricsLog(Observer):
         self.metrics = MetricsFile(path, resume_after=resume_after)
         self.trackers = trackers
 
-    def logged(self, row: StepRow) -> None:
+    def logged(self, row: StepRecord) -> None:
         self._write(row.as_dict())
 
-    def evaluated(self, row: EvaluationRow) -> None:
+    def evaluated(self, row: EvaluationRecord) -> None:
         self._write(row.as_dict())
 
     def _write(self, row: dict[str, float]) -> None:
@@ -64,18 +64,18 @@ def open_observers(session: Session, ready: ReadyToTrain, done: int) -> Iterator
     with bar as progress, stuck as alive:
         observers: list[Observer] = [Watchdog(alive)]
         trackers = None
-        if session.world.is_main:
-            shown = without_secrets(flat_values(recipe))
-            trackers = Trackers.open(recipe.tracking, session.output_dir, shown, done=done, say=screen.line)
-            observers.append(MetricsLog(session.output_dir / METRICS, trackers, resume_after=done or None))
-        observers.append(progress)
-        every = recipe.evaluation.generate_samples
-        if session.world.is_main and every is not None:
-            trained = ready.trained
-            prompt = recipe.evaluation.generate_prompt
-            observers.append(TextSamples(trained.loss.model, trained.tokenizer, prompt, every, screen))
         well = False
         try:
+            if session.world.is_main:
+                shown = without_secrets(flat_values(recipe))
+                trackers = Trackers.open(recipe.tracking, session.output_dir, shown, done=done, say=screen.line)
+                observers.append(MetricsLog(session.output_dir / METRICS, trackers, resume_after=done or None))
+            observers.append(progress)
+            every = recipe.evaluation.generate_samples
+            if session.world.is_main and every is not None:
+                trained = ready.trained
+                prompt = recipe.evaluation.generate_prompt
+                observers.append(TextSamples(trained.loss.model, trained.tokenizer, prompt, every, screen))
             yield observers
             well = True
         finally:

@@ -21,24 +21,24 @@ def has_result(session: Session) -> bool:
     return result_mark(session.output_dir, session.is_adapter).exists()
 
 
-def make_room(session: Session, ready: ReadyToTrain, state: TrainState) -> None:
-    """Remove or replace what is in output_dir, now that nothing can be wrong with the input any more."""
+def clear_output_dir(session: Session, ready: ReadyToTrain, state: TrainState) -> None:
+    """Clear output_dir for this run; called once the inputs have been checked."""
     recipe, output_dir = session.recipe, session.output_dir
     if recipe.output.overwrite_output_dir:
-        remove_run_files(output_dir, keep=Path(session.name))
+        remove_run_files(output_dir, keep=session.file)
     for folder in abandon_checkpoints_after(output_dir, state.step):
-        session.screen.line(f"note: {folder} is of steps that this run takes anew; delete it if you do not need it")
+        session.screen.line(f"note: {folder} is of steps that this run takes again; delete it if you do not need it")
     keeps_best = recipe.guards.load_best_model_at_end or recipe.output.save_strategy == "best"
     count = (recipe.output.save_total_limit or 1) + 1 + keeps_best
     require_space(output_dir, checkpoint_bytes(ready.num_trained), count)
     result_mark(output_dir, session.is_adapter).unlink(missing_ok=True)
     copy = output_dir / "recipe.yml"
-    if copy.resolve() != Path(session.name).resolve():
+    if session.file is None or copy.resolve() != session.file.resolve():
         heading = f"{Path(session.name).name} as finetuner {__version__} understood it"
         copy.write_text(dump_recipe(recipe, heading), encoding="utf-8")
 
 
-def leave_result(session: Session, inputs: Inputs, ready: ReadyToTrain, state: TrainState) -> None:
+def write_final_result(session: Session, inputs: Inputs, ready: ReadyToTrain, state: TrainState) -> None:
     """Write the adapter or the model into output_dir, and say what to do with it. Called by all ranks together."""
     recipe, output_dir, screen = session.recipe, session.output_dir, session.screen
     dtype = DTYPES[session.plan.precision]

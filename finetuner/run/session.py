@@ -20,13 +20,18 @@ from finetuner.world import World
 
 @dataclass(frozen=True)
 class Session:
-    """`name`: how the recipe is called in messages, so that it can be typed again."""
+    """A run's recipe, plan and screen.
+
+    `name`: how the recipe is called in messages, so that it can be typed again. `file`: the user's file of it, which no
+    run may change; None: it came as a value.
+    """
 
     recipe: Recipe
     name: str
     world: World
     plan: Plan
     screen: Screen
+    file: Path | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -38,9 +43,10 @@ class Session:
 
 
 @contextmanager
-def open_session(recipe: Recipe, name: str, notes: Iterable[str]) -> Iterator[Session]:
+def open_session(recipe: Recipe, file: str | None, notes: Iterable[str]) -> Iterator[Session]:
     """Yield the session of a run that holds its output folder; at its end, write the model card and upload the result.
 
+    `file`: the recipe's; None: it is called by the copy of it that the run writes.
     Raises PlanError for a world or packages that the recipe cannot run with, and CheckpointError if the folder cannot
     be had. A failure that is not a mistake in the input says how to resume.
     """
@@ -55,7 +61,8 @@ def open_session(recipe: Recipe, name: str, notes: Iterable[str]) -> Iterator[Se
         screen.line(f"note: {plan_note}")
     quiet_libraries(screen)
     use_threads_and_matmuls(world, recipe.precision.tf32)
-    session = Session(recipe, name, world, plan, screen)
+    name = file or str(Path(recipe.output.output_dir) / "recipe.yml")
+    session = Session(recipe, name, world, plan, screen, file=None if file is None else Path(file))
     if not world.is_main:
         yield session
         return

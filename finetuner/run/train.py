@@ -1,7 +1,6 @@
 """One training run, composed: from a recipe to its result. Start here to read the code."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from finetuner.checkpoint.contents import read_optimizer
 from finetuner.data.dropped_rows import LISTED
@@ -14,7 +13,7 @@ from finetuner.run.inputs import Inputs, prepare_inputs
 from finetuner.run.layout import ReadyToTrain, lay_over_ranks
 from finetuner.run.model import build_model
 from finetuner.run.observers import open_observers
-from finetuner.run.output import has_result, leave_result, make_room
+from finetuner.run.output import clear_output_dir, has_result, write_final_result
 from finetuner.run.result import TrainResult
 from finetuner.run.session import Session, open_session
 from finetuner.run.start import Start, join_ranks
@@ -25,25 +24,24 @@ from finetuner.training.state import TrainState
 from finetuner.training.stopping import stop_requests
 
 
-def train(recipe: Recipe, name: str | None = None, notes: Iterable[str] = ()) -> TrainResult:
+def train(recipe: Recipe, file: str | None = None, notes: Iterable[str] = ()) -> TrainResult:
     """Train as the recipe says, from the start or from a checkpoint, and return what came of it.
 
-    `name`: how messages call the recipe, so that it can be typed; default: the copy that the run writes. `notes` are
-    shown first. Called on every rank. Raises FinetunerError.
+    `file`: the recipe's, by which messages call it; None: the copy that the run writes. `notes` are shown first.
+    Called on every rank. Raises FinetunerError.
     """
-    name = name or str(Path(recipe.output.output_dir) / "recipe.yml")
-    with open_session(recipe, name, notes) as session:
+    with open_session(recipe, file, notes) as session:
         inputs = prepare_inputs(session)
         start = join_ranks(session, inputs)
         state = start.state
         if start.is_last_step_done and has_result(session):
             _say_nothing_to_do(session, start)
         else:
-            with returning_freed_memory():
-                model = build_model(session, inputs, start)
+            with returning_freed_memory(), session.screen.work("loading the model", "MB") as work:
+                model = build_model(session, inputs, start, work.at_bytes)
                 ready = lay_over_ranks(session, inputs, start, model)
             state = fit(session, inputs, start, ready)
-            leave_result(session, inputs, ready, state)
+            write_final_result(session, inputs, ready, state)
         leave_ranks(start.accelerator)
         return TrainResult.read(session.output_dir, state)
 
@@ -67,12 +65,12 @@ def fit(session: Session, inputs: Inputs, start: Start, ready: ReadyToTrain) -> 
         dropped_file=output_dir / LISTED if session.world.is_main else None,
         say=screen.line,
     )
-    by_main_rank(start.accelerator, lambda: make_room(session, ready, state))
+    by_main_rank(start.accelerator, lambda: clear_output_dir(session, ready, state))
     ahead = prefetching(loader, start.schedule.total_steps, pin=start.accelerator.device.type == "cuda")
     try:
         with (
-            open_observers(session, ready, state.step) as observers,
             stop_requests(screen.line) as request,
+            open_observers(session, ready, state.step) as observers,
             ahead as batches,
         ):
             save = Checkpointer(

@@ -5,6 +5,7 @@ folder knows that a kill left it. Only one process may stage a name at a time; w
 holds a lock (storage/locks.py). Every function raises OSError as the system does.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -125,5 +126,8 @@ def flush_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network and shared file systems cannot do it
+            raise
     finally:
         os.close(handle)

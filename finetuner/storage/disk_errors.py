@@ -1,4 +1,4 @@
-"""An operating system's error on a write, told as an error of ours that says what to type."""
+"""Turn an OSError on a write into a FinetunerError that says what to type."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -9,14 +9,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetuner.data.batch_sampler import evaluation_batches
-from finetuner.data.batches import Layout
+from finetuner.data.batches import BatchLayout
 from finetuner.data.prepared_data import SourceRange
 from finetuner.data.token_store import TokenRows
 from finetuner.objectives.base import Objective, figure_means, step_loss
 from finetuner.objectives.text_score import TextScore
 from finetuner.parallel.engine import Engine
 from finetuner.plan.run import Plan
-from finetuner.training.rows import EvaluationRow
+from finetuner.training.records import EvaluationRecord
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class HeldOut:
     """
 
     rows: TokenRows
-    layout: Layout
+    layout: BatchLayout
     parts: tuple[SourceRange, ...] = ()
     token_bytes: tuple[int, ...] | None = None
 
@@ -41,7 +41,7 @@ def evaluate(
     held_out: HeldOut,
     step: int,
     report: Callable[[int], None] = lambda num_rows: None,
-) -> EvaluationRow:
+) -> EvaluationRecord:
     """Return the held-out loss after `step` steps. `report` is told of rows that this rank has evaluated."""
     device = accelerator.device
     parts = held_out.parts or (SourceRange("", 0, len(held_out.rows)),)
@@ -76,7 +76,7 @@ class _Totals:
     num_bytes: int
 
 
-def _row(objective: Objective, by_part: list[_Totals], names: list[str], step: int) -> EvaluationRow:
+def _row(objective: Objective, by_part: list[_Totals], names: list[str], step: int) -> EvaluationRecord:
     everything = _Totals(
         [sum(values) for values in zip(*(part.sums for part in by_part), strict=True)],
         [sum(values) for values in zip(*(part.counts for part in by_part), strict=True)],
@@ -86,7 +86,7 @@ def _row(objective: Objective, by_part: list[_Totals], names: list[str], step: i
     if objective.text_term is not None:
         k = objective.text_term
         text = TextScore(everything.sums[k], everything.counts[k], everything.num_bytes)
-    return EvaluationRow(
+    return EvaluationRecord(
         step=step,
         loss=step_loss(objective, everything.sums, everything.counts),
         perplexity=None if text is None else text.perplexity,

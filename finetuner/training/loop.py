@@ -20,7 +20,7 @@ from finetuner.training.evaluation import HeldOut, evaluate
 from finetuner.training.guards import Guards
 from finetuner.training.metrics import peak_memory_bytes
 from finetuner.training.observers import Observer
-from finetuner.training.rows import EvaluationRow, StepRow
+from finetuner.training.records import EvaluationRecord, StepRecord
 from finetuner.training.state import TrainState
 from finetuner.training.stats import StepStats
 
@@ -47,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Whom the loop tells, and what it asks. `save` gets whether the run was asked to stop."""
+    """Callbacks of the loop. `save` gets whether the run was asked to stop."""
 
     observers: Sequence[Observer]
     save: Callable[[TrainState, bool], None]
@@ -156,7 +156,7 @@ def _any_rank_stops(run: Run, hooks: Hooks) -> bool:
     return bool(run.accelerator.reduce(anyone, "sum"))
 
 
-def _evaluate(run: Run, state: TrainState, hooks: Hooks) -> EvaluationRow:
+def _evaluate(run: Run, state: TrainState, hooks: Hooks) -> EvaluationRecord:
     def report(num_rows: int) -> None:
         for observer in hooks.observers:
             observer.evaluating(num_rows)
@@ -184,7 +184,7 @@ def _announce_row(run: Run, state: TrainState, stats: StepStats, window: _Window
     mfu = None
     if run.work is not None and run.device_peak_flops is not None:
         mfu = window.flops / window.seconds / (run.device_peak_flops * run.plan.parallel.world_size)
-    row = StepRow(
+    row = StepRecord(
         step=state.step,
         epoch=run.schedule.epoch_at(state.step),
         loss=stats.loss,

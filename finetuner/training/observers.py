@@ -1,6 +1,6 @@
-"""Observers of the loop. It decides nothing for them: whether it is time is the business of each."""
+"""Observers of the training loop; each decides for itself when to act."""
 
-from finetuner.training.rows import EvaluationRow, StepRow
+from finetuner.training.records import EvaluationRecord, StepRecord
 from finetuner.training.state import TrainState
 from finetuner.training.stats import StepStats
 
@@ -9,16 +9,16 @@ class Observer:
     """A component that is told what happens in a run; by default it does nothing. Called on every rank."""
 
     def step_done(self, state: TrainState, stats: StepStats, seconds: float) -> None:
-        """A step was taken in so many seconds."""
+        """One step was taken; `seconds`: its duration."""
 
-    def logged(self, row: StepRow) -> None:
+    def logged(self, row: StepRecord) -> None:
         """A step is one of those that are logged."""
 
     def evaluating(self, num_rows: int) -> None:
-        """So many more held-out rows were evaluated on this rank."""
+        """`num_rows` more held-out rows were evaluated on this rank."""
 
-    def evaluated(self, row: EvaluationRow) -> None:
+    def evaluated(self, row: EvaluationRecord) -> None:
         """An evaluation is complete."""
 
     def saving(self) -> None:
-        """A checkpoint is begun, or has just been written."""
+        """A checkpoint is about to be written, or has just been written."""

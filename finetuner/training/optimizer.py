@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from finetuner.errors import ModelError, PlanError
-from finetuner.parallel.optimizer_state import SideBySide
+from finetuner.parallel.optimizer_state import CombinedOptimizer
 from finetuner.recipe.optimizers import OPTIMIZERS, is_hidden_matrix, read_arguments
 from finetuner.recipe.sections import OptimizerSection, RatesSection
 
@@ -136,7 +136,7 @@ def _muon(request: OptimizerRequest) -> torch.optim.Optimizer:
     if not hidden:
         raise PlanError("optimizer muon is for hidden matrices, and none is trained. Write `optimizer: adamw_torch`.")
     muon = torch.optim.Muon(replace(request, parameters=hidden).groups, lr=0.0, **request.arguments)
-    return SideBySide(muon, _adamw(replace(request, parameters=rest, arguments={}))) if rest else muon
+    return CombinedOptimizer(muon, _adamw(replace(request, parameters=rest, arguments={}))) if rest else muon
 
 
 def _bitsandbytes(request: OptimizerRequest) -> torch.optim.Optimizer:

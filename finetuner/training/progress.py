@@ -6,7 +6,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from finetuner.console import Screen, TimeLeftColumn, duration
 from finetuner.training.observers import Observer
-from finetuner.training.rows import EvaluationRow, StepRow
+from finetuner.training.records import EvaluationRecord, StepRecord
 from finetuner.training.state import TrainState
 from finetuner.training.stats import StepStats
 
@@ -58,7 +58,7 @@ class TrainingProgress(Observer):
                 f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update is skipped"
             )
 
-    def logged(self, row: StepRow) -> None:
+    def logged(self, row: StepRecord) -> None:
         self.utilization = "" if row.mfu is None else f"  MFU {row.mfu:.1%}"
         if not self.screen.terminal:
             self.screen.line(
@@ -71,7 +71,7 @@ class TrainingProgress(Observer):
         self.evaluated_rows += num_rows
         self.bar.update(self.task, facts=f"evaluating: {self.evaluated_rows:,} of {self.eval_rows:,} rows")
 
-    def evaluated(self, row: EvaluationRow) -> None:
+    def evaluated(self, row: EvaluationRecord) -> None:
         self.evaluated_rows = 0
         line = f"step {row.step}/{self.total_steps}  held-out loss {row.loss:.4f}"
         if row.perplexity is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class StepStats:
-    """`loss`: see Objective; `figures`: means to log beside it.
+    """Figures of a step. `loss`: see Objective; `figures`: means to log beside it.
 
     `num_tokens`: trained tokens; `num_input_tokens`: all tokens without padding; `num_pairs`: T^2, summed over the
     documents of T tokens (what attention costs).

@@ -1,4 +1,4 @@
-"""Signals as requests to stop, which the loop grants at the end of a step."""
+"""Signals as stop requests, honored at the end of a step."""
 
 import signal
 import threading
@@ -19,7 +19,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(announce: Callable[[str], None]) -> Iterator[StopRequest]:
-    """SIGTERM (a batch system's warning) and the first Ctrl-C are requests; the second Ctrl-C stops at once."""
+    """Treat SIGTERM (a batch system's warning) and the first Ctrl-C as requests; the second Ctrl-C stops at once."""
     request = StopRequest()
 
     def asked(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""A rank that makes no progress says where it is stuck, while it can."""
+"""Print the stacks of a rank that makes no progress, before the launcher kills it."""
 
 import faulthandler
 import sys

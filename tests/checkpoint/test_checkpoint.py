@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 
 import pytest
+from safetensors import SafetensorError
 
 from finetuner.checkpoint.compatibility import check_resume, resume_facts
 from finetuner.checkpoint.folder import (
@@ -15,7 +16,7 @@ from finetuner.checkpoint.folder import (
     prune,
     read_saved_state,
     require_intact,
-    save_checkpoint,
+    staged_checkpoint,
 )
 from finetuner.checkpoint.output_dir import claimed, remove_run_files, require_space
 from finetuner.errors import CheckpointError
@@ -26,12 +27,9 @@ from finetuner.training.loop import TrainState
 
 def saved_run(folder, steps=(1, 2, 3)):
     for step in steps:
-
-        def write(to, step=step):
+        with staged_checkpoint(checkpoint_folder(folder, step), TrainState(step=step), {"recipe": {}}) as to:
             (to / "weights.safetensors").write_bytes(bytes([step % 251]) * 5000)
             (to / "optimizer.safetensors").write_bytes(b"o" * 100)
-
-        save_checkpoint(checkpoint_folder(folder, step), TrainState(step=step), {"recipe": {}}, write)
     return folder
 
 
@@ -58,15 +56,17 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(name, harm, 
         require_intact(checkpoint_folder(tmp_path, 3))
 
 
-def test_a_save_that_fails_half_way_leaves_the_one_before_it(tmp_path):
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")], ids=type
+)
+def test_a_save_that_fails_half_way_leaves_the_one_before_it(tmp_path, error):
     saved_run(tmp_path, steps=(1,))
-
-    def full_disk(to):
+    with (
+        pytest.raises(CheckpointError, match=r"No space left on device \(.* GB are free there\)"),
+        staged_checkpoint(checkpoint_folder(tmp_path, 2), TrainState(step=2), {}) as to,
+    ):
         (to / "weights.safetensors").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(CheckpointError, match=r"No space left on device \(.* GB are free there\)"):
-        save_checkpoint(checkpoint_folder(tmp_path, 2), TrainState(step=2), {}, full_disk)
+        raise error
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert find_damage(checkpoint_folder(tmp_path, 1)) is None
 

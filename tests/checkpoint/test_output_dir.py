@@ -82,7 +82,16 @@ def test_a_merged_model_is_uploaded_with_its_bases_names_of_files(tmp_path):
 
 def test_a_run_that_replaces_another_leaves_nothing_of_the_model_it_replaces(tmp_path):
     """Else its scores, its chat template and its GGUF file would pass for the new model's, and be uploaded."""
-    mine = ["README.md", "notes.txt", "mine.gguf", "merged/model.safetensors", "wandb/offline-run/run.wandb", ".lock"]
+    tmp_path = tmp_path / "out"
+    mine = [
+        "README.md",
+        "notes.txt",
+        "mine.gguf",
+        "mine-q8_0.gguf",
+        "merged/model.safetensors",
+        "wandb/offline-run/run.wandb",
+        ".lock",
+    ]
     gone = [
         "metrics.jsonl", "evaluation.json", "evaluation.md", "out-f16.gguf", "merged-q8_0.gguf", "Modelfile",
         "chat_template.jinja", "generation_config.json", "model-00001-of-00002.safetensors", "config.json",

@@ -8,7 +8,7 @@ import pytest
 from support.places import ROOT
 from support.processes import exit_of
 
-from finetuner.commands.plan import span
+from finetuner.commands.plan import readable_duration
 from finetuner.errors import PlanError
 from finetuner.estimate.training_cost import parse_devices
 from finetuner.plan.memory import ModelBytes, without_paged_state
@@ -101,7 +101,7 @@ def test_a_model_that_is_there_is_counted_from_its_config(capsys, write_recipe, 
     ("seconds", "text"), [(3, "3.0 seconds"), (300, "5.0 minutes"), (7200, "2.0 hours"), (864_000, "10.0 days")]
 )
 def test_time_is_said_in_the_unit_that_fits(seconds, text):
-    assert span(seconds) == text
+    assert readable_duration(seconds) == text
 
 
 def test_a_plan_from_scratch_needs_no_torch():

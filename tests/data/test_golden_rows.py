@@ -29,7 +29,7 @@ APT = ". Write a response that appropriately completes the request.\n\n### Instr
 
 
 class Golden(NamedTuple):
-    """Pieces of a document: (text, whether it is learned), in order; neighbours of a kind may be one."""
+    """Pieces of a document: (text, whether it is learned), in order; neighbors of a kind may be one."""
 
     pieces: list[tuple[str, bool]]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.rows import alpaca_rows, write_rows
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from finetuner.data.batches import Layout, collate
+from finetuner.data.batches import BatchLayout, collate
 from finetuner.data.packing import Packs, best_fit_decreasing
 from finetuner.data.token_store import IGNORE_INDEX, TokenStore
 from finetuner.errors import ModelError
@@ -22,7 +22,7 @@ from finetuner.objectives.next_token import NextToken
 
 GENERATOR = np.random.default_rng(5)
 LENGTHS = (7, 5, 9, 3, 6, 4, 8, 6)
-PACKED = Layout(packed=True)
+PACKED = BatchLayout(packed=True)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_changed_document_leaves_the_logits_of_its_neighbours_as_they_are(mode
     require_isolation(model)
 
 
-@pytest.mark.parametrize("layout", [PACKED, Layout(packed=True, pad_to=24)], ids=["as long as it is", "padded"])
+@pytest.mark.parametrize("layout", [PACKED, BatchLayout(packed=True, pad_to=24)], ids=["as long as it is", "padded"])
 def test_packs_have_the_loss_and_the_gradient_of_their_documents(model, store, layout):
     packs = Packs.of(store, 16)
     loss = LossModule(model, NextToken(), composed=True)
@@ -113,7 +113,7 @@ def test_packs_have_the_loss_and_the_gradient_of_their_documents(model, store, l
         return value.item(), [p.grad.clone() for p in model.parameters()]
 
     value, gradients = outcome(packs, list(range(len(packs))), layout)
-    expected, of_documents = outcome(store, list(range(len(store))), Layout())
+    expected, of_documents = outcome(store, list(range(len(store))), BatchLayout())
     assert value == pytest.approx(expected, rel=1e-6)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, of_documents, strict=True))
 
@@ -124,7 +124,7 @@ def test_joined_documents_are_read_as_one_text(model, store):
     number = next(i for i in range(len(packs)) if len(packs.documents(i)) > 1)
     ids = np.concatenate([ids for ids, _ in packs.documents(number)])
     labels = np.concatenate([labels for _, labels in packs.documents(number)])
-    batch = collate(packs, [number], Layout(packed=True, joined=True))
+    batch = collate(packs, [number], BatchLayout(packed=True, joined=True))
     assert batch.input_ids[0].tolist() == ids.tolist()
     assert batch.position_ids[0].tolist() == list(range(len(ids)))
     assert batch.targets.tolist() == [label for label in labels[1:] if label != IGNORE_INDEX]

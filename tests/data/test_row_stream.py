@@ -22,7 +22,7 @@ from support.results import largest_difference, weights_of
 from support.rows import alpaca_rows, texts, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetuner.data.batches import Layout
+from finetuner.data.batches import BatchLayout
 from finetuner.data.row_stream import RowStream, StreamState, cut_into_rows
 from finetuner.data.train_loader import Prefetcher, StreamLoader, prefetching
 from finetuner.errors import DataError
@@ -135,7 +135,7 @@ def test_ranks_share_the_rows_of_a_step_and_their_number_changes_nothing(opened:
     seen = []
     for ranks, micro, accum in ((1, 4, 1), (2, 1, 2), (4, 1, 1)):
         plan = make_plan(ranks, micro, accum)
-        feeds = [StreamLoader(opened([entry]), mine, Layout(pad_to=32)) for mine in all_ranks(plan)]
+        feeds = [StreamLoader(opened([entry]), mine, BatchLayout(pad_to=32)) for mine in all_ranks(plan)]
         steps = []
         for step in range(6):
             rows = [row.numpy().tobytes() for feed in feeds for batch in feed.batches(step) for row in batch.input_ids]
@@ -165,7 +165,7 @@ def test_a_stream_says_what_it_cannot_use(opened: Opener, tmp_path: Path) -> Non
 
 
 def test_the_next_batches_are_made_while_a_step_is_computed(opened: Opener, tmp_path: Path) -> None:
-    feed = StreamLoader(opened([texts(tmp_path, "a", 30)]), make_plan(1, 2), Layout(pad_to=32))
+    feed = StreamLoader(opened([texts(tmp_path, "a", 30)]), make_plan(1, 2), BatchLayout(pad_to=32))
     plain = [feed.batches(step)[0].input_ids for step in range(6)]
     again = replace(feed, stream=opened([texts(tmp_path, "a", 30)]))
     threads = set()
@@ -213,7 +213,7 @@ def test_a_block_that_is_not_needed_any_more_is_given_up(opened: Opener, tmp_pat
 
 
 def test_an_error_in_the_background_reaches_the_step_that_needs_the_batch(opened: Opener, tmp_path: Path) -> None:
-    feed = StreamLoader(opened([texts(tmp_path, "a", 3)]), make_plan(1, 2), Layout(pad_to=32))
+    feed = StreamLoader(opened([texts(tmp_path, "a", 3)]), make_plan(1, 2), BatchLayout(pad_to=32))
 
     def make(step: int) -> list:
         if step == 1:

@@ -20,7 +20,7 @@ from support.results import largest_difference, weights_of
 from support.rows import RecipeWriter, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetuner.data.batches import Layout
+from finetuner.data.batches import BatchLayout
 from finetuner.data.documents import BAD, TOO_LONG, Outcome
 from finetuner.data.dropped_rows import DroppedRowsFile
 from finetuner.data.remote_files import DEFAULT_RETRY, ReconnectingFile, RetryPolicy, open_http_at
@@ -364,7 +364,7 @@ def test_a_corpus_that_changed_since_the_checkpoint_is_refused(
     plan: Any = make_plan(1, 2)
 
     def feed(checkpoint: Path | None) -> Any:
-        return build_train_loader(section, tokenizer, None, plan, None, Layout(), checkpoint)  # type: ignore[arg-type]
+        return build_train_loader(section, tokenizer, None, plan, None, BatchLayout(), checkpoint)  # type: ignore[arg-type]
 
     first = feed(None)
     assert isinstance(first, StreamLoader)

@@ -8,28 +8,29 @@ from support.tiny import make_model
 
 from finetuner.errors import ModelError
 from finetuner.models.loading_plan import Loading, LoadingPlan, choose_loading, load_base
+from finetuner.plan.parallel import FsdpOptions, ParallelPlan, ZeroOptions
 from finetuner.recipe.sections import QuantizationSection
 
 CPU = torch.device("cpu")
 CHECKPOINT = Path("out/checkpoints/step-00000002")
 LAZY_SHARDED, LAZY_FULL, MAIN_RANK, EVERY_RANK = Loading
 
-DDP = {"engine": "ddp", "shards_parameters": False}
-FSDP = {"engine": "fsdp", "shards_parameters": True}
-FSDP_MAIN_READS = {**FSDP, "main_rank_reads": True}
-ZERO_2 = {"engine": "deepspeed", "shards_parameters": False}
-ZERO_3 = {"engine": "deepspeed", "shards_parameters": True}
+DDP = ParallelPlan(replicate=2)
+FSDP = ParallelPlan(engine="fsdp2", shard=2, fsdp=FsdpOptions())
+FSDP_MAIN_READS = ParallelPlan(engine="fsdp2", shard=2, fsdp=FsdpOptions(main_rank_reads=True))
+ZERO_2 = ParallelPlan(engine="zero", shard=2, zero=ZeroOptions(stage=2, config={}))
+ZERO_3 = ParallelPlan(engine="zero", shard=2, zero=ZeroOptions(stage=3, config={}))
 
 
-def choose(checkpoint: Path | None = None, **keys) -> LoadingPlan:
+def choose(parallel: ParallelPlan = DDP, checkpoint: Path | None = None, **keys) -> LoadingPlan:
     plain = {
         "adapter": "lora", "checkpoint_is_sharded": False, "quantization": QuantizationSection(), "precision": "bf16",
     }  # fmt: skip
-    return choose_loading("base", checkpoint, **plain | DDP | keys)
+    return choose_loading("base", checkpoint, parallel=parallel, **plain | keys)
 
 
 @pytest.mark.parametrize(
-    ("engine", "keys", "ways"),
+    ("parallel", "keys", "ways"),
     [
         (DDP, {}, (LAZY_FULL, EVERY_RANK)),
         (ZERO_2, {}, (LAZY_FULL, EVERY_RANK)),
@@ -49,8 +50,8 @@ def choose(checkpoint: Path | None = None, **keys) -> LoadingPlan:
         (FSDP_MAIN_READS, {"checkpoint": CHECKPOINT, "checkpoint_is_sharded": True}, (LAZY_SHARDED, EVERY_RANK)),
     ],
 )  # fmt: skip
-def test_the_ways_to_load_follow_from_the_engine_and_the_base(engine, keys, ways):
-    assert choose(**engine, **keys).ways == ways
+def test_the_ways_to_load_follow_from_the_engine_and_the_base(parallel, keys, ways):
+    assert choose(parallel, **keys).ways == ways
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_the_ways_to_load_follow_from_the_engine_and_the_base(engine, keys, ways
 def test_only_full_fine_tuning_reads_the_base_from_a_checkpoint_that_has_it_in_one(
     adapter, checkpoint, sharded, source
 ):
-    assert choose(checkpoint, adapter=adapter, checkpoint_is_sharded=sharded).source == source
+    assert choose(checkpoint=checkpoint, adapter=adapter, checkpoint_is_sharded=sharded).source == source
 
 
 def test_what_is_trained_is_loaded_in_fp32_and_what_is_frozen_in_the_runs_precision():
@@ -78,9 +79,9 @@ def test_what_is_trained_is_loaded_in_fp32_and_what_is_frozen_in_the_runs_precis
 
 
 def test_deepspeed_casts_what_it_shards_so_the_empty_model_has_its_dtype_already():
-    assert choose(**ZERO_3, adapter=None).empty_dtype == torch.bfloat16
-    assert choose(**ZERO_2, adapter=None).empty_dtype is None and choose(**FSDP, adapter=None).empty_dtype is None
-    assert choose(**DDP).full_weights_on_device and not choose(**ZERO_2).full_weights_on_device
+    assert choose(ZERO_3, adapter=None).empty_dtype == torch.bfloat16
+    assert choose(ZERO_2, adapter=None).empty_dtype is None and choose(FSDP, adapter=None).empty_dtype is None
+    assert choose(DDP).full_weights_on_device and not choose(ZERO_2).full_weights_on_device
 
 
 @pytest.mark.parametrize(

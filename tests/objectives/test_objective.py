@@ -11,7 +11,7 @@ from support.batches import make_plan, make_schedule, make_store
 from transformers import AutoModelForCausalLM
 
 from finetuner.data.batch_sampler import step_batches
-from finetuner.data.batches import Layout
+from finetuner.data.batches import BatchLayout
 from finetuner.objectives import OBJECTIVES, build_objective
 from finetuner.objectives.base import Figure, Term, figure_means, gradient_scales, step_loss
 from finetuner.objectives.loss_module import LossModule
@@ -51,9 +51,9 @@ def step_of(objective, model_folder, micro: int, accum: int):
     plan, rows = make_plan(micro=micro, accum=accum), make_store(8)
     engine = ReplicatedEngine(accelerator, loss, lambda: torch.optim.SGD(loss.parameters(), lr=1.0))
     schedule = replace(make_schedule(8, plan), peak_lr=1.0)
-    run = Run(accelerator, engine, objective, plan, schedule, Guards(), HeldOut(rows, Layout()), max_grad_norm=0.0)
+    run = Run(accelerator, engine, objective, plan, schedule, Guards(), HeldOut(rows, BatchLayout()), max_grad_norm=0.0)
     before = {name: p.detach().clone() for name, p in loss.named_parameters()}
-    stats = train_step(run, step_batches(rows, plan, schedule, 0, Layout()), 0)
+    stats = train_step(run, step_batches(rows, plan, schedule, 0, BatchLayout()), 0)
     gradient = {name: before[name] - p.detach() for name, p in loss.named_parameters()}
     return stats, gradient
 
@@ -82,7 +82,7 @@ def test_the_loss_is_the_sum_of_weighted_means():
 
 def test_every_objective_of_the_table_is_built_from_a_recipe(write_recipe):
     recipe = load_recipe(write_recipe(label_smoothing_factor=0.1))
-    for name in OBJECTIVES:
-        objective = build_objective(recipe, name)
+    for row in OBJECTIVES.values():
+        objective = row.build(recipe)
         assert objective.terms and all(figure.term < len(objective.terms) for figure in objective.figures)
     assert build_objective(recipe).regularization.label_smoothing == 0.1

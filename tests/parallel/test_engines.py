@@ -110,6 +110,24 @@ def test_a_checkpoint_in_parts_resumes_bitwise_on_its_ranks_and_exactly_on_one(r
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("refused", ["the folder", "the other rank's file"])
+def test_a_disk_that_refuses_a_checkpoint_in_parts_ends_all_ranks_with_one_message(refused, recipe, tmp_path):
+    """Ranks wait for one another here: an error that one kept to itself would leave the others until ddp_timeout."""
+    out = tmp_path / "out"
+    place = out / "checkpoints"
+    if refused == "the folder":
+        out.mkdir()
+        place.touch()
+    done = run_command(
+        "support.refusing_disk" if refused != "the folder" else "finetuner.train",
+        recipe, f"output_dir={out}", "micro_batch_size=4", *override(**SHARDED), ranks=2, timeout=60,
+    )  # fmt: skip
+    assert done.code == 2 and done.text.count("cannot write the checkpoint") == 1, done.text
+    assert "Traceback" not in done.text
+    assert not place.is_dir() or not list(place.iterdir()), "nothing is left of it"
+
+
+@pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 @pytest.mark.parametrize("precision", [False, True], ids=["fp32", "bf16"])

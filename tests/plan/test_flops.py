@@ -8,7 +8,7 @@ from support.tiny import make_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from finetuner.data.batches import Layout, collate
+from finetuner.data.batches import BatchLayout, collate
 from finetuner.estimate.fit import trained_tensors
 from finetuner.models.empty_model import meta_model
 from finetuner.models.from_scratch import scratch_config
@@ -99,7 +99,7 @@ class Documents:
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_batch_counts_the_pairs_within_its_documents(flat):
-    assert collate(Documents(), [0, 1], Layout(packed=True, flat=flat)).num_pairs == 25 + 9 + 16
+    assert collate(Documents(), [0, 1], BatchLayout(packed=True, flat=flat)).num_pairs == 25 + 9 + 16
 
 
 @pytest.mark.slow

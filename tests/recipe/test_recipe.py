@@ -199,7 +199,7 @@ def test_a_missing_key_is_named_with_its_meaning(refusal: Callable[..., str], fi
 
 
 def _misspellings(key: str) -> set[str]:
-    """Every word one slip away: a letter lost, two neighbours swapped, a letter wrong or one too many."""
+    """Every word one slip away: a letter lost, two neighbors swapped, a letter wrong or one too many."""
     letters = string.ascii_lowercase + string.digits + "_"
     lost = {key[:i] + key[i + 1 :] for i in range(len(key))}
     swapped = {key[:i] + key[i + 1] + key[i] + key[i + 2 :] for i in range(len(key) - 1)}

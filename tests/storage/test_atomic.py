@@ -1,5 +1,6 @@
 """A file or folder is complete or absent, whatever ends its writer; and one process builds what many want."""
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 from support.places import ROOT
 
 from finetuner.errors import DataError
-from finetuner.storage.atomic import TASK, move_into, staged_file, staged_folder, staging_of
+from finetuner.storage.atomic import TASK, flush_folder, move_into, staged_file, staged_folder, staging_of
 from finetuner.storage.build_once import build_once
 from finetuner.storage.disk_errors import explain_disk_errors
 from finetuner.storage.json_lines import append_rows, read_rows, replace_rows
@@ -189,6 +190,22 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(DataError, match="a row is wrong"):
         build_once(tmp_path / "key", fill, is_builder=True)
     assert names(tmp_path) == ["key.lock"]
+
+
+def test_a_file_system_that_cannot_flush_a_folder_is_no_reason_to_fail(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", _refusing(errno.EINVAL))
+        flush_folder(tmp_path)
+        patch.setattr(os, "fsync", _refusing(errno.EIO))
+        with pytest.raises(OSError, match="Input/output error"):
+            flush_folder(tmp_path)
+
+
+def _refusing(number: int):
+    def fsync(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fsync
 
 
 def test_a_manifest_finds_a_changed_a_short_and_a_missing_file(tmp_path):

@@ -202,7 +202,7 @@ def test_checkpoints_of_the_model_alone_are_small_and_not_gone_on_from(write_rec
         train(recipe, f"resume_from_checkpoint={folder}")
 
 
-def test_the_first_signal_is_a_wish_and_the_second_interrupt_stops():
+def test_the_first_signal_is_a_request_and_the_second_interrupt_stops():
     said = []
     with stop_requests(said.append) as wish:
         assert not wish

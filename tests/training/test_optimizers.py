@@ -10,7 +10,12 @@ from support.results import largest_difference, unfinished, weights_of
 from torch import nn
 
 from finetuner.errors import CheckpointError, PlanError, RecipeError
-from finetuner.parallel.optimizer_state import SideBySide, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from finetuner.parallel.optimizer_state import (
+    CombinedOptimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
 from finetuner.recipe import load
 from finetuner.recipe.optimizers import OPTIMIZERS, TrainedTensor, read_arguments
 from finetuner.recipe.sections import AdapterSection, OptimizerSection, RatesSection
@@ -176,7 +181,7 @@ def test_muon_has_nothing_to_do_without_a_hidden_matrix():
     with pytest.raises(PlanError, match="none is trained"):
         make(parameters, optimizer="muon")
     alone = {"square": small_parameters()["square"]}
-    assert not isinstance(make(alone, optimizer="muon"), SideBySide)
+    assert not isinstance(make(alone, optimizer="muon"), CombinedOptimizer)
 
 
 def test_the_rows_of_tokens_are_found_in_a_whole_and_in_an_adapted_model(tiny_model):
@@ -277,7 +282,7 @@ def test_a_run_with_rates_of_its_own_logs_the_schedules_and_resumes_bitwise(writ
         ({"optimizer": "lion_8bit", "adam_epsilon": 0.1}, "adam_epsilon has no effect"),
         ({"optimizer": "muon", "fsdp": ["full_shard"]}, "muon is not supported under FSDP: it needs whole matrices"),
         ({"optimizer": "adafactor", "deepspeed": {"zero_optimization": {"stage": 1}}}, "under DeepSpeed"),
-        ({"optimizer": "lion_32bit", "fsdp_config": {}}, "kernels cannot work on FSDP's parts"),
+        ({"optimizer": "lion_32bit", "fsdp_config": {}}, "kernels cannot work on FSDP's shards"),
     ],
 )
 def test_arguments_that_an_optimizer_does_not_take_are_refused_before_anything_is_loaded(keys, message, write_recipe):

@@ -1,4 +1,4 @@
-"""`type: chat_template`: a list of messages, in the form that the chat template gives them (data/chat.py)."""
+"""`type: chat_template`: a list of messages, in the form that the chat template gives them (data/messages.py)."""
 
 from typing import TYPE_CHECKING
 

@@ -48,7 +48,7 @@ assert tuple(ROW_TYPES) == get_args(TypeName)
 # key of an entry -> the `type` that reads it; with any other it would have no effect
 KEYS_OF_TYPE: dict[str, str] = {key: name for name, row_type in ROW_TYPES.items() for key in row_type.keys}
 
-# Chat templates that come with finetuner, by name; their texts are in data/templates.py.
+# Chat templates that come with finetuner, by name; their texts are in data/chat_templates.py.
 CHAT_TEMPLATES = (
     "alpaca", "aya", "chatml", "cohere", "command_a", "deepseek_v2", "deepseek_v3", "exaone", "exaone4",
     "falcon_h1", "gemma", "gemma3", "gemma3n", "gemma4", "granite", "jamba", "llama3", "llama3_2_vision",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class StepRow:
+class StepRecord:
     """A logged step. `loss` and `figures` are exact over all ranks and micro-batches of the step.
 
     `num_tokens`: trained tokens of the step; `total_tokens`: of all steps; `tokens_per_second`: input tokens without
@@ -41,7 +41,7 @@ class StepRow:
 
 
 @dataclass(frozen=True)
-class EvaluationRow:
+class EvaluationRecord:
     """The held-out loss after `step` steps.
 
     `perplexity` and `bits_per_byte`: where the objective is the likelihood of a text; `by_source`: loss of each source,
