@@ -84,7 +84,7 @@ def write_recipe(out: Path, model: str, train: list[dict], held_out: list[dict],
 
 
 def measured(recipe_path: str, merged: dict[str, Path], questions: int) -> list[ModelScores]:
-    recipe, world, screen = load(recipe_path).recipe, World.detect(), Screen(speaks=True)
+    recipe, world, screen = load(recipe_path).recipe, World.detect(), Screen(enabled=True)
     quiet_libraries(screen)
     inputs = inputs_of_run(recipe, EvaluationOptions(), world, screen)
     assert inputs.prepared is not None

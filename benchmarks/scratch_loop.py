@@ -45,7 +45,7 @@ class Ours:
         nothing = ["eval_steps=null", "save_steps=null", "save_strategy=no", "test_datasets=[]"]
         data = [f"datasets.0.path={text}", f"dataset_prepared_path={folder / 'prepared'}", f"output_dir={folder}"]
         recipe = load(str(RECIPE), [*nothing, *data, f"max_steps={steps}", f"warmup_steps={WARMUP}"]).recipe
-        screen, world = Screen(speaks=True), World(num_threads=torch.get_num_threads())
+        screen, world = Screen(enabled=True), World(num_threads=torch.get_num_threads())
         quiet_libraries(screen)
         self.session = Session(recipe, str(RECIPE), world, Plan.from_recipe(recipe, world), screen)
         self.inputs = prepare_inputs(self.session)

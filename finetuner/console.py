@@ -26,14 +26,14 @@ def duration(seconds: float) -> str:
 class Screen:
     """Prints on the main rank and is silent on the others."""
 
-    def __init__(self, *, speaks: bool) -> None:
-        self.speaks = speaks
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled = enabled
         self.terminal = stream_is_terminal(sys.stdout)
         # A log file has no width; rich would cut its lines at 80 characters.
         self.console = Console(highlight=False, soft_wrap=not self.terminal, width=None if self.terminal else 160)
 
     def line(self, text: str = "") -> None:
-        if self.speaks:
+        if self.enabled:
             self.console.print(without_secrets(text), markup=False)
 
     def table(self, rows: list[tuple[str, str]]) -> None:
@@ -43,7 +43,7 @@ class Screen:
         table.add_column(overflow="fold")  # a path is whole or useless
         for name, value in rows:
             table.add_row(Text(name, style="bold"), Text(without_secrets(value)))
-        if self.speaks:
+        if self.enabled:
             self.console.print(table)
 
     @contextmanager
@@ -75,7 +75,7 @@ class WorkProgress:
             TimeLeftColumn(),
             console=screen.console,
             transient=True,
-            disable=not (screen.speaks and screen.terminal),
+            disable=not (screen.enabled and screen.terminal),
         )
         self.task = self.bar.add_task(what, total=None, unit=unit, left=None)
 
@@ -106,13 +106,13 @@ def quiet_libraries(screen: Screen) -> None:
     import datasets
     import transformers
 
-    # Their deprecations among each other are not the user's to mend.
+    # Their deprecations among each other are not the user's to fix.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|datasets|peft|torch|transformers)\b")
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()
     # It says at import that a package of faster CPU kernels is not there; PEFT imports it wherever it is installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # DeepSpeed warns at import that a CPU is one. It sets its logger's level anew at import; filters stay.
+    # DeepSpeed warns at import that a CPU is one. It sets its logger's level again at import; filters stay.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-    if not (screen.speaks and screen.terminal):
+    if not (screen.enabled and screen.terminal):
         transformers.logging.disable_progress_bar()

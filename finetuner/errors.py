@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the exit code of each.
+"""Errors that a user can fix, and the exit code of each.
 
     FinetunerError
     ├── RecipeError       the YAML says something it cannot mean          exit 2
@@ -16,7 +16,7 @@ traceback. A failure that is not one of these is a bug of ours and keeps its tra
 
 
 class FinetunerError(Exception):
-    """A mistake that the user can mend; the message says how.
+    """A mistake that the user can fix; the message says how.
 
     `said`: another rank prints it; this one only ends with it.
     """

@@ -13,7 +13,7 @@ def data(recipe: RecipePath, overrides: Overrides = None) -> None:
     loaded = load(recipe, overrides or [])
     from finetuner.run.summary import rows_line  # imports torch: only once the recipe is known to be right
 
-    values, screen = loaded.recipe, Screen(speaks=True)
+    values, screen = loaded.recipe, Screen(enabled=True)
     for note in loaded.notes:
         screen.line(f"note: {note}")
     quiet_libraries(screen)

@@ -44,7 +44,7 @@ def evaluate(
         require_tasks(options.tasks)
     from finetuner.evaluation.evaluate import evaluate_target  # imports torch
 
-    screen = Screen(speaks=True)
+    screen = Screen(enabled=True)
     found = evaluate_target(target, words, options, screen)
     screen.line(found.table)
     if found.folder is None:

@@ -20,7 +20,7 @@ def export(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the files; default: MODEL's own.")] = None,
 ) -> None:
     """Write `model` for llama.cpp or Ollama, or check it for vLLM. Raises FinetunerError."""
-    screen = Screen(speaks=True)
+    screen = Screen(enabled=True)
     if to not in ("gguf", "ollama", "vllm"):
         raise ModelError(f"--to {to} is not a tool that can be written for. Write gguf, ollama or vllm.")
     quiet_libraries(screen)

@@ -38,7 +38,7 @@ def merge(
         options = replace(options, base_model=_base_model(others))
     from finetuner.export.merge import merge as merge_adapter_of  # imports torch: the recipe is known to be right
 
-    screen = Screen(speaks=True)
+    screen = Screen(enabled=True)
     reporter = ScreenReporter(screen)
     for note in () if loaded is None else loaded.notes:
         reporter.note(str(note))

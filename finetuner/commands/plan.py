@@ -45,7 +45,7 @@ def plan(
 ) -> None:
     """Print the cost of a run, as a table or as JSON. Raises FinetunerError."""
     loaded = load(recipe, overrides or [], check_files=False)
-    values, screen = loaded.recipe, Screen(speaks=not as_json)
+    values, screen = loaded.recipe, Screen(enabled=not as_json)
     chosen = parse_devices(devices, flops or values.output.device_peak_flops)
     for note in loaded.notes:
         screen.line(f"note: {note}")

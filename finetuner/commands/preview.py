@@ -22,7 +22,7 @@ def preview(
     html: Annotated[Path | None, typer.Option(help="Write a page too: lengths, packs, dropped rows.")] = None,
 ) -> None:
     """Show `count` documents of the first `rows` rows of each source. Raises FinetunerError."""
-    loaded, screen = load(recipe, overrides or []), Screen(speaks=True)
+    loaded, screen = load(recipe, overrides or []), Screen(enabled=True)
     for note in loaded.notes:
         screen.line(f"note: {note}")
     from finetuner.commands.preview_text import show_preview  # imports torch: the recipe is known to be right

@@ -29,7 +29,7 @@ def push(
         raise RecipeError("nothing says where to upload to. Name a repository: --to me/my-model")
     require_hub(repo_id)
     private = not public and (recipe is None or recipe.output.hub_private_repo)
-    screen = Screen(speaks=True)
+    screen = Screen(enabled=True)
     screen.line(f"uploading {folder} to {repo_id} ({'private' if private else 'public'}, if it is new)")
     screen.line(f"done: {upload_result(folder, repo_id, private=private)}")
 

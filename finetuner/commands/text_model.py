@@ -65,7 +65,7 @@ def load_text_model(source: str, overrides: list[str]) -> TextModel:
     else:
         found = _Source(source)
     world = World.detect()
-    quiet_libraries(Screen(speaks=False))
+    quiet_libraries(Screen(enabled=False))
     tokenizer = load_tokenizer(TokenizerSection(), found.name, found.trust_remote_code).tokenizer
     folder, base = Path(found.name), found.base
     if base is None and (folder / ADAPTER_CONFIG).exists():

@@ -19,7 +19,7 @@ _SAMPLE_BYTES = 2_000_000  # of text to measure a tokenizer with
 
 def tokenizer(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Make the tokenizer, and print its size and how much text a token stands for. Raises FinetunerError."""
-    loaded, screen = load(recipe, overrides or []), Screen(speaks=True)
+    loaded, screen = load(recipe, overrides or []), Screen(enabled=True)
     values = loaded.recipe
     for note in loaded.notes:
         screen.line(f"note: {note}")

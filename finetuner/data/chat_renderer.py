@@ -226,7 +226,7 @@ class ChatRenderer:
             begin = start if trained[i] else stop
             end = stop + len(ending) if is_required or self.endings.policy(ending) == "all" else stop
             if trained[i] and begin == end:
-                raise DataError(f"message {i} is to be learned, but it is empty and its end is not learned")
+                raise DataError(f"message {i} is to be trained on, but it is empty and its end is not trained on")
             if begin < end:
                 spans.append((begin, end))
         return tuple(spans)
@@ -257,7 +257,7 @@ def _find_turn(
         start = spans[own[0]][0]
     stop = spans[past_last - 1][1] if past_last else 0
     behind, after = literals[past_last], outline.literals[turn + 1]
-    if "tool_calls" in message:  # they are in the literal behind the turn's last text
+    if "tool_calls" in message:  # they are in the literal after the turn's last text
         if not behind.endswith(after):
             raise DataError(rewritten_message(turn))
         stop += len(behind) - len(after)
@@ -267,7 +267,7 @@ def _find_turn(
 def _answer_start(
     turn: int, outline: Outline, before: str, previous_stop: int, content_start: int | None, *, has_thought: bool
 ) -> int:
-    """Return where the text begins that a model writes as this answer, behind the prompt for it.
+    """Return where the text begins that a model writes as this answer, after the prompt for it.
 
     `before`: the literal before the answer's first text, which begins at `previous_stop`. `content_start`: where that
     text begins, if it is the content.

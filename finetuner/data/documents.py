@@ -60,7 +60,7 @@ class Texts(NamedTuple):
     outcomes: list[Outcome]
 
     def with_more(self, other: "Texts") -> "Texts":
-        """Return these rows and, behind them, the others."""
+        """Return these rows and, after them, the others."""
         return Texts([*self.rows, *other.rows], self.texts + other.texts, self.outcomes + other.outcomes)
 
     @property

@@ -16,7 +16,7 @@ Messages = list[dict[str, Any]]
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
 TOOL_CALL_ROLE = "function_call"  # a turn of ShareGPT data whose text is the JSON of a call
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what messages call a thought; the first is the templates'
-TRAINING_KEYS = ("train", "weight")  # heeded where they stand; `weight` is the OpenAI format's word
+TRAINING_KEYS = ("train", "weight")  # read where they stand; `weight` is the OpenAI format's word
 
 
 @dataclass(frozen=True)

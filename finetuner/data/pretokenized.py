@@ -34,5 +34,7 @@ def read_tokens(row: Mapping[str, Any], vocab_size: int) -> Document:
         raise DataError(f"input_ids has {wrong[0]}, but the tokenizer's ids are 0 to {vocab_size - 1}")
     strange = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))]
     if len(strange):
-        raise DataError(f"labels has {strange[0]}, but must be token ids, or {IGNORE_INDEX} where nothing is learned")
+        raise DataError(
+            f"labels has {strange[0]}, but must be token ids, or {IGNORE_INDEX} where nothing is trained on"
+        )
     return ids.astype(np.int32), labels.astype(np.int32)

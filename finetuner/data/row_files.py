@@ -195,7 +195,7 @@ def _broken_list(error: json.JSONDecodeError, count: int) -> DataError:
     near = error.doc[max(0, error.pos - 20) : error.pos + 20]
     return DataError(
         f"row {count} is broken JSON: {error.msg[:1].lower()}{error.msg[1:]} near {near!r}.\n"
-        "The rows of a list cannot be told apart behind that. Mend it, or write one object a line (JSON lines)"
+        "The rows of a list cannot be told apart after that. Fix it, or write one object a line (JSON lines)"
     )
 
 
@@ -204,7 +204,7 @@ def _read_more(text: io.TextIOWrapper, size: int, count: int) -> str:
         return text.read(size)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise DataError(f"in or behind row {count}, the file is not UTF-8 text: byte 0x{byte:02x}") from None
+        raise DataError(f"in or after row {count}, the file is not UTF-8 text: byte 0x{byte:02x}") from None
 
 
 _BLANKS = re.compile(r"[ \t\r\n]*")

@@ -34,7 +34,7 @@ def find_questions(prepared: PreparedData, tokenizer: "PreTrainedTokenizerBase",
             break
         ids, labels = prepared.held_out.document(i)
         (trained,) = np.nonzero(labels != IGNORE_INDEX)
-        # the last token of an answer ends the turn; behind it a template may have a line break
+        # the last token of an answer ends the turn; after it a template may have a line break
         if 0 < len(trained) <= MAX_ANSWER_TOKENS and trained[0] > 0 and np.ptp(trained) + 1 == len(trained):
             found.append(HeldOutQuestion(ids[: trained[0]], decode_text(tokenizer, labels[trained])))
     return [one for one in found if one.answer.strip()]

@@ -105,7 +105,7 @@ def _files_of_base(
     quantized: dict[str, QuantRecord],
     dtype: torch.dtype | None,
 ) -> dict[str, list[MergedTensor]]:
-    """Plan the base's own files; a head that comes untied is written behind its embedding."""
+    """Plan the base's own files; a head that comes untied is written after its embedding."""
     files: dict[str, list[MergedTensor]] = {}
     for path, of_file in headers.items():
         files[path.name] = tensors = []

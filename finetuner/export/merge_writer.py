@@ -60,7 +60,7 @@ def merge_adapter(
 
     Everything that can be wrong is looked at before the first byte is written: raises ModelError for an adapter that
     does not fit, a base that is damaged or pickled, an output folder with other things in it, a full disk. After a
-    kill, the same merge goes on behind the last file that it had finished.
+    kill, the same merge goes on after the last file that it had finished.
     """
     started = time.monotonic()
     base = find_base(base_model)

@@ -23,8 +23,8 @@ class Turns:
     """A chat template as the texts around each turn."""
 
     before: str  # at the head of every conversation
-    without_system: str  # behind it, where no system turn begins
-    around: dict[str, tuple[str, str]]  # role -> the texts before and behind its content
+    without_system: str  # after it, where no system turn begins
+    around: dict[str, tuple[str, str]]  # role -> the texts before and after its content
     answer: str  # before an answer that is asked for
 
     def render(self, messages: list[dict[str, str]], *, asks: bool) -> str:

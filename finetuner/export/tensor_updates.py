@@ -135,7 +135,7 @@ class UpdateSequence:
         return self.then.shape_after(name, self.first.shape_after(name, shape))
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """Any shape in, `shape_after` of it out; rounded once, behind the second update."""
+        """Any shape in, `shape_after` of it out; rounded once, after the second update."""
         return self.then.apply(self.first.apply(weight.float())).to(weight.dtype)
 
 

@@ -89,7 +89,7 @@ def _decoded(tokenizer: "PreTrainedTokenizerBase", tokens: list[int]) -> str:
 
 
 def sample_text(model: Any, tokenizer: "PreTrainedTokenizerBase", prompt: str, seed: int, count: int = 128) -> str:
-    """Return the prompt with up to `count` tokens that a model in training writes behind it.
+    """Return the prompt with up to `count` tokens that a model in training writes after it.
 
     Draws from a generator of its own, so that no random number of the training depends on it.
     """

@@ -130,7 +130,7 @@ def _load(file: Path, header: GGUFHeader, dtype: str) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(**where)
         _require_same_rope(file, header, config)
         if header.architecture == "gpt2":
-            _mend_gpt2(config, header)
+            _fix_gpt2_config(config, header)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         model, loaded = model_class.from_pretrained(
             **where, config=config, dtype=dtype, output_loading_info=True, **_dense()
@@ -163,7 +163,7 @@ def _require_same_rope(file: Path, header: GGUFHeader, config: Any) -> None:
         )
 
 
-def _mend_gpt2(config: Any, header: GGUFHeader) -> None:
+def _fix_gpt2_config(config: Any, header: GGUFHeader) -> None:
     """Correct the config in place: transformers reads the length of the table of positions into a name that its GPT-2
     does not have, passes over the width of the inner layer, and ties a head that the file has."""
     config.n_positions = header.values.get("gpt2.context_length", config.n_positions)

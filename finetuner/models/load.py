@@ -59,7 +59,7 @@ def load_model(
     if missing:
         raise ModelError(
             f"the weights of '{base_model}' are not those of its config ({type(model).__name__}): '{missing[0]}' and "
-            f"{len(missing) - 1} more tensors are missing.\nFetch the model again, or mend its config.json."
+            f"{len(missing) - 1} more tensors are missing.\nFetch the model again, or fix its config.json."
         )
     if quant_format is not None and quant_format.is_4bit:
         replace_bitsandbytes_layers(model, quant_format)

@@ -6,7 +6,7 @@
     EVERY_RANK     every rank loads it with transformers
 
 The lazy ways take the least memory. They work where tensors can be read from the files one by one as the model names
-them, which only a look into the files can tell, so that each has another way behind it.
+them, which only a look into the files can tell, so that each has a fallback.
 """
 
 from dataclasses import dataclass

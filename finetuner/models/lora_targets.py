@@ -196,7 +196,7 @@ def _matching(names: list[str], wanted: str | list[str] | tuple[str, ...]) -> li
 
 
 def _block_number(name: str, block_lists: list[str] | None) -> int | None:
-    """Return the block that PEFT counts a layer to: the first number in its name, or the one behind a named list of
+    """Return the block that PEFT counts a layer to: the first number in its name, or the one after a named list of
     blocks. None: no block."""
     patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in block_lists or ()] or [r".*?\.[^.]*\.(\d+)\."]
     found = next((match for pattern in patterns if (match := re.match(pattern, name))), None)

@@ -14,7 +14,7 @@ def stop_token_ids(
     """Return the ids of the tokens that end a text or an answer, each once, in this order:
 
     those of the model's `generation_config`, the tokenizer's end of text, and the added token that the chat template
-    writes behind an answer. A model that was trained on turns ends them with a token of its own.
+    writes after an answer. A model that was trained on turns ends them with a token of its own.
     """
     named = [*as_id_list(None if generation_config is None else generation_config.eos_token_id)]
     named += as_id_list(tokenizer.eos_token_id)
@@ -30,7 +30,7 @@ def as_id_list(value: Any) -> list[int]:
 
 
 def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The added token behind an answer, as the chat template writes it; None if there is no template or no token."""
+    """The added token after an answer, as the chat template writes it; None if there is no template or no token."""
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:

@@ -205,7 +205,7 @@ def reference() -> str:
         "",
         "Every key a recipe may have, by section. In YAML all keys are flat. This page is made by",
         "`finetuner schema --markdown` and a test compares it; `finetuner explain KEY [RECIPE]` says the same of",
-        "one key, and what it came to in a recipe. A key with nothing behind it means its default. YAML 1.2: `2e-5`",
+        "one key, and what it came to in a recipe. A key with nothing after it means its default. YAML 1.2: `2e-5`",
         "is a number, `no` is text.",
         "",
     ]

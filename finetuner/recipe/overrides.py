@@ -60,7 +60,7 @@ def _container(values: dict[str, Any], path: KeyPath) -> Any:
 
 
 def _write(container: Any, step: str | int, value: Any) -> bool:
-    """Set a key of a block or an entry of a list, which may be one behind its last; whether there was such a place."""
+    """Set a key of a block or an entry of a list, which may be one after its last; whether there was such a place."""
     if isinstance(container, dict) and isinstance(step, str):
         container[step] = value
     elif isinstance(container, list) and isinstance(step, int) and step <= len(container):

@@ -35,7 +35,7 @@ class SchedulePoint:
 
     @property
     def progress(self) -> float:
-        """Share of the steps behind the warmup that are done, from 0 to 1."""
+        """Share of the steps after the warmup that are done, from 0 to 1."""
         return (self.step - self.warmup) / max(1, self.total - self.warmup)
 
 

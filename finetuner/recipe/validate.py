@@ -42,7 +42,7 @@ def _by_section(document: YamlDocument) -> dict[str, dict[str, Any]]:
     for key, value in document.values.items():
         if key not in KEYS:
             document.problems.append(Problem(_unknown_key(key), document.origin((key,), of_key=True)))
-        elif value is not None:  # `key:` with nothing behind it means the default, as in other tools
+        elif value is not None:  # `key:` with nothing after it means the default, as in other tools
             given[KEYS[key][0]][key] = value
     return given
 

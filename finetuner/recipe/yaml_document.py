@@ -81,7 +81,7 @@ def parse_yaml(text: str, source: str) -> YamlDocument:
 
 
 def parse_value(text: str) -> Any:
-    """Parse one YAML value, as written behind `key=` on the command line. Raises ValueError with the reason."""
+    """Parse one YAML value, as written after `key=` on the command line. Raises ValueError with the reason."""
     document = parse_yaml("value: " + text if "\n" not in text else "value:\n" + indent(text, " "), "override")
     if document.problems:
         raise ValueError(document.problems[0].message)

@@ -68,7 +68,7 @@ def render_preview_page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<style>{_STYLE}</style></head><body>",
         f"<h1>{escape(recipe_name)}</h1>",
-        f"<p>At most the first {rows:,} rows of each source: {tokens:,} tokens, of which {trained:,} are learned "
+        f"<p>At most the first {rows:,} rows of each source: {tokens:,} tokens, of which {trained:,} are trained on "
         f"({trained / max(1, tokens):.1%}).</p>",
         "<h2>Sources</h2>",
         *_sources_table(sources),
@@ -83,7 +83,7 @@ def render_preview_page(
 
 def _sources_table(sources: list[SourcePreview]) -> Iterator[str]:
     yield '<div class="wide"><table><tr><th>source</th><th>rows</th><th>documents</th><th>tokens</th>'
-    yield "<th>learned</th><th>longest</th><th>rows that are not learned as they stand</th></tr>"
+    yield "<th>trained on</th><th>longest</th><th>rows dropped, cut or split</th></tr>"
     for source in sources:
         lost = "<br>".join(f"{count:,} {escape(reason)}" for reason, count in sorted(source.counts.items())) or "none"
         cells = (source.num_rows, len(source.store), source.store.num_tokens)
@@ -140,7 +140,7 @@ def _pack_bars(packs: Packs) -> Iterator[str]:
         y, num_before = i * (BAR_HEIGHT + 5), 0
         yield f'<rect x="0" y="{y}" width="{WIDTH}" height="{BAR_HEIGHT}" fill="none" stroke="var(--line)"/>'
         for ids, labels in packs.documents(i):
-            title = f"<title>{len(ids):,} tokens, {int((labels[1:] != IGNORE_INDEX).sum()):,} learned</title>"
+            title = f"<title>{len(ids):,} tokens, {int((labels[1:] != IGNORE_INDEX).sum()):,} trained on</title>"
             yield _rect(num_before * scale + 0.5, y, len(ids) * scale - 2, BAR_HEIGHT, "--bar", title)
             for start, stop in _trained_spans(labels):
                 left, width = (num_before + start) * scale, (stop - start) * scale
@@ -148,7 +148,7 @@ def _pack_bars(packs: Packs) -> Iterator[str]:
             num_before += len(ids)
     yield "</svg>"
     first = f"The first {count} of {len(packs):,}. " if count < len(packs) else ""
-    yield f"<p>{first}The inner bars are what is learned.</p>"
+    yield f"<p>{first}The inner bars are what is trained on.</p>"
 
 
 def _trained_spans(labels: Ids) -> list[tuple[int, int]]:
@@ -167,14 +167,14 @@ def _rect(x: float, y: float, width: float, height: float, color: str, title: st
 def _documents(documents: list[PreviewDocument]) -> Iterator[str]:
     yield '<input type="checkbox" id="ids"> <label for="ids">token ids</label>'
     yield (
-        '<p><span class="t">Learned</span> and <span>only read</span>; <span class="s">special tokens</span>. '
+        '<p><span class="t">Trained on</span> and <span>only read</span>; <span class="s">special tokens</span>. '
         "Hold the pointer over a token for its id.</p><section>"
     )
     for document in documents:
         length = document.source.store.length(document.number)
         trained = sum(len(run.ids) for run in document.runs if run.trained)
         name = f"source {document.source.number}, document {document.number}"
-        yield f"<p>{name}: {length:,} tokens, {trained:,} learned</p>"
+        yield f"<p>{name}: {length:,} tokens, {trained:,} trained on</p>"
         yield '<div class="document">' + "".join(_spans(document.runs)) + "</div>"
     yield "</section>"
 

@@ -54,7 +54,7 @@ class TextSamples(Observer):
 
 @contextmanager
 def open_observers(session: Session, ready: ReadyToTrain, done: int) -> Iterator[list[Observer]]:
-    """Yield the observers of a run that has `done` steps behind it, and close them at its end."""
+    """Yield the observers of a run that has taken `done` steps, and close them at its end."""
     recipe, run, screen = session.recipe, ready.run, session.screen
     schedule = run.schedule
     several = session.plan.parallel.world_size > 1

@@ -51,7 +51,7 @@ def open_session(recipe: Recipe, file: str | None, notes: Iterable[str]) -> Iter
     be had. A failure that is not a mistake in the input says how to resume.
     """
     world = World.detect()
-    screen = Screen(speaks=world.is_main)
+    screen = Screen(enabled=world.is_main)
     for note in notes:
         screen.line(f"note: {note}")
     plan = Plan.from_recipe(recipe, world)

@@ -95,7 +95,7 @@ def _verified_checkpoint(requested: str | bool, output_dir: Path, screen: Screen
     if chosen is None and list_checkpoints(output_dir):
         raise CheckpointError(
             f"every checkpoint in {output_dir / 'checkpoints'} is damaged.\n"
-            "Start anew: overwrite_output_dir=true resume_from_checkpoint=false"
+            "Start again: overwrite_output_dir=true resume_from_checkpoint=false"
         )
     if chosen is None:
         screen.line(f"no checkpoint in {output_dir} yet: starting from the base model")

@@ -97,13 +97,11 @@ def _say_nothing_to_do(session: Session, start: Start) -> None:
 
 
 def _say_what_was_dropped(loader: TrainLoader, session: Session) -> None:
-    """Say which rows of a stream were not trained on as they stand; of prepared rows it is said at the start."""
+    """Say which rows of a stream were dropped, cut or split; of prepared rows it is said at the start."""
     num_read, notes = loader.dropped_rows()
     if notes:
         listed = session.output_dir / LISTED
-        session.screen.line(
-            f"of {num_read:,} rows read, not learned as they stand (the first of each are in {listed}):"
-        )
+        session.screen.line(f"of {num_read:,} rows read, dropped, cut or split (the first of each are in {listed}):")
         for note in notes:
             session.screen.line(f"  {note}")
 

@@ -25,7 +25,7 @@ def staged_folder(folder: Path, *, task: str | None = None, staging: Path | None
     """Yield an empty staging folder that replaces `folder` when the block ends, and is removed if the block fails.
 
     `task` says in full what is to be written. If a kill or Ctrl-C left a staging folder of the same task, that one is
-    yielded with the files in it, and its writer goes on behind them. `staging` is another place for the staging folder
+    yielded with the files in it, and its writer goes on after them. `staging` is another place for the staging folder
     than `staging_of(folder)`.
     """
     staging = staging or staging_of(folder)
@@ -60,7 +60,7 @@ def _replace_folder(staging: Path, folder: Path) -> None:
 def staged_file(path: Path, *, staging: Path | None = None, flushes: bool = True) -> Iterator[Path]:
     """Yield the path of a staging file that replaces `path` when the block ends, and is removed if the block fails.
 
-    `staging` is another place for it than `path` with ".tmp" behind its name. Without `flushes` many small files are
+    `staging` is another place for it than `path` with ".tmp" after its name. Without `flushes` many small files are
     written quickly, and a power cut may leave one empty: its reader has to check.
     """
     staging = staging or path.with_name(f"{path.name}.tmp")

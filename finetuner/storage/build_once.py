@@ -17,7 +17,7 @@ def build_once(folder: Path, fill: Callable[[Path], None], *, is_builder: bool, 
     """Return `folder` once it exists, and has the file `mark` in it if one is named.
 
     If it is missing, a builder writes it: `fill` gets a staging folder that is renamed to `folder`. Of several builders
-    at once, the first builds and the others wait for its lock file, `folder` with ".lock" behind its name. Ranks that
+    at once, the first builds and the others wait for its lock file, `folder` with ".lock" after its name. Ranks that
     are no builder look for the folder, in no collective that could time out. Raises OSError if it cannot be written,
     and what `fill` raises; nothing is left then.
     """

@@ -30,7 +30,7 @@ class TrainingProgress(Observer):
             TextColumn("{task.fields[facts]}"),
             TimeLeftColumn(),
             console=screen.console,
-            disable=not (screen.speaks and screen.terminal),
+            disable=not (screen.enabled and screen.terminal),
         )
         self.task = self.bar.add_task("train", total=total_steps, completed=done, facts="", left=None)
 

@@ -50,7 +50,7 @@ class TensorboardTracker:
     def __init__(self, tensorboard: Package, run: TrackedRun) -> None:
         section, last_step = run.section, run.last_step
         folder = Path(section.logging_dir) if section.logging_dir else run.output_dir / "tensorboard"
-        # Events of steps behind the checkpoint are hidden: a resumed run takes these steps again.
+        # Events of steps after the checkpoint are hidden: a resumed run takes these steps again.
         self.writer = tensorboard.SummaryWriter(str(folder), purge_step=last_step + 1 if last_step else None)
 
     def log(self, step: int, figures: Figures) -> None:

@@ -134,7 +134,7 @@ def test_the_page_stands_alone_escapes_rows_and_has_the_numbers(
     assert "prefers-color-scheme: dark" in text
     assert "sequence_len 256" in words
     assert "1 longer than sequence_len" in words
-    learned = re.search(r"([\d,]+) tokens, of which ([\d,]+) are learned \(([\d.]+)%\)", words)
+    learned = re.search(r"([\d,]+) tokens, of which ([\d,]+) are trained on \(([\d.]+)%\)", words)
     assert learned is not None
     tokens, trained = (int(learned[i].replace(",", "")) for i in (1, 2))
     assert abs(100 * trained / tokens - float(learned[3])) < 0.06

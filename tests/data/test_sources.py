@@ -112,8 +112,8 @@ def test_a_key_in_an_address_is_not_shown(
     recipe = write_recipe(datasets=[{"path": f"{address}/none.jsonl?token=geheim", "type": "alpaca"}])
     with pytest.raises(SystemExit):
         main(["preview", str(recipe)])
-    Screen(speaks=True).line("from https://me:geheim@host/rows.jsonl")
-    Screen(speaks=True).table([("rows", "streamed from https://me:geheim@host/rows.jsonl")])
+    Screen(enabled=True).line("from https://me:geheim@host/rows.jsonl")
+    Screen(enabled=True).table([("rows", "streamed from https://me:geheim@host/rows.jsonl")])
     said = "".join(capsys.readouterr())
     assert "geheim" not in said
     assert said.count("***") == 3

@@ -395,7 +395,7 @@ def test_a_run_whose_server_goes_away_says_how_to_go_on_and_goes_on_as_if_nothin
     monkeypatch.setattr("finetuner.data.train_loader.RetryPolicy", partial(RetryPolicy, wait_seconds=(0.0, 0.0)))
     unbroken = train(recipe)
     said = capsys.readouterr().out
-    assert re.search(r"of \d+ rows read, not learned as they stand \(the first of each are in .*dropped.jsonl\):", said)
+    assert re.search(r"of \d+ rows read, dropped, cut or split \(the first of each are in .*dropped.jsonl\):", said)
     assert re.search(r"\n  \d+ rows that cannot become text\n", said)
     listed = (tmp_path / "out" / "dropped.jsonl").read_text()
     assert [json.loads(line)["row"] for line in listed.splitlines()] == [0, 10, 20]

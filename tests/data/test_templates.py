@@ -253,7 +253,7 @@ def test_roles_and_messages_choose_what_is_learned(tokenizer: PreTrainedTokenize
 
 def test_a_turn_to_be_learned_that_yields_nothing_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = TEMPLATES["chatml"]
-    with pytest.raises(DataError, match="message 1 is to be learned, but it is empty and its end is not learned"):
+    with pytest.raises(DataError, match="message 1 is to be trained on, but it is empty and its end is not trained on"):
         rendered(tokenizer, chat("a", ""), train_on_eos="none")
     tokenizer.chat_template = TEMPLATES["chatml"] + "{% generation %}{% endgeneration %}"
     with pytest.raises(DataError, match="marks no answer"):
