@@ -181,7 +181,7 @@ def test_what_to_upload_and_where_is_the_recipes_or_named(write_recipe, train, t
 def test_without_the_hub_the_message_says_where_the_result_is_and_what_to_type(result):
     done = upload(result, "http://127.0.0.1:9")
     assert done.returncode == 1 and "hf_secret" not in done.stderr
-    assert f"It is whole in {result}" in done.stderr and f"finetuner push {result} --to me/x" in done.stderr
+    assert f"It is complete in {result}" in done.stderr and f"finetuner push {result} --to me/x" in done.stderr
     assert "Traceback" not in done.stderr
 
 
