@@ -64,6 +64,16 @@ def test_every_file_of_the_code_that_a_page_names_exists(page):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 
+def test_every_file_that_the_code_and_the_record_of_measurements_name_exists():
+    """Inside the package and its tests, files are named from finetuner/ on."""
+    pages = [*(ROOT / "finetuner").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), ROOT / "benchmarks/RESULTS.md"]
+    for page in pages:
+        for name in re.findall(r"(?<![\w/.*{}-])((?:[a-z_]+/)+[a-z_]+\.py)\b", page.read_text(encoding="utf-8")):
+            if name.startswith("finetuner/commands/a_b"):  # of a test's own package
+                continue
+            assert (ROOT / name).exists() or (ROOT / "finetuner" / name).exists(), f"{named(page)} names {name}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
 def test_an_example_in_python_runs_as_it_stands(page, write_recipe, tmp_path):

@@ -217,7 +217,10 @@ def test_the_merged_files_are_read_back_and_compared_with_what_was_trained(tmp_p
     folder, out = tmp_path / "adapter", tmp_path / "merged"
     adapt(tiny_model, folder, target_modules="all-linear")
     merge(str(folder), [f"output={out}"])
-    assert "verified, read back, against base + adapter in fp32 on built-in prompts: largest logit" in capsys.readouterr().out
+    assert (
+        "verified, read back, against base + adapter in fp32 on built-in prompts: largest logit"
+        in capsys.readouterr().out
+    )
     verified = json.loads((out / "merge.json").read_text())["verified"]
     assert verified["kl"] < 1e-9 and verified["same_choice"] == 1 and verified["num_tokens"] > 50
     merge(str(folder), [f"output={out}", "dtype=bfloat16"])
