@@ -1,4 +1,4 @@
-"""One of two gloo ranks that load a 4-bit model into FSDP2's parts and try it out, as test_stream.py asks.
+"""One of two gloo ranks that load a 4-bit model into FSDP2's shards and try it out, as test_stream.py asks.
 
 torchrun --nproc_per_node 2 -m support.loading_worker SMALL_MODEL MODEL
 """
@@ -72,7 +72,7 @@ def load_and_try(folder: str) -> dict[str, int]:
         shard_module(loss, plan, CPU, full=False, lazy=found[1])
     was_read = bytes_read() - before
     with torch.no_grad(), Peak() as trying, returning_freed_memory():
-        assert loss(question=lambda module: module.settle(packs=False)) == 1.0
+        assert loss(question=lambda module: module.probe_head(packs=False)) == 1.0
     held = sum(p.to_local().numel() * p.itemsize for p in loss.parameters())
     return {"held": held, "read": was_read, "loading": loading.most, "trying": trying.most}
 
