@@ -136,6 +136,7 @@ def complexity(function: ast.FunctionDef) -> int:
 ON_THE_WAY = [
     PACKAGE / "commands" / "train.py",
     *sorted((PACKAGE / "run").glob("*.py")),
+    *sorted((PACKAGE / "plan").glob("*.py")),
     PACKAGE / "training" / "loop.py",
     *sorted((PACKAGE / "parallel").glob("*.py")),
 ]

@@ -7,6 +7,7 @@ fit.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
@@ -98,14 +99,19 @@ def layers_to_wrap(model: "PreTrainedModel", options: FsdpOptions) -> list[nn.Mo
     names = options.layer_classes or layer_class_names(model)
     present = [name for name in names if name in classes]
     unknown = [name for name in options.layer_classes if name not in classes]
-    if unknown or not present:
-        what = f"no module of the class '{unknown[0]}'" if unknown else "no layers that it names itself"
-        often = sorted({name for name in classes if classes.count(name) > 1})
-        raise ModelError(
-            f"{type(model).__name__} has {what}, so FSDP does not know what to gather at once.\nName the class of its "
-            f"layers in fsdp_config.transformer_layer_cls_to_wrap; it has several of: {', '.join(often)}."
-        )
+    if unknown:
+        raise _no_layers(model, f"no module of the class '{unknown[0]}'", classes)
+    if not present:
+        raise _no_layers(model, "no layers that it names itself", classes)
     return [module for module in model.modules() if type(module).__name__ in present]
+
+
+def _no_layers(model: nn.Module, what: str, classes: list[str]) -> ModelError:
+    often = sorted(name for name, count in Counter(classes).items() if count > 1)
+    return ModelError(
+        f"{type(model).__name__} has {what}, so FSDP does not know what to gather at once.\nName the class of its "
+        f"layers in fsdp_config.transformer_layer_cls_to_wrap; it has several of: {', '.join(often)}."
+    )
 
 
 def _share_buffers(loss: LossModule, device: torch.device) -> None:

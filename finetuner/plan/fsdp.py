@@ -23,8 +23,7 @@ def plan_fsdp(section: ShardingSection, world: World, precision: Precision) -> t
     Raises PlanError for sizes that do not multiply to the number of ranks, and for another precision than the run's.
     """
     config = section.fsdp_config or FsdpConfig()
-    named = [word for word in section.fsdp if word in STRATEGIES]
-    strategy = config.sharding_strategy or (named[0] if named else "full_shard")
+    strategy = _strategy(section, config)
     notes = []
     if (section.fsdp_version or config.version) == 1:
         notes.append("fsdp_version 1: FSDP2 does the same with these keys, and is used.")
@@ -41,15 +40,26 @@ def plan_fsdp(section: ShardingSection, world: World, precision: Precision) -> t
             )
     if config.sync_module_states is False:
         notes.append("sync_module_states: all ranks start from the same weights in any case.")
+    options = _options(config, world, precision, strategy, offload="offload" in section.fsdp)
+    return ParallelPlan("fsdp2", replicate=replicas, shard=shards, fsdp=options), tuple(notes)
+
+
+def _strategy(section: ShardingSection, config: FsdpConfig) -> str:
+    named = [word for word in section.fsdp if word in STRATEGIES]
+    return config.sharding_strategy or (named[0] if named else "full_shard")
+
+
+def _options(config: FsdpConfig, world: World, precision: Precision, strategy: str, *, offload: bool) -> FsdpOptions:
+    """Return FSDP2's options. Raises PlanError for another precision than the run's."""
     if config.mixed_precision_policy == "bf16" and precision != "bf16":
         raise PlanError(
             f"fsdp_config.mixed_precision_policy is bf16, but the run computes in {precision}. "
             "Write `bf16: true`, or remove mixed_precision_policy."
         )
     reshards = strategy in ("full_shard", "hybrid_shard")
-    options = FsdpOptions(
+    return FsdpOptions(
         reshard_after_forward=reshards if config.reshard_after_forward is None else config.reshard_after_forward,
-        offload=config.offload_params or "offload" in section.fsdp,
+        offload=config.offload_params or offload,
         pin_memory=config.cpu_offload_pin_memory and world.device == "cuda",
         layer_classes=config.transformer_layer_cls_to_wrap,
         wraps_layers=config.auto_wrap_policy != "NO_WRAP",
@@ -58,7 +68,6 @@ def plan_fsdp(section: ShardingSection, world: World, precision: Precision) -> t
         forward_prefetch=config.forward_prefetch,
         gathers_bf16=precision == "bf16" and config.mixed_precision_policy != "fp32",
     )
-    return ParallelPlan("fsdp2", replicate=replicas, shard=shards, fsdp=options), tuple(notes)
 
 
 def _mesh_sizes(section: ShardingSection, world: World, *, hybrid: bool) -> tuple[int, int]:
