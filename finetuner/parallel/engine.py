@@ -1,14 +1,17 @@
 """The contract of an engine: where a model's shards are, and how gradients and updates come about there."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from finetuner.objectives.loss_module import Question
+from finetuner.models.lazy_weights import LazyWeights
+from finetuner.objectives.loss_module import LossModule, Question
+from finetuner.plan.parallel import ParallelPlan
 
 Tensors = dict[str, torch.Tensor]
 
@@ -24,6 +27,27 @@ class RankMemory:
     num_parameters: int
     num_updated: int
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """Arguments of an engine's `build`, in parallel/<engine>.py.
+
+    `full`: the model is trained itself, and not an adapter on a frozen one. `make_optimizer` is called when the
+    parameters are what they will be, with the device on which they are updated. `lazy`: weights that are still to be
+    read; None: all are there.
+    """
+
+    accelerator: Accelerator
+    loss: LossModule
+    plan: ParallelPlan
+    full: bool
+    make_optimizer: Callable[[torch.device], torch.optim.Optimizer]
+    lazy: LazyWeights | None = None
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Make the optimizer where the plan updates: on the CPU if it is offloaded."""
+        return self.make_optimizer(torch.device("cpu") if self.plan.offloads_optimizer else self.accelerator.device)
 
 
 class Engine(Protocol):

@@ -24,13 +24,19 @@ from finetuner.errors import ModelError
 from finetuner.models.lazy_weights import LazyWeights
 from finetuner.models.transformers_internals import layer_class_names
 from finetuner.objectives.loss_module import LossModule, Question
-from finetuner.parallel.engine import RankMemory, Tensors, memory_of
+from finetuner.parallel.engine import EngineRequest, RankMemory, Tensors, memory_of
 from finetuner.parallel.gradient_norm import clip_factor, scale_, sum_of_squares
 from finetuner.parallel.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from finetuner.plan.parallel import FsdpOptions, ParallelPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def build(request: EngineRequest) -> "FsdpEngine":
+    """Shard the loss module in place and return FSDP2's engine. Raises ModelError for layers that it does not find."""
+    shard_module(request.loss, request.plan, request.accelerator.device, full=request.full, lazy=request.lazy)
+    return FsdpEngine(request.accelerator, request.loss, request.optimizer(), request.plan)
 
 
 def shard_module(

@@ -11,9 +11,15 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from finetuner.objectives.loss_module import Question
-from finetuner.parallel.engine import RankMemory, Tensors, memory_of
+from finetuner.parallel.engine import EngineRequest, RankMemory, Tensors, memory_of
 from finetuner.parallel.gradient_norm import clip_factor, scale_, sum_of_squares
 from finetuner.parallel.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate
+
+
+def build(request: EngineRequest) -> "ReplicatedEngine":
+    """Return the engine of a full copy on each rank."""
+    assert request.lazy is None, "what every rank has in full is read before"
+    return ReplicatedEngine(request.accelerator, request.loss.to(request.accelerator.device), request.optimizer)
 
 
 class ReplicatedEngine:

@@ -16,7 +16,7 @@ from torch import distributed, nn
 from finetuner.models.lazy_weights import LazyTensor, LazyWeights
 from finetuner.objectives.loss_module import LossModule, Question
 from finetuner.parallel.deepspeed_internals import DeepSpeedInternals
-from finetuner.parallel.engine import RankMemory, Tensors
+from finetuner.parallel.engine import EngineRequest, RankMemory, Tensors
 from finetuner.parallel.gradient_norm import clip_factor, scale_, sum_of_squares
 from finetuner.parallel.optimizer_state import (
     OF_RANKS,
@@ -28,6 +28,11 @@ from finetuner.parallel.optimizer_state import (
 from finetuner.plan.parallel import ParallelPlan
 from finetuner.plan.zero import zero_config_for
 from finetuner.world import name_local_rank
+
+
+def build(request: EngineRequest) -> "ZeroEngine":
+    """Hand the loss module to DeepSpeed and return the engine around it."""
+    return ZeroEngine(request.accelerator, request.loss, request.optimizer(), request.plan, request.lazy)
 
 
 class ZeroEngine:

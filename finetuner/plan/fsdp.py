@@ -10,18 +10,19 @@ FSDP1's words are mapped onto FSDP2:
 """
 
 from finetuner.errors import PlanError
-from finetuner.plan.parallel import FsdpOptions, ParallelPlan
+from finetuner.plan.parallel import FsdpOptions, ParallelPlan, ParallelRequest
 from finetuner.plan.precision import Precision
 from finetuner.recipe.sections import FsdpConfig, ShardingSection
 from finetuner.recipe.sections.sharding import STRATEGIES
 from finetuner.world import World
 
 
-def plan_fsdp(section: ShardingSection, world: World, precision: Precision) -> tuple[ParallelPlan, tuple[str, ...]]:
+def plan(request: ParallelRequest) -> tuple[ParallelPlan, tuple[str, ...]]:
     """Return the layout that a recipe's fsdp keys ask for, and notes on what was mapped.
 
     Raises PlanError for sizes that do not multiply to the number of ranks, and for another precision than the run's.
     """
+    section, world, precision = request.section, request.world, request.precision
     config = section.fsdp_config or FsdpConfig()
     strategy = _strategy(section, config)
     notes = []
@@ -41,7 +42,7 @@ def plan_fsdp(section: ShardingSection, world: World, precision: Precision) -> t
     if config.sync_module_states is False:
         notes.append("sync_module_states: all ranks start from the same weights in any case.")
     options = _options(config, world, precision, strategy, offload="offload" in section.fsdp)
-    return ParallelPlan("fsdp2", replicate=replicas, shard=shards, fsdp=options), tuple(notes)
+    return ParallelPlan("fsdp", replicate=replicas, shard=shards, fsdp=options), tuple(notes)
 
 
 def _strategy(section: ShardingSection, config: FsdpConfig) -> str:

@@ -8,8 +8,27 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finetuner.errors import PlanError
+from finetuner.plan.precision import Precision
+from finetuner.recipe.sections import ShardingSection
+from finetuner.recipe.sections.sharding import ENGINE_KEYS
+from finetuner.world import World
 
-EngineName = Literal["replicated", "fsdp2", "zero"]
+EngineName = Literal["replicated", "fsdp", "zero"]
+
+
+@dataclass(frozen=True)
+class ParallelRequest:
+    """Arguments of an engine's `plan`, in plan/<engine>.py: the recipe's keys, and the parts of the plan that it reads.
+
+    `max_grad_norm`: to which gradients are clipped; 0: they are not.
+    """
+
+    section: ShardingSection
+    world: World
+    precision: Precision
+    micro_batch: int
+    grad_accum: int
+    max_grad_norm: float
 
 
 @dataclass(frozen=True)
@@ -71,7 +90,7 @@ class ParallelPlan:
     zero: ZeroOptions | None = None
 
     def __post_init__(self) -> None:
-        assert (self.engine == "fsdp2") == (self.fsdp is not None), "the options are those of the engine"
+        assert (self.engine == "fsdp") == (self.fsdp is not None), "the options are those of the engine"
         assert (self.engine == "zero") == (self.zero is not None), "the options are those of the engine"
         assert self.engine != "replicated" or self.shard == 1, "copies are not sharded"
 
@@ -95,11 +114,11 @@ class ParallelPlan:
 
     @property
     def shards_weights(self) -> bool:
-        return self.engine == "fsdp2" or (self.zero is not None and self.zero.stage == 3)
+        return self.engine == "fsdp" or (self.zero is not None and self.zero.stage == 3)
 
     @property
     def shards_gradients(self) -> bool:
-        return self.engine == "fsdp2" or (self.zero is not None and self.zero.stage >= 2)
+        return self.engine == "fsdp" or (self.zero is not None and self.zero.stage >= 2)
 
     @property
     def shards_optimizer(self) -> bool:
@@ -132,9 +151,9 @@ class ParallelPlan:
         return self.fsdp is not None and self.fsdp.sharded_checkpoints
 
     @property
-    def recipe_word(self) -> Literal["fsdp", "deepspeed"] | None:
+    def recipe_word(self) -> str | None:
         """The recipe's key for the engine, as rules and other packages name it: "fsdp", "deepspeed" or None."""
-        return None if self.is_replicated else "fsdp" if self.fsdp is not None else "deepspeed"
+        return None if self.is_replicated else ENGINE_KEYS[self.engine][0]
 
     @property
     def name(self) -> str:

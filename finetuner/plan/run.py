@@ -3,19 +3,23 @@
 Nothing here touches a model or a dataset; facts that are known late (rows) are arguments of `Plan.schedule`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 
 from finetuner.errors import PlanError
-from finetuner.plan.fsdp import plan_fsdp
 from finetuner.plan.launch_config import require_same_launch_config
-from finetuner.plan.parallel import ParallelPlan
+from finetuner.plan.parallel import ParallelPlan, ParallelRequest
 from finetuner.plan.precision import Precision, choose_precision
 from finetuner.plan.ramp import NO_RAMP, Ramp
 from finetuner.plan.schedule import Schedule
-from finetuner.plan.zero import plan_zero
 from finetuner.recipe import Recipe
 from finetuner.recipe.sections import BatchSection, ShardingSection
+from finetuner.recipe.sections.sharding import ENGINE_KEYS
 from finetuner.world import World
+
+# `plan` of plan/<engine>.py, which is found by the engine's name
+PlanEngine = Callable[[ParallelRequest], tuple[ParallelPlan, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -119,20 +123,13 @@ def plan_parallel(
     """
     parallel = ParallelPlan(replicate=world.size)
     notes: tuple[str, ...] = ()
-    asked: str | None = None
-    if section.uses_fsdp:
-        asked = "fsdp"
-        parallel, notes = plan_fsdp(section, world, precision)
-    elif section.deepspeed is not None:
-        asked = "deepspeed"
-        parallel = plan_zero(
-            section.deepspeed,
-            world,
-            precision=precision,
-            micro_batch=batch.micro_batch_size,
-            grad_accum=batch.gradient_accumulation_steps,
-            max_grad_norm=max_grad_norm,
+    if section.engine in ENGINE_KEYS:
+        request = ParallelRequest(
+            section, world, precision, batch.micro_batch_size, batch.gradient_accumulation_steps, max_grad_norm
         )
+        plan_engine: PlanEngine = import_module(f"finetuner.plan.{section.engine}").plan
+        parallel, notes = plan_engine(request)
+    asked = ENGINE_KEYS[section.engine][0] if section.engine in ENGINE_KEYS else None
     require_same_launch_config(world.launch, asked, parallel, precision, section.deepspeed)
     parallel.require_supported(precision=precision, device=world.device)
     return parallel, notes

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetuner.errors import PlanError
-from finetuner.plan.parallel import ParallelPlan, ZeroOptions
+from finetuner.plan.parallel import ParallelPlan, ParallelRequest, ZeroOptions
 from finetuner.plan.precision import Precision
 from finetuner.recipe.deepspeed import read_deepspeed
-from finetuner.world import World
 
 # "auto" of these follows the model's width; the formulas are those of transformers' DeepSpeed integration.
 HIDDEN_SIZE_KEYS = {
@@ -19,31 +18,28 @@ HIDDEN_SIZE_KEYS = {
 }
 
 
-def plan_zero(
-    given: str | Mapping[str, Any],
-    world: World,
-    *,
-    precision: Precision,
-    micro_batch: int,
-    grad_accum: int,
-    max_grad_norm: float,
-) -> ParallelPlan:
-    """Return the layout that a DeepSpeed configuration asks for: `given` is a file or the block itself.
+def plan(request: ParallelRequest) -> tuple[ParallelPlan, tuple[str, ...]]:
+    """Return the layout that the recipe's DeepSpeed configuration, a file or a block, asks for; and no notes.
 
     Raises PlanError if DeepSpeed is missing, or its configuration contradicts the recipe.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise PlanError("`deepspeed` needs the package of that name: pip install 'finetuner[deepspeed]'.")
+    given, world, precision = request.section.deepspeed, request.world, request.precision
+    assert given is not None
     where = given if isinstance(given, str) else "deepspeed"
     config: dict[str, Any] = json.loads(json.dumps(read_deepspeed(given)))  # a copy, all the way down
     if "bfloat16" in config:  # DeepSpeed's older name
         config["bf16"] = config.pop("bfloat16")
     filled_in = tuple(".".join(path) for path in _autos(config))
     from_recipe = {
-        "train_batch_size": (micro_batch * grad_accum * world.size, "ranks x micro-batch x accumulation"),
-        "train_micro_batch_size_per_gpu": (micro_batch, "micro_batch_size"),
-        "gradient_accumulation_steps": (grad_accum, "gradient_accumulation_steps"),
-        "gradient_clipping": (max_grad_norm, "max_grad_norm"),
+        "train_batch_size": (
+            request.micro_batch * request.grad_accum * world.size,
+            "ranks x micro-batch x accumulation",
+        ),
+        "train_micro_batch_size_per_gpu": (request.micro_batch, "micro_batch_size"),
+        "gradient_accumulation_steps": (request.grad_accum, "gradient_accumulation_steps"),
+        "gradient_clipping": (request.max_grad_norm, "max_grad_norm"),
     }
     for key, (value, meaning) in from_recipe.items():
         config[key] = _agreed(config.get(key, "auto"), value, f"{where}: {key}", meaning)
@@ -57,7 +53,7 @@ def plan_zero(
     if left:
         raise PlanError(f'{where}: {".".join(left[0])} is "auto", which nothing here can fill in. Write its value.')
     options = ZeroOptions(stage=config["zero_optimization"]["stage"], config=config, filled_in=filled_in)
-    return ParallelPlan("zero", shard=world.size, zero=options)
+    return ParallelPlan("zero", shard=world.size, zero=options), ()
 
 
 def _agreed(written: Any, value: float, where: str, meaning: str) -> float:

@@ -10,6 +10,7 @@ from finetuner.data.tokenizer import special_ids
 from finetuner.models.document_isolation import wants_flat_packs
 from finetuner.models.trainable import trainable_parameters
 from finetuner.parallel.build import build_engine
+from finetuner.parallel.engine import EngineRequest
 from finetuner.plan.flops import peak_of
 from finetuner.run.inputs import Inputs
 from finetuner.run.model import BuiltModel
@@ -40,7 +41,7 @@ def lay_over_ranks(session: Session, inputs: Inputs, start: Start, model: BuiltM
     recipe, plan, prepared = session.recipe, session.plan, inputs.prepared
     loss, accelerator, tokenizer = model.loss, start.accelerator, inputs.vocabulary.tokenizer
     rates = own_rates(trainable_parameters(loss), recipe.rates, start.schedule.peak_lr, model.table_names)
-    engine = build_engine(
+    request = EngineRequest(
         accelerator,
         loss,
         plan.parallel,
@@ -50,6 +51,7 @@ def lay_over_ranks(session: Session, inputs: Inputs, start: Start, model: BuiltM
         ),
         lazy=model.lazy,
     )
+    engine = build_engine(request)
     packs = recipe.packing.sample_packing or packs_held_out(recipe.packing)
     composed = bool(engine.ask(lambda module: module.probe_head(packs=packs)))
     work = model.work if model.work is None or composed else model.work.with_head_everywhere()

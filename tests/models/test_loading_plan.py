@@ -16,8 +16,8 @@ CHECKPOINT = Path("out/checkpoints/step-00000002")
 LAZY_SHARDED, LAZY_FULL, MAIN_RANK, EVERY_RANK = Loading
 
 DDP = ParallelPlan(replicate=2)
-FSDP = ParallelPlan(engine="fsdp2", shard=2, fsdp=FsdpOptions())
-FSDP_MAIN_READS = ParallelPlan(engine="fsdp2", shard=2, fsdp=FsdpOptions(main_rank_reads=True))
+FSDP = ParallelPlan(engine="fsdp", shard=2, fsdp=FsdpOptions())
+FSDP_MAIN_READS = ParallelPlan(engine="fsdp", shard=2, fsdp=FsdpOptions(main_rank_reads=True))
 ZERO_2 = ParallelPlan(engine="zero", shard=2, zero=ZeroOptions(stage=2, config={}))
 ZERO_3 = ParallelPlan(engine="zero", shard=2, zero=ZeroOptions(stage=3, config={}))
 

@@ -244,7 +244,7 @@ def test_what_is_gathered_when_changes_no_number(keys, recipe, train, tmp_path):
 def fsdp_plan(**options):
     from finetuner.plan.parallel import FsdpOptions, ParallelPlan
 
-    return ParallelPlan("fsdp2", fsdp=FsdpOptions(**options))
+    return ParallelPlan("fsdp", fsdp=FsdpOptions(**options))
 
 
 def sharded_here(plan, tied_or_not: Path):

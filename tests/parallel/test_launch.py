@@ -77,8 +77,8 @@ def zero(stage: int, offload: bool = False) -> ParallelPlan:
     ("engine", "kept"),
     [
         (ParallelPlan(replicate=8), RankBytes(160, 0)),
-        (ParallelPlan("fsdp2", shard=8, fsdp=FsdpOptions()), RankBytes(20, 0)),
-        (ParallelPlan("fsdp2", shard=8, fsdp=FsdpOptions(offload=True)), RankBytes(0, 20)),
+        (ParallelPlan("fsdp", shard=8, fsdp=FsdpOptions()), RankBytes(20, 0)),
+        (ParallelPlan("fsdp", shard=8, fsdp=FsdpOptions(offload=True)), RankBytes(0, 20)),
         (zero(1), RankBytes(20 + 40 + 15, 0)),
         (zero(2), RankBytes(20 + 5 + 15, 0)),
         (zero(3), RankBytes(20, 0)),

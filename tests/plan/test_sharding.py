@@ -1,17 +1,20 @@
 """What `fsdp`, `fsdp_config` and `deepspeed` mean, before any rank is started."""
 
 import json
+from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from support.places import ROOT
 
 from finetuner.errors import PlanError, RecipeError
-from finetuner.plan.parallel import FsdpOptions, ParallelPlan, ZeroOptions
+from finetuner.plan.parallel import EngineName, FsdpOptions, ParallelPlan, ZeroOptions
 from finetuner.plan.run import Plan, plan_parallel
 from finetuner.plan.zero import filled_in, zero_config_for
 from finetuner.recipe import load, load_recipe
 from finetuner.recipe.sections import BatchSection, FsdpConfig, ShardingSection
+from finetuner.recipe.sections.sharding import ENGINE_KEYS
 from finetuner.world import Launch, World, read_launch
 
 TWO = World(size=2, local_size=2)
@@ -24,7 +27,7 @@ def engine_of(section, world=TWO, *, precision="fp32", micro_batch=4, grad_accum
 
 
 def fsdp(shard: int, replicate: int = 1, **options) -> ParallelPlan:
-    return ParallelPlan("fsdp2", shard=shard, replicate=replicate, fsdp=FsdpOptions(**options))
+    return ParallelPlan("fsdp", shard=shard, replicate=replicate, fsdp=FsdpOptions(**options))
 
 
 def section(**keys):
@@ -267,7 +270,7 @@ def test_every_launch_config_agrees_with_its_recipe_and_no_other(path):
         hybrid = "hybrid" in path.stem and "hybrid" not in name
         low_ram = "low_ram" in name and "low_ram" not in path.stem
         if offloads and not hybrid and not low_ram:
-            assert engine_of(section(**keys), world)[0].engine == "fsdp2"
+            assert engine_of(section(**keys), world)[0].engine == "fsdp"
         else:
             with pytest.raises(PlanError, match="contradicts the recipe"):
                 engine_of(section(**keys), world)
@@ -322,9 +325,18 @@ def test_a_layout_says_what_each_rank_keeps(plan, name, sharded):
     assert plan.world_size == plan.data_parallel == plan.replicate * plan.shard
 
 
+def test_every_engine_has_its_keys_its_plan_and_its_file():
+    engines = get_args(EngineName)
+    assert {"replicated", *ENGINE_KEYS} == set(engines)
+    for engine in ENGINE_KEYS:
+        assert callable(import_module(f"finetuner.plan.{engine}").plan)
+    for engine in engines:
+        assert callable(import_module(f"finetuner.parallel.{engine}").build)
+
+
 def test_ranks_of_one_row_are_one_data_parallel_rank():
     """Context and tensor ranks lie innermost: they share rows, and so their rank among the data."""
-    plan = ParallelPlan("fsdp2", replicate=2, shard=2, context=2, tensor=2, fsdp=FsdpOptions())
+    plan = ParallelPlan("fsdp", replicate=2, shard=2, context=2, tensor=2, fsdp=FsdpOptions())
     assert plan.world_size == 16 and plan.data_parallel == 4
     ranks = [plan.data_parallel_rank(rank) for rank in range(plan.world_size)]
     assert ranks == [rank // 4 for rank in range(16)]

@@ -68,7 +68,7 @@ def load_and_try(folder: str) -> dict[str, int]:
         found = lazy_model(folder, dtype=NF4.dtype, attention=("sdpa",), quant_format=NF4, device=CPU)
         assert found is not None
         loss = LossModule(found[0], NextToken(), composed=True)
-        plan = ParallelPlan("fsdp2", shard=2, fsdp=FsdpOptions(pin_memory=False))
+        plan = ParallelPlan("fsdp", shard=2, fsdp=FsdpOptions(pin_memory=False))
         shard_module(loss, plan, CPU, full=False, lazy=found[1])
     was_read = bytes_read() - before
     with torch.no_grad(), Peak() as trying, returning_freed_memory():

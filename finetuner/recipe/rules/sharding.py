@@ -1,22 +1,20 @@
 """Rules about FSDP and DeepSpeed."""
 
 from collections.abc import Iterator, Mapping
+from itertools import chain, pairwise
 from typing import Any
 
 from finetuner.errors import RecipeError
 from finetuner.recipe.deepspeed import deepspeed_mistakes, read_deepspeed
 from finetuner.recipe.rules.base import Finding, Rule, Values
-from finetuner.recipe.sections.sharding import STRATEGIES
+from finetuner.recipe.sections.sharding import ENGINE_KEYS, STRATEGIES, asks
 
 
 def _one_engine(values: Values) -> Iterator[Finding]:
-    if values["deepspeed"] is None:
-        return
-    for key in ("fsdp", "fsdp_config"):
-        if values[key]:
-            message = f"{key} and deepspeed are both given: they are two ways to shard the same model. Remove one."
-            yield Finding((key,), message, (("deepspeed",),))
-            return
+    asked = [[key for key in keys if asks(values[key])] for keys in ENGINE_KEYS.values()]
+    for (one, *_), (other, *_) in pairwise(keys for keys in asked if keys):
+        message = f"{one} and {other} are both given: they are two ways to shard the same model. Remove one."
+        yield Finding((one,), message, ((other,),))
 
 
 def _one_strategy(values: Values) -> Iterator[Finding]:
@@ -93,7 +91,7 @@ def deepspeed_findings(raw: Mapping[str, Any], *, check_files: bool) -> Iterator
 
 
 RULES: tuple[Rule, ...] = (
-    (("fsdp", "fsdp_config", "deepspeed"), _one_engine),
+    (tuple(chain(*ENGINE_KEYS.values())), _one_engine),
     (("fsdp", "fsdp_config"), _one_strategy),
     (("fsdp", "fsdp_config"), _copies_are_not_offloaded),
     (("fsdp", "fsdp_config"), _details_agree),

@@ -13,6 +13,14 @@ FsdpWord = Literal[
 ]
 STRATEGIES = ("full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard_zero2")
 
+# Engine, which is a module of plan/ and one of parallel/ -> the keys that ask for it, the one that names it first.
+ENGINE_KEYS: dict[str, tuple[str, ...]] = {"fsdp": ("fsdp", "fsdp_config"), "zero": ("deepspeed",)}
+
+
+def asks(value: object) -> bool:
+    """Return whether the value of a key in ENGINE_KEYS asks for its engine."""
+    return value not in (None, (), [])
+
 
 def _words(value: Any) -> Any:
     """FSDP1 wrote them as one text as well: "full_shard auto_wrap"."""
@@ -109,5 +117,7 @@ class ShardingSection(Section):
     )
 
     @property
-    def uses_fsdp(self) -> bool:
-        return bool(self.fsdp) or self.fsdp_config is not None
+    def engine(self) -> str:
+        """The engine that is asked for, a key of ENGINE_KEYS; "replicated" if none is."""
+        asked = (engine for engine, keys in ENGINE_KEYS.items() if any(asks(getattr(self, key)) for key in keys))
+        return next(asked, "replicated")
