@@ -25,7 +25,7 @@ help:
 	@echo "make quickstart   set up, train a real model on this machine in a few minutes, show what it learned"
 	@echo "make test         set up, check the code, run the tests but those of test-matrix"
 	@echo "make test-fast    the tests that start no process and train little, in under 90 seconds"
-	@echo "make test-matrix  every engine against one rank with every adapter, and the longest tests: half an hour and more"
+	@echo "make test-matrix  every engine against one rank with every adapter, and the longest tests: a quarter of an hour"
 	@echo "make docs         build the docs site in build/site"
 	@echo "make clean-quickstart   delete what the quickstart made"
 
@@ -68,7 +68,7 @@ test-fast: $(INSTALLED)
 	$(PYTEST) $(SHARED) -m "not slow and not matrix"
 
 test-matrix: $(INSTALLED)
-	$(PYTEST) -m matrix
+	$(PYTEST) $(SHARED) -m matrix
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
