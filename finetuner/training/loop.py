@@ -60,7 +60,7 @@ def train(run: Run, batches: Callable[[int], list[Batch]], state: TrainState, ho
     Raises TrainingError if the run goes wrong, and PreemptedError, after saving, if any rank was asked to stop.
     """
     schedule, guards = run.schedule, run.guards
-    if state.step == 0 and schedule.eval_on_start:
+    if state.step == 0 and _is_evaluated(run, state):
         _evaluate(run, state, hooks)
     window = _Window()
     run.engine.module.train()  # the models of transformers begin in evaluation; evaluations leave it as it is here
@@ -75,7 +75,7 @@ def train(run: Run, batches: Callable[[int], list[Batch]], state: TrainState, ho
             _announce_row(run, state, stats, window, hooks)
             window = _Window()
         guards.require_sound(state, loss=stats.loss, grad_norm=stats.grad_norm, peak_lr=schedule.peak_lr)
-        if len(run.held_out.rows) and schedule.evaluates_at(state.step):
+        if _is_evaluated(run, state):
             state = guards.after_evaluation(state, _evaluate(run, state, hooks).loss)
         if _is_saved(run, state):
             hooks.save(state, False)
@@ -99,9 +99,16 @@ def _step(
 
 
 def _weights_are_sound(run: Run, state: TrainState) -> bool:
-    """Return whether the weights may be saved: under fp16 a skipped step is the scaler's daily work; elsewhere it may
-    mean that they are broken."""
+    """Return whether the weights may be saved: under fp16 a skipped step is routine for the loss scaler; elsewhere it
+    may mean that they are broken."""
     return run.plan.precision == "fp16" or not state.bad_steps
+
+
+def _is_evaluated(run: Run, state: TrainState) -> bool:
+    """Return whether the held-out loss is taken after this step: never without held-out rows."""
+    if not len(run.held_out.rows):
+        return False
+    return run.schedule.evaluates_at(state.step) if state.step else run.schedule.eval_on_start
 
 
 def _is_saved(run: Run, state: TrainState) -> bool:

@@ -184,6 +184,13 @@ def test_a_damaged_best_checkpoint_is_said_and_not_replaced_by_the_last(write_re
     assert checkpoint.exists() and not (out / "config.json").exists()
 
 
+@pytest.mark.parametrize("keys", [{"eval_on_start": True}, {"eval_steps": 1}, {"evals_per_epoch": 2}], ids=str)
+def test_evaluation_keys_without_held_out_rows_do_nothing(keys, write_recipe, train):
+    """Other tools' templates have them, and they are noted; a mean over no row is none."""
+    rows = train(write_recipe(max_steps=2, **keys))
+    assert [row["step"] for row in rows] == [1, 2] and not any("eval_loss" in row for row in rows)
+
+
 def test_best_only_saves_at_the_lowest_losses(write_recipe, train, tmp_path):
     rows = train(write_recipe(**OVERFITS | {"num_epochs": 6}, save_strategy="best", save_total_limit=0))
     lowest, wanted = math.inf, []
