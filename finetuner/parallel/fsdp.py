@@ -170,7 +170,13 @@ class FsdpEngine:
 
     @torch.no_grad()
     def ask(self, question: Question) -> float:
-        return float(self.module(question=question))
+        answer = float(self.module(question=question))
+        # No backward follows. What reshard_after_forward=False leaves gathered would stand in the place of the shards
+        # under the parameters' names, and the optimizer has no state for it.
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return answer
 
     def set_learning_rate(self, lr: float) -> None:
         set_learning_rate(self.optimizer, lr)

@@ -80,6 +80,9 @@ def load_optimizer_tensors(
     """
     if any(name.startswith(OF_RANKS) for name in tensors):
         raise cannot_reshard_blocks(next(iter(tensors)), "another engine")
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    lost = [name for name in tensors if id(parameters[name.rpartition("::")[0]]) not in owned]
+    assert not lost, f"the optimizer would go on without the state of {lost[0]} and {len(lost) - 1} more"
     for part in optimizer.parts if isinstance(optimizer, CombinedOptimizer) else (optimizer,):
         numbers = {id(p): i for i, p in enumerate(p for group in part.param_groups for p in group["params"])}
         state: dict[int, dict[str, torch.Tensor | int]] = {}

@@ -110,6 +110,18 @@ def test_a_checkpoint_in_parts_resumes_bitwise_on_its_ranks_and_exactly_on_one(r
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_run_that_keeps_gathered_weights_resumes_bitwise(kind, recipe, tmp_path):
+    """A forward without a backward leaves them gathered: the shards' names must still mean the shards."""
+    keys = override(fsdp=["shard_grad_op"], fsdp_config={"state_dict_type": kind}, eval_steps=3)
+    run_ranks(recipe, tmp_path / "a", "micro_batch_size=4", *keys)
+    run_ranks(recipe, resumed(recipe, tmp_path / "a", tmp_path / "b"), *SPLIT, *keys)
+    assert largest_difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0.0
+    a, b = (read_metrics(tmp_path / run / "metrics.jsonl") for run in "ab")
+    assert [row["loss"] for row in a if "loss" in row] == [row["loss"] for row in b if "loss" in row]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", ["the folder", "the other rank's file"])
 def test_a_disk_that_refuses_a_checkpoint_in_parts_ends_all_ranks_with_one_message(refused, recipe, tmp_path):
     """Ranks wait for one another here: an error that one kept to itself would leave the others until ddp_timeout."""
@@ -189,7 +201,7 @@ def compare_keys(engine: str, keys: dict, recipe: Path, train, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_what_an_adapter_copies_and_measures_of_its_base_is_the_same_when_the_base_is_spread(recipe, train, tmp_path):
+def test_what_an_adapter_copies_and_measures_of_its_base_is_the_same_when_the_base_is_sharded(recipe, train, tmp_path):
     compare_keys("FSDP2", KEYS["whole modules"] | {"peft_use_dora": True}, recipe, train, tmp_path)
 
 
@@ -199,12 +211,12 @@ def test_what_an_adapter_copies_and_measures_of_its_base_is_the_same_when_the_ba
 @pytest.mark.parametrize("engine", ["FSDP2", "ZeRO-2", "ZeRO-3", "DDP"])
 def test_keys_of_adapters_and_guards_mean_the_same_in_every_engine(engine, keys, recipe, train, tmp_path):
     if keys == "8 bits" and engine in ("FSDP2", "ZeRO-3"):
-        pytest.skip("refused: see test_an_8_bit_base_is_not_cut_into_parts")
+        pytest.skip("refused: see test_an_8_bit_base_is_not_sharded")
     compare_keys(engine, KEYS[keys], recipe, train, tmp_path)
 
 
 @pytest.mark.parametrize("engine", ["FSDP2", "ZeRO-3"])
-def test_an_8_bit_base_is_not_cut_into_parts(engine, recipe, train):
+def test_an_8_bit_base_is_not_sharded(engine, recipe, train):
     with pytest.raises(PlanError, match=r"load_in_8bit is for one GPU, DDP"):
         train(recipe, *override(**KEYS["8 bits"], **ENGINES[engine]))
 
