@@ -80,9 +80,7 @@ def load_optimizer_tensors(
     """
     if any(name.startswith(OF_RANKS) for name in tensors):
         raise cannot_reshard_blocks(next(iter(tensors)), "another engine")
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    lost = [name for name in tensors if id(parameters[name.rpartition("::")[0]]) not in owned]
-    assert not lost, f"the optimizer would go on without the state of {lost[0]} and {len(lost) - 1} more"
+    _require_owned(optimizer, parameters, tensors)
     for part in optimizer.parts if isinstance(optimizer, CombinedOptimizer) else (optimizer,):
         numbers = {id(p): i for i, p in enumerate(p for group in part.param_groups for p in group["params"])}
         state: dict[int, dict[str, torch.Tensor | int]] = {}
@@ -92,6 +90,15 @@ def load_optimizer_tensors(
             if number is not None:
                 state.setdefault(number, {})[key] = as_value(tensor)
         part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+
+
+def _require_owned(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Assert that no state (any shape) is of a parameter that the optimizer lacks: it would go on without it."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    lost = [name for name in tensors if id(parameters[name.rpartition("::")[0]]) not in owned]
+    assert not lost, f"the optimizer would go on without the state of {lost[0]} and {len(lost) - 1} more"
 
 
 def as_tensor(value: Any) -> torch.Tensor:
