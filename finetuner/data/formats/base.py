@@ -23,13 +23,18 @@ class Rendered:
 
     spans: the characters that are trained on. wraps: the tokenizer adds its own begin and end of text; a chat template
     writes them itself, so that a second BOS would be one too many. contents: the text that came from the row's cells,
-    in which words that look like special tokens are words.
+    in which words that look like special tokens are words. roles: the role of each message, for counting. ignored:
+    columns ("id") and keys of messages ("messages[].id") that the row has and that are inert: nothing is lost without
+    them. left_out_thoughts: thoughts of the row that its template does not write.
     """
 
     text: str
     spans: tuple[Span, ...]
     wraps: bool
     contents: tuple[Span, ...] = ()
+    roles: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    left_out_thoughts: int = 0
 
 
 Renderer = Callable[[Row], Rendered]  # raises DataError for a row that cannot become text

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetuner.recipe.foreign.base import Foreign
-from finetuner.recipe.foreign.trainers import LLAMA_FACTORY, LLAMA_FACTORY_DEFAULTS, TRL, TRL_DEFAULTS
+from finetuner.recipe.foreign.llama_factory import LLAMA_FACTORY, LLAMA_FACTORY_DEFAULTS
 from finetuner.recipe.foreign.translate import MEANINGS
+from finetuner.recipe.foreign.trl import TRL, TRL_DEFAULTS
 from finetuner.recipe.schema import FACTS
 
 
