@@ -2,7 +2,7 @@
 
 from finetuner.commands.arguments import Overrides, RecipePath
 from finetuner.console import Screen, quiet_libraries
-from finetuner.data.prepare import BY_WEIGHT
+from finetuner.data.documents import BY_WEIGHT
 from finetuner.data.tokenized_rows import tokenize_rows
 from finetuner.recipe import load
 from finetuner.world import World
@@ -27,8 +27,8 @@ def data(recipe: RecipePath, overrides: Overrides = None) -> None:
         ("longest", f"{prepared.train.longest:,} tokens"),
     ]
     screen.table(rows)
-    for line in prepared.notes:
-        screen.line(f"note: {line}")
+    for line in prepared.rows_at_a_glance:
+        screen.line(line)
     if prepared.dropped_file is not None:
         if any(reason != BY_WEIGHT for reason in prepared.counts):
             which = "the other" if BY_WEIGHT in prepared.counts else "these"

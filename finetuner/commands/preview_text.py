@@ -80,7 +80,9 @@ def _summary(views: list[SourcePreview], section: DataSection, packs: Packs | No
         if colored
         else "⟦ ⟧ is trained on, ‹ › a special token, ⏎ a new line, ⇥ a tab"
     )
-    yield from map(facts, views)
+    for view in views:
+        yield facts(view)
+        yield f"  {view.row_counts.line()}"
     if _is_cut(section):
         yield f"streamed: these texts are joined and cut into rows of {section.sequence_len:,} tokens"
     if packs is not None:
@@ -110,13 +112,12 @@ def heading(view: SourcePreview, number: int) -> str:
 
 
 def facts(view: SourcePreview) -> str:
-    """Line on a source: its rows, its documents and their lengths, and why rows were dropped."""
+    """Line on a source: its rows, its documents and their lengths."""
     store = view.store
     median = int(sorted(store.lengths)[len(store) // 2])
-    dropped = "".join(f"; {count:,} {reason}" for reason, count in sorted(view.counts.items()))
     return (
         f"source {view.number}, {view.path}: {view.num_rows:,} rows, {len(store):,} documents of {median:,} tokens "
-        f"(median; longest {store.longest:,}), {view.trained_share:.1%} of the tokens trained on{dropped}"
+        f"(median; longest {store.longest:,}), {view.trained_share:.1%} of the tokens trained on"
     )
 
 

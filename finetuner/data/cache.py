@@ -24,6 +24,7 @@ from finetuner.data.fetch import fetch, is_address
 from finetuner.data.packing import Packs
 from finetuner.data.prepare import prepare_documents
 from finetuner.data.prepared_data import PreparedData, SourceShare, pack_documents, require_few_dropped
+from finetuner.data.row_counts import RowCounts
 from finetuner.data.sources import TableSource, load_source
 from finetuner.data.token_store_writer import map_store, store_facts
 from finetuner.errors import DataError
@@ -130,6 +131,7 @@ def read_prepared(folder: Path) -> PreparedData:
         Counter(facts["counts"]),
         facts["num_rows"],
         tuple(SourceShare(*share) for share in facts["shares"]),
+        tuple(map(RowCounts.from_json, facts["row_counts"])),
         packs("train", train),
         packs("held_out", held_out),
         folder / "dropped.jsonl",
@@ -155,6 +157,7 @@ def _write(
         "counts": dict(prepared.counts),
         "num_rows": prepared.num_rows,
         "shares": prepared.shares,
+        "row_counts": [counts.as_json() for counts in prepared.row_counts],
         "packs": {},
     }
     for name, packs in (("train", prepared.train_packs), ("held_out", prepared.held_out_packs)):

@@ -26,6 +26,7 @@ CUT = "cut to sequence_len"
 SPLIT = "split into several documents"
 SPLIT_IN_PART = "split, with parts left out that have nothing to learn or are too short"
 DUPLICATE = "equal to an earlier row"
+BY_WEIGHT = "left out by the weights of the datasets"
 
 # The rows that max_dropped_fraction bounds: cut and split rows are trained on, blank lines of a text are none, and
 # equal rows are left out because the recipe says so.
@@ -43,10 +44,14 @@ class Outcome(NamedTuple):
 
 
 class MadeDocuments(NamedTuple):
-    """Documents of each row (none, one or several), and the rows that were dropped, cut or split."""
+    """Documents of each row (none, one or several), and the rows that were dropped, cut or split.
+
+    `texts`: each row before it was tokenized, as in Texts.
+    """
 
     documents: list[list[Document]]
     outcomes: list[Outcome]
+    texts: Sequence[Rendered | Document | None]
 
 
 class Texts(NamedTuple):
@@ -113,7 +118,7 @@ class DocumentMaker:
                 documents.append([])
                 continue
             documents.append(fit_to_length(document, self.section, outcomes, placed))
-        return MadeDocuments(documents, outcomes)
+        return MadeDocuments(documents, outcomes, texts.texts)
 
     def _text(self, placed: SourceRow, outcomes: list[Outcome]) -> Rendered | Document | None:
         """One row as text or tokens; None for a row that is skipped, which joins the outcomes."""

@@ -13,10 +13,21 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuner.data.documents import CUT, DUPLICATE, SPLIT, TOO_LONG, DocumentMaker, MadeDocuments, Outcome, Texts
+from finetuner.data.documents import (
+    BY_WEIGHT,
+    CUT,
+    DUPLICATE,
+    SPLIT,
+    TOO_LONG,
+    DocumentMaker,
+    MadeDocuments,
+    Outcome,
+    Texts,
+)
 from finetuner.data.fetch import is_address
 from finetuner.data.mixture import select_mixture
 from finetuner.data.prepared_data import PreparedData, SourceShare
+from finetuner.data.row_counts import RowCounts
 from finetuner.data.shuffling import held_out_rows
 from finetuner.data.sources import Source, SourceRow, load_source
 from finetuner.data.token_store import Document, TokenStore
@@ -32,7 +43,6 @@ if TYPE_CHECKING:
 READ_ROWS = 32  # rendered together
 BATCH_ROWS, BATCH_CHARACTERS = 512, 1 << 20  # tokenized together: whichever is reached first
 BATCHES_AHEAD = 2  # one that is being tokenized, and one that waits for it
-BY_WEIGHT = "left out by the weights of the datasets"
 DROPPED_FILE = "dropped.jsonl"
 
 
@@ -62,22 +72,25 @@ def prepare_documents(
 
     is_weighted = any(entry.weight is not None for entry in section.datasets)
     with _outcome_log(into) as log:
-        split = _Split(writer("all" if is_weighted else "train"), writer("held_out"), log)
+        split = _Split(writer("all" if is_weighted else "train"), writer("held_out"))
         # Test datasets first: of equal rows the first one stays, so that a row that is held out is not trained on.
         is_held_out = iter(np.concatenate([np.ones(num_test_rows, dtype=bool), held_out]))
         sizes: list[tuple[int, int]] = []
+        row_counts: list[RowCounts] = []
         num_done = 0
         for source in [*test_sources, *sources]:
             before = split.sizes
+            row_counts.append(RowCounts())
             for rows, made in make_documents(source, section, tokenizer):
                 log.add(made.outcomes)
-                for row, documents in zip(rows, made.documents, strict=True):
-                    split.add(
-                        row,
-                        documents,
-                        hold_out=bool(next(is_held_out)),
-                        deduplicate=section.dataset_exact_deduplication,
-                    )
+                row_counts[-1].add(made)
+                for row, documents, text in zip(rows, made.documents, made.texts, strict=True):
+                    hold_out = bool(next(is_held_out))
+                    if section.dataset_exact_deduplication and documents and not log.is_new(documents):
+                        log.add([Outcome(row.file, row.number, DUPLICATE, sum(len(ids) for ids, _ in documents))])
+                        row_counts[-1].take_duplicate_out(text, documents)
+                    else:
+                        split.add(documents, hold_out=hold_out)
                 num_done += len(rows)
                 report(num_done, num_rows)
             sizes.append((split.sizes[0] - before[0], split.sizes[1] - before[1]))
@@ -88,7 +101,7 @@ def prepare_documents(
         num_documents = len(store)
         store, shares = _apply_weights(store, shares, section, seed, writer("train"))
         log.counts[BY_WEIGHT] = num_documents - len(store)
-    prepared = PreparedData(store, split.held_out.finish(), log.counts, num_rows, shares)
+    prepared = PreparedData(store, split.held_out.finish(), log.counts, num_rows, shares, tuple(row_counts))
     _require_documents(prepared, section, held_out)
     return prepared
 
@@ -185,18 +198,14 @@ class _Split:
 
     train: TokenStoreWriter
     held_out: TokenStoreWriter
-    log: OutcomeLog
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Documents so far: trained on, held out."""
         return len(self.train), len(self.held_out)
 
-    def add(self, row: SourceRow, documents: list[Document], *, hold_out: bool, deduplicate: bool) -> None:
-        """Write the documents of a row, unless an equal row came before and `deduplicate` is set."""
-        if deduplicate and documents and not self.log.is_new(documents):
-            self.log.add([Outcome(row.file, row.number, DUPLICATE, sum(len(ids) for ids, _ in documents))])
-            return
+    def add(self, documents: list[Document], *, hold_out: bool) -> None:
+        """Write the documents of a row."""
         writer = self.held_out if hold_out else self.train
         for ids, labels in documents:
             writer.add(ids, labels)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetuner.data.documents import DROPPED
+from finetuner.data.documents import BY_WEIGHT, DROPPED
 from finetuner.data.packing import Packs
+from finetuner.data.row_counts import RowCounts, at_a_glance
 from finetuner.data.token_store import TokenRows, TokenStore
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
@@ -35,7 +36,8 @@ class PreparedData:
     """Training and held-out documents of a recipe, and their packs if it asks for packing.
 
     `counts`: rows that were dropped, cut or split, by reason. `num_rows`: rows that were read. `shares`: source by
-    source, in the order of the stores. `dropped_file`: lists each row of `counts`; None if nothing was written.
+    source, in the order of the stores, as are `row_counts`. `dropped_file`: lists each row of `counts`; None if
+    nothing was written.
     """
 
     train: TokenStore
@@ -43,6 +45,7 @@ class PreparedData:
     counts: Counter[str]
     num_rows: int
     shares: tuple[SourceShare, ...]
+    row_counts: tuple[RowCounts, ...] = ()
     train_packs: Packs | None = None
     held_out_packs: Packs | None = None
     dropped_file: Path | None = None
@@ -68,6 +71,15 @@ class PreparedData:
             SourceRange(s.name, stop - size, stop) for s, size, stop in zip(self.shares, sizes, stops, strict=True)
         ]
         return tuple(one for one in ranges if one.stop > one.start)
+
+    @property
+    def rows_at_a_glance(self) -> list[str]:
+        """A line for each source on its rows and what became of them, under a heading; none without sources."""
+        if not self.row_counts:
+            return []
+        lines = at_a_glance([share.name for share in self.shares], self.row_counts)
+        by_weight = self.counts[BY_WEIGHT]
+        return [*lines, f"  {by_weight:,} documents {BY_WEIGHT}"] if by_weight else lines
 
     @property
     def notes(self) -> list[str]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from finetuner.data.documents import TOO_LONG
 from finetuner.data.packing import Packs
 from finetuner.data.prepare import DROPPED_FILE, prepare_documents
+from finetuner.data.row_counts import RowCounts
 from finetuner.data.row_stream import section_for_documents
 from finetuner.data.sources import load_source
 from finetuner.data.streaming_source import read_head
@@ -33,7 +34,7 @@ MAX_BYTES_OF_CHARACTER = 4
 class SourcePreview:
     """The first rows of entry `number` of `datasets`, prepared.
 
-    `counts`: rows that were dropped, cut or split, by reason. `too_long`: tokens of each row dropped for its length.
+    `counts`: rows that were dropped, cut or split, by reason. `row_counts`: those, turns and ignored names. `too_long`: tokens of each row dropped for its length.
     """
 
     number: int
@@ -41,6 +42,7 @@ class SourcePreview:
     store: TokenStore
     num_rows: int
     counts: Counter[str]
+    row_counts: RowCounts
     too_long: tuple[int, ...]
 
     @property
@@ -105,7 +107,8 @@ def _preview_source(
     )
     outcomes = [json.loads(line) for line in (into / DROPPED_FILE).read_text(encoding="utf-8").splitlines()]
     too_long = tuple(outcome["length"] for outcome in outcomes if outcome["reason"] == TOO_LONG)
-    return SourcePreview(number, entry.path, prepared.train, prepared.num_rows, prepared.counts, too_long)
+    (row_counts,) = prepared.row_counts
+    return SourcePreview(number, entry.path, prepared.train, prepared.num_rows, prepared.counts, row_counts, too_long)
 
 
 def pack_previews(previews: list[SourcePreview], sequence_len: int) -> Packs:

@@ -16,6 +16,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from finetuner.data.documents import DocumentMaker, Outcome
 from finetuner.data.dropped_rows import READ, DroppedRowsFile, drop_notes, dropped_share
 from finetuner.data.packing import best_fit_decreasing
 from finetuner.data.remote_files import DEFAULT_RETRY, RetryPolicy
+from finetuner.data.row_counts import RowCounts
 from finetuner.data.shuffling import derive_seed, row_order
 from finetuner.data.streaming_source import START, FileVersion, Position, StreamingSource
 from finetuner.data.token_store import Document, join_documents
@@ -99,7 +101,7 @@ class _DocumentSource:
     """The documents of one source, made from a few rows at a time."""
 
     def __init__(self, rows: StreamingSource, maker: DocumentMaker) -> None:
-        self.rows, self.maker = rows, maker
+        self.rows, self.maker, self.counts = rows, maker, RowCounts()
         self.position = list(rows.position)  # after the last row that was drawn
         self.ready: deque[tuple[list[Document], list[Outcome], Position]] = deque()
         self.last_productive_pass = self.position[0]
@@ -124,6 +126,7 @@ class _DocumentSource:
     def _read_ahead(self) -> None:
         taken = self.rows.take(_ROWS_AT_ONCE)
         made = self.maker.make([row for row, _ in taken])
+        self.counts.add(made)
         outcomes_of_row: dict[tuple[str, int], list[Outcome]] = {}
         for outcome in made.outcomes:
             outcomes_of_row.setdefault((outcome.source, outcome.row), []).append(outcome)
@@ -165,6 +168,7 @@ class RowStream:
             for entry, position in zip(section.datasets, start.places, strict=True)
         ]
         self.next = start
+        self.first_counts: list[RowCounts] = []  # of the rows read for the first block since this start
         self.listing = DroppedRowsFile(dropped_file, start.block)
         self.blocks: deque[tuple[StreamState, list[StreamRow]]] = deque()
         self.builder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blocks") if ahead else None
@@ -189,6 +193,8 @@ class RowStream:
         state = self.next
         rows, self.next = self._build_block(state) if self.coming is None else self.coming.result()
         self.blocks.append((state, rows))
+        if not self.first_counts:
+            self.first_counts = deepcopy([source.counts for source in self.sources])
         if self.builder is not None:
             self.coming = self.builder.submit(self._build_block, self.next)
 

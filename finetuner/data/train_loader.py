@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from finetuner.data.batch_sampler import rank_batches, step_batches
 from finetuner.data.batches import Batch, BatchLayout
+from finetuner.data.prepare import source_names
 from finetuner.data.remote_files import RetryPolicy
+from finetuner.data.row_counts import at_a_glance
 from finetuner.data.row_stream import RowStream, StreamState
 from finetuner.data.streaming_source import FileVersion
 from finetuner.data.token_store import TokenRows
@@ -41,6 +43,9 @@ class TrainLoader(Protocol):
     def dropped_rows(self) -> tuple[int, list[str]]:
         """Return how many rows were read while training, and a note per reason on those dropped, cut or split."""
 
+    def first_rows_at_a_glance(self, step: int) -> list[str]:
+        """Return lines on the rows that are read for the first step, where no preparation has counted all rows."""
+
 
 @dataclass(frozen=True)
 class StoredRowsLoader:
@@ -63,6 +68,10 @@ class StoredRowsLoader:
     def dropped_rows(self) -> tuple[int, list[str]]:
         """Return nothing: the preparation reported dropped rows before the first step."""
         return 0, []
+
+    def first_rows_at_a_glance(self, step: int) -> list[str]:
+        """Return nothing: the preparation has counted all rows."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,11 @@ class StreamLoader:
 
     def dropped_rows(self) -> tuple[int, list[str]]:
         return self.stream.num_read, self.stream.notes
+
+    def first_rows_at_a_glance(self, step: int) -> list[str]:
+        self.stream.rows(self.plan.rows_before(step), 1)
+        names = source_names(self.stream.section.datasets)
+        return at_a_glance(names, self.stream.first_counts, "the first rows of the stream at a glance")
 
 
 def build_train_loader(

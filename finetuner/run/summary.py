@@ -50,8 +50,8 @@ def print_plan(session: Session, inputs: Inputs, ready: ReadyToTrain) -> None:
         ("output", recipe.output.output_dir),
     ]
     session.screen.table(rows)
-    for note in prepared.notes:
-        session.screen.line(f"note: {note}")
+    for line in prepared.rows_at_a_glance:
+        session.screen.line(line)
     session.screen.line()
 
 

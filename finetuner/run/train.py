@@ -73,6 +73,8 @@ def fit(session: Session, inputs: Inputs, start: Start, ready: ReadyToTrain) -> 
             open_observers(session, ready, state.step) as observers,
             ahead as batches,
         ):
+            for line in loader.first_rows_at_a_glance(state.step):
+                screen.line(line)
             save = Checkpointer(
                 ready.trained,
                 recipe.output,
