@@ -34,7 +34,8 @@ MAX_BYTES_OF_CHARACTER = 4
 class SourcePreview:
     """The first rows of entry `number` of `datasets`, prepared.
 
-    `counts`: rows that were dropped, cut or split, by reason. `row_counts`: those, turns and ignored names. `too_long`: tokens of each row dropped for its length.
+    `counts`: rows that were dropped, cut or split, by reason. `row_counts`: those, and turns and ignored names.
+    `too_long`: tokens of each row dropped for its length.
     """
 
     number: int
