@@ -12,10 +12,10 @@ _OUTPUTS = ("output", "response", "completion", "answer", "target", "chosen_resp
 
 
 def column_advice(entry: DatasetEntry, columns: list[str]) -> str:
-    """Return what to write in the recipe for rows with these columns, without the full stop."""
+    """Return what to write in the recipe for rows with these columns, in full sentences."""
     lower = {name.lower(): name for name in columns}
-    if {"chosen", "rejected"} & set(lower):
-        return "They look like pairs of preference learning (DPO), which is not supported yet"
+    if any(name.startswith(("chosen", "rejected")) for name in lower):
+        return "They look like pairs of preference learning (DPO), which is not supported yet."
     if entry.type in ("alpaca", "prompt_completion"):
         output = next((lower[name] for name in _OUTPUTS if name in lower), None)
         question = next((lower[name] for name in _INSTRUCTIONS if name in lower and lower[name] != output), None)
@@ -24,14 +24,14 @@ def column_advice(entry: DatasetEntry, columns: list[str]) -> str:
             return _block(question, given, output, stanford=entry.type == "alpaca")
     for name in ("messages", "conversations"):
         if name in lower and entry.type != "chat_template":
-            return f"They look like chats: `type: chat_template`, with `field_messages: {lower[name]}`"
+            return f"They look like chats: `type: chat_template`, with `field_messages: {lower[name]}`."
     if entry.type == "chat_template":
         found = next((lower[name] for name in ("conversations", "conversation", "messages") if name in lower), None)
         if found is not None:
-            return f"Write `field_messages: {found}`"
+            return f"Write `field_messages: {found}`."
         if {"prompt", "completion"} <= set(lower):
-            return "Write `type: prompt_completion`, which takes lists of messages too"
-    return f"{entry.column_advice}, or choose the `type` that fits"
+            return "Write `type: prompt_completion`, which takes lists of messages too."
+    return f"{entry.column_advice}, or choose the `type` that fits."
 
 
 def _block(question: str, given: str | None, output: str, *, stanford: bool) -> str:

@@ -151,6 +151,7 @@ def _renderer(
     render = load_format(entry.row_format)(entry, section, tokenizer)
 
     def render_checked(row: Row) -> Rendered:
+        columns.require_supported(row)
         rendered = render(row)
         if section.train_on_inputs:
             rendered = replace(rendered, spans=((0, len(rendered.text)),))

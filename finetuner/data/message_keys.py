@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from finetuner.data.inert_names import OTHER_THOUGHTS, in_yaml_list, is_empty, is_inert
 from finetuner.data.media import NOT_YET, is_media
 from finetuner.data.messages import Conversation, Messages
 from finetuner.data.template_sandbox import ChatTemplate, compile_template
-from finetuner.data.unused_columns import in_yaml_list, is_empty, is_inert
 from finetuner.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_THOUGHTS = re.compile(r"(thoughts?|think|thinking_content|cot|chain_of_thought|rationale|scratchpad|reasoning_\w+)")
+_THOUGHTS = re.compile(OTHER_THOUGHTS)
 # Inert in a message where the template does not read them: who spoke, which call is answered, a chat log's facts.
 _INERT = frozenset({"name", "tool_call_id", "state", "header", "turn_identifier", "status", "role_name", "parent"})
 
@@ -27,6 +27,7 @@ class MessageKeys:
     variables: Mapping[str, Any]
     ignores_all: bool
     _templates: dict[str, ChatTemplate] = field(default_factory=dict)
+    _mentioned: dict[tuple[str, str], bool] = field(default_factory=dict)  # (template, key) -> it has such a word
     _found: dict[tuple[str, str, str], bool] = field(default_factory=dict)  # (template, key, role) -> it is read
 
     def settle(self, conversation: Conversation) -> tuple[Conversation, tuple[str, ...]]:
@@ -34,7 +35,7 @@ class MessageKeys:
 
         Raises DataError if one is left out that holds something and is not inert.
         """
-        messages = conversation.messages
+        messages, text = conversation.messages, str(self.tokenizer.get_chat_template(tools=conversation.tools))
         drop: set[tuple[int, str]] = set()
         ignored = []
         for key in sorted(conversation.extras):
@@ -43,7 +44,7 @@ class MessageKeys:
             if is_media(key) and says_something and not self.ignores_all:
                 raise DataError(_refusal(says_something[0], key, messages[says_something[0]][key]))
             can_go = self.ignores_all or key in _INERT or is_inert(key)
-            unread = [i for i in holders if not self._is_read(conversation, i, key, once=can_go)]
+            unread = [i for i in holders if not self._is_read(text, conversation, i, key, once=can_go)]
             lost = [i for i in unread if i in says_something]
             if lost and not can_go:
                 raise DataError(_refusal(lost[0], key, messages[lost[0]][key]))
@@ -57,13 +58,15 @@ class MessageKeys:
         keys = set().union(*left)
         return replace(conversation, messages=left, plain=keys <= {"role", "content", "name"}), tuple(ignored)
 
-    def _is_read(self, conversation: Conversation, turn: int, key: str, *, once: bool) -> bool:
-        """Whether the template writes another text without this key of message `turn`.
+    def _is_read(self, text: str, conversation: Conversation, turn: int, key: str, *, once: bool) -> bool:
+        """Whether the template `text` writes another text without this key of message `turn`.
 
         once: an answer for one message is taken for all of the same role, since no harm is done if it is inert.
         """
-        text = str(self.tokenizer.get_chat_template(tools=conversation.tools))
-        if re.search(rf"\.\s*{re.escape(key)}\b|(['\"]){re.escape(key)}\1", text) is None:
+        if (text, key) not in self._mentioned:
+            word = re.escape(key)
+            self._mentioned[text, key] = re.search(rf"\.\s*{word}\b|(['\"]){word}\1", text) is not None
+        if not self._mentioned[text, key]:
             return False
         known = self._found.get((text, key, conversation.messages[turn]["role"]))
         if known or (known is False and once):

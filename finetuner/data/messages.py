@@ -8,7 +8,7 @@ from finetuner.data.formats.base import cell_of, kind_of
 from finetuner.data.media import EDGES, NOT_YET, find_placeholder, is_media, placeholder_message
 from finetuner.data.roles import CALL_ROLES, RoleNames, unknown_role, words_in_quotes
 from finetuner.data.row_files import Row
-from finetuner.data.tool_calls import call_list, calls_in_text, calls_of_function_call, tool_list
+from finetuner.data.tool_calls import call_list, calls_in_text, calls_of_function_call, require_inert, tool_list
 from finetuner.data.training_flags import FLAGS, read_flag
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DatasetEntry
@@ -19,6 +19,8 @@ THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what messages call 
 FUNCTIONS = "functions"  # OpenAI's older column of tools
 # Keys of a message as a template takes it that are the reader's own; all others are `extras`.
 _OWN_KEYS = frozenset({"role", "content", "reasoning_content", "tool_calls"})
+TEXT_PIECES = ("text", "reasoning", "thinking", "tool_call")  # types of parts of a content
+_PIECE_KEYS = ("type", "text", "value", "content", "thinking", "reasoning", "cache_control", "signature")
 _PLAIN_KEYS = frozenset({"role", "content", "name"})
 
 
@@ -147,7 +149,7 @@ class MessageReader:
         if role == "user":
             self._require_no_placeholder(i, content)
         if "tool_calls" in message:
-            message["tool_calls"] = call_list(message["tool_calls"], i)
+            message["tool_calls"] = call_list(message["tool_calls"], i, self._leaves_out)
         return {"role": role, "content": content, **message}, is_trained
 
     def _take_flag(self, i: int, message: dict[str, Any]) -> bool | None:
@@ -183,7 +185,7 @@ class MessageReader:
         if content is None and message.get("tool_calls"):
             content = ""
         if isinstance(content, list):
-            content = _joined(content, message, i)
+            content = _joined(self._known_pieces(content, i), message, i)
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(
                 f"message {i} of column '{self.column}' must have text in '{self.role_key}' and '{self.content_key}'; "
@@ -196,6 +198,17 @@ class MessageReader:
                     f"write `unused_columns: [{key}]`"
                 )
         return role, content
+
+    def _leaves_out(self, name: str) -> bool:
+        return self.ignores_all or name in self.left_out
+
+    def _known_pieces(self, pieces: list[Any], i: int) -> list[Any]:
+        """Return the pieces of a content. Raises DataError for one of text that says more than its text."""
+        for piece in pieces:
+            if isinstance(piece, dict) and piece.get("type") in TEXT_PIECES:
+                cells = {key: value for key, value in piece.items() if not self._leaves_out(key)}
+                require_inert(cells, _PIECE_KEYS, f"a part of the content of message {i}")
+        return pieces
 
     def _take_thoughts(self, i: int, message: dict[str, Any]) -> None:
         """Bring the thought under the template's name for it. Raises DataError if there are several unequal ones."""
@@ -212,7 +225,7 @@ class MessageReader:
 
     def _require_no_placeholder(self, i: int, content: str) -> None:
         found = find_placeholder(content)
-        if found is not None and not self.ignores_all and found not in self.left_out:
+        if found is not None and not self._leaves_out(found):
             raise DataError(placeholder_message(f"message {i}", found))
 
     def _put_system_text(self, row: Row, messages: Messages, trained: list[bool]) -> None:
@@ -298,7 +311,7 @@ def _kind_and_text(piece: Any, turn: int) -> tuple[str, str]:
     if isinstance(piece, str):
         return "text", piece
     kind = piece.get("type") if isinstance(piece, dict) else None
-    if kind in ("text", "reasoning", "thinking", "tool_call"):
+    if kind in TEXT_PIECES:
         named = [piece[key] for key in ("text", "value", "content", "thinking", "reasoning") if piece.get(key)]
         if len(named) <= 1 and all(isinstance(value, str) for value in named):
             return kind, "".join(named)

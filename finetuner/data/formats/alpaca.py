@@ -9,7 +9,7 @@ trained on.
 from typing import TYPE_CHECKING, Any
 
 from finetuner.data.column_advice import column_advice
-from finetuner.data.formats.base import Rendered, Renderer, Span, answered, cell_of, kind_of, text_of
+from finetuner.data.formats.base import Rendered, Renderer, Span, answered, kind_of, text_of
 from finetuner.data.formats.instruction import fill, require_no_placeholder
 from finetuner.data.row_files import Row
 from finetuner.data.stanford_prompt import INTRO, INTRO_WITH_INPUT, TURN, TURN_WITH_INPUT
@@ -30,7 +30,8 @@ def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTo
 
     def render(row: Row) -> Rendered:
         if "output" not in row:
-            raise DataError(f"{_missing(row)}. {column_advice(entry, list(row))}")
+            advice = column_advice(entry, list(row)).removesuffix(".")
+            raise DataError(f"it has no column 'output'; its columns are: {', '.join(row)}. {advice}")
         require_no_placeholder(row, ("instruction", "input"), entry)
         given = cell(row, "input")
         cells = {"instruction": text_of(row, "instruction"), "input": "" if given is None else text_of(row, "input")}
@@ -45,17 +46,9 @@ def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTo
     return render
 
 
-def _missing(row: Row) -> str:
-    try:
-        cell_of(row, "output")
-    except DataError as error:
-        return str(error)
-    raise AssertionError("the column is there")
-
-
 def _beginning(system: Any, has_input: bool) -> tuple[list[str], list[Span]]:
     """Return the text before the first turn, in pieces, and the spans of it that are a row's."""
-    if system is None or system == "":
+    if system is None or (isinstance(system, str) and not system.strip()):
         return [(INTRO_WITH_INPUT if has_input else INTRO) + "\n\n"], []
     if not isinstance(system, str):
         raise DataError(f"column 'system' holds {kind_of(system)}, but must be text")
