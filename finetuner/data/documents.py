@@ -11,6 +11,7 @@ from finetuner.data.pretokenized import read_tokens
 from finetuner.data.row_files import Row
 from finetuner.data.sources import SourceRow
 from finetuner.data.token_store import IGNORE_INDEX, Document
+from finetuner.data.unused_columns import ColumnCheck
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 
@@ -83,7 +84,8 @@ class DocumentMaker:
         """Raises DataError if the tokenizer cannot render this entry's rows."""
         self.entry, self.section, self.vocab_size = entry, section, len(tokenizer)
         self.encoder = Encoder(tokenizer)
-        self.renderer = _renderer(entry, section, tokenizer)
+        self.columns = ColumnCheck.of(entry)
+        self.renderer = _renderer(entry, section, tokenizer, self.columns)
         # Far more characters than so many tokens can stand for: not worth the minutes that tokenizing them takes.
         self.hopeless = section.sequence_len * max(map(len, tokenizer.get_vocab())) * 8
 
@@ -131,7 +133,7 @@ class DocumentMaker:
                     outcomes.append(Outcome(placed.file, placed.number, TOO_LONG, 0, f"{len(text.text):,} characters"))
                     return None
                 return text
-            return read_tokens(placed.row, self.vocab_size)
+            return read_tokens(placed.row, self.vocab_size, self.columns)
         except DataError as error:
             if self.section.on_bad_row == "raise":
                 raise DataError(
@@ -142,22 +144,28 @@ class DocumentMaker:
             return None
 
 
-def _renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Renderer | None:
+def _renderer(
+    entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase", columns: ColumnCheck
+) -> Renderer | None:
     """Return the renderer of an entry's rows, or None if they hold tokens.
 
-    Raises DataError if the tokenizer cannot render them.
+    It also holds a row against the columns that its type reads. Raises DataError if the tokenizer cannot render them.
     """
     if entry.row_format is None:
         return None
     render = load_format(entry.row_format)(entry, section, tokenizer)
-    if not section.train_on_inputs:
-        return render
 
-    def render_all(row: Row) -> Rendered:
+    def render_checked(row: Row) -> Rendered:
+        columns.require_supported(row)
         rendered = render(row)
-        return replace(rendered, spans=((0, len(rendered.text)),))
+        if section.train_on_inputs:
+            rendered = replace(rendered, spans=((0, len(rendered.text)),))
+        if not columns.is_trained(row):
+            rendered = replace(rendered, spans=())
+        ignored = columns.find_ignored(row, rendered)
+        return replace(rendered, ignored=ignored + rendered.ignored) if ignored else rendered
 
-    return render_all
+    return render_checked
 
 
 def fit_to_length(

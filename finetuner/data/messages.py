@@ -1,133 +1,281 @@
 """Reads the conversation of a row, as chat templates take it: roles by their usual names, tool calls as values."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from finetuner.data.formats.base import cell_of, kind_of
+from finetuner.data.media import EDGES, NOT_YET, find_placeholder, is_media, placeholder_message
+from finetuner.data.roles import CALL_ROLES, RoleNames, unknown_role, words_in_quotes
 from finetuner.data.row_files import Row
+from finetuner.data.tool_calls import call_list, calls_in_text, calls_of_function_call, require_inert, tool_list
+from finetuner.data.training_flags import FLAGS, read_flag
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DatasetEntry
 
 Messages = list[dict[str, Any]]
 
-# The names that data sets of the ShareGPT kind give to roles.
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
-TOOL_CALL_ROLE = "function_call"  # a turn of ShareGPT data whose text is the JSON of a call
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what messages call a thought; the first is the templates'
-TRAINING_KEYS = ("train", "weight")  # read where they stand; `weight` is the OpenAI format's word
+FUNCTIONS = "functions"  # OpenAI's older column of tools
+# Keys of a message as a template takes it that are the reader's own; all others are `extras`.
+_OWN_KEYS = frozenset({"role", "content", "reasoning_content", "tool_calls"})
+TEXT_PIECES = ("text", "reasoning", "thinking", "tool_call")  # types of parts of a content
+_PIECE_KEYS = ("type", "text", "value", "content", "thinking", "reasoning", "cache_control", "signature")
+_PLAIN_KEYS = frozenset({"role", "content", "name"})
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages and tools of a row. trained[i]: message i is trained on. plain: messages are a role and a text only."""
+    """Messages and tools of a row. trained[i]: message i is trained on. plain: messages are a role and a text only.
+
+    extras: further keys that messages have, which a template may know. ignored: keys that were left out, as
+    `unused_columns` says.
+    """
 
     messages: Messages
     trained: tuple[bool, ...]
     tools: list[Any] | None
     plain: bool
+    extras: frozenset[str] = frozenset()
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class MessageReader:
-    """Reads the messages of one dataset, by the names that its entry in the recipe gives."""
+    """Reads the messages of one dataset, by the names that its entry in the recipe gives.
+
+    trains_all: the recipe says train_on_inputs, so that no message may ask not to be trained on.
+    """
 
     column: str
-    tools_column: str
+    tools_column: str | None
+    functions_column: str | None
+    system_column: str | None
     role_key: str
     content_key: str
-    training_key: str | None
-    roles: Mapping[str, str]  # a row's name of a role -> the template's
+    mapped: tuple[tuple[str, str], ...]  # (a row's key, the template's) of other keys of a message
+    flags: tuple[str, ...]
+    left_out: frozenset[str]  # names in unused_columns
+    ignores_all: bool  # unused_columns is `ignore`
+    roles: RoleNames
     roles_to_train: frozenset[str]
+    trains_all: bool
 
     @classmethod
-    def of(cls, entry: DatasetEntry) -> "MessageReader":
-        """Return the reader of an entry's messages."""
-        names = {name: role for role, given in entry.roles.items() for name in given}
-        roles = ROLES | names
+    def of(cls, entry: DatasetEntry, template: str = "", *, trains_all: bool = False) -> "MessageReader":
+        """Return the reader of an entry's messages. `template`: the text of the chat template, for roles it knows."""
+        roles = RoleNames.of(entry.roles, entry.roles_to_train, words_in_quotes(template))
+        names = entry.message_property_mappings
+        left_out = frozenset(entry.unused_names)
+        own_flag = (entry.message_field_training,) if entry.message_field_training is not None else ()
+        mapped = {"reasoning_content": names.reasoning_content, "tool_calls": names.tool_calls}
+
+        def unless_left_out(column: str) -> str | None:
+            return None if column in left_out else column
+
         return cls(
             column=entry.field_messages,
-            tools_column=entry.field_tools,
-            role_key=entry.message_property_mappings.role,
-            content_key=entry.message_property_mappings.content,
-            training_key=entry.message_field_training,
+            tools_column=unless_left_out(entry.field_tools),
+            functions_column=unless_left_out(FUNCTIONS),
+            system_column=unless_left_out(entry.field_system),
+            role_key=names.role,
+            content_key=names.content,
+            mapped=tuple((given, key) for key, given in mapped.items() if given is not None and given != key),
+            flags=tuple(name for name in dict.fromkeys((*own_flag, *FLAGS)) if name not in left_out),
+            left_out=left_out,
+            ignores_all=entry.unused_columns == "ignore",
             roles=roles,
-            roles_to_train=frozenset(roles.get(role, role) for role in entry.roles_to_train),
+            roles_to_train=frozenset(roles.find(role) or role for role in entry.roles_to_train),
+            trains_all=trains_all,
         )
 
     def read(self, row: Row) -> Conversation:
         """Return the conversation of a row. Raises DataError if a message is not one, or the tools are not a list."""
-        cell = cell_of(row, self.column)
-        if not isinstance(cell, list) or not cell:
-            raise DataError(f"column '{self.column}' holds {kind_of(cell)}, but must be a list of messages")
-        messages: Messages = []
-        trained = []
-        for i, given in enumerate(cell):
-            message, is_trained = self._message(i, given)
-            messages.append(message)
-            trained.append(message["role"] in self.roles_to_train if is_trained is None else is_trained)
-        plain = set().union(*messages) <= {"role", "content", "name"}
-        return Conversation(messages, tuple(trained), self._tools(row.get(self.tools_column)), plain)
+        return self.read_messages(row, _message_list(cell_of(row, self.column), self.column))
 
-    def _message(self, i: int, given: Any) -> tuple[dict[str, Any], bool | None]:
+    def read_messages(self, row: Row, given: Sequence[Any], num_untrained: int = 0) -> Conversation:
+        """Return the conversation of these messages with the row's system text and tools.
+
+        num_untrained: so many of the first messages are not trained on, unless they say so themselves.
+        """
+        messages: Messages = []
+        trained: list[bool] = []
+        for i, one in enumerate(given):
+            message, is_trained = self._message(i, one, given)
+            messages.append(message)
+            if is_trained is None:
+                is_trained = message["role"] in self.roles_to_train and i >= num_untrained
+            trained.append(is_trained)
+        if self.system_column is not None and row.get(self.system_column):
+            self._put_system_text(row, messages, trained)
+        keys = set().union(*messages)
+        ignored: tuple[str, ...] = ()
+        if self.left_out:
+            found = {key for one in given if isinstance(one, dict) for key in one if key in self.left_out}
+            ignored = tuple(f"messages[].{key}" for key in sorted(found))
+        extras = frozenset(keys - _OWN_KEYS) if len(keys) > 2 else frozenset()
+        return Conversation(messages, tuple(trained), self._tools(row), keys <= _PLAIN_KEYS, extras, ignored)
+
+    def _message(self, i: int, given: Any, all_given: Sequence[Any]) -> tuple[dict[str, Any], bool | None]:
         """Return message `i` as a template takes it, and whether its own key says that it is trained on.
 
         None: it has no such key. Raises DataError if it is no message.
         """
         if isinstance(given, dict) and len(given) == 2:  # nearly all messages: a role and a text
-            role, content = given.get(self.role_key), given.get(self.content_key)
-            if isinstance(role, str) and isinstance(content, str) and role != TOOL_CALL_ROLE:
-                return {"role": self.roles.get(role, role), "content": content}, None
-        # `datasets` gives every message the keys of all; a key that is null here was not in this one
-        message = without_nulls(given) if isinstance(given, dict) else {}
-        role, content = self._role_and_content(i, message, given)
-        is_trained = self._is_trained(i, message)
-        thought = next((message.pop(name) for name in THOUGHTS if name in message), None)
-        if thought is not None:
-            message[THOUGHTS[0]] = thought
-        if role == TOOL_CALL_ROLE and role not in self.roles:
-            message["tool_calls"] = _tool_calls(content, i)
+            name, content = given.get(self.role_key), given.get(self.content_key)
+            if isinstance(name, str) and isinstance(content, str):
+                role = self.roles.known.get(name)
+                if role is not None:
+                    if role == "user" and (content[:1] in EDGES or content[-1:] in EDGES):
+                        self._require_no_placeholder(i, content)
+                    return {"role": role, "content": content}, None
+        # a key that is null is one that the message has not
+        message = {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else {}
+        if self.left_out:
+            message = {key: value for key, value in message.items() if key not in self.left_out}
+        is_trained = self._take_flag(i, message)
+        self._take_calls(i, message)
+        name, content = self._take_role_and_content(i, message, given)
+        role = self.roles.find(name)
+        if role is None and name.lower() in CALL_ROLES:
+            if message.get("tool_calls"):
+                raise DataError(f"message {i} has the role '{name}' and 'tool_calls' too. Remove one of them")
+            message["tool_calls"] = calls_in_text(content, i)
             role, content = "assistant", ""
+        if role is None:
+            raise unknown_role(i, name, [one.get(self.role_key) for one in all_given if isinstance(one, dict)])
+        self._take_thoughts(i, message)
+        _require_own_place(i, message, role)
+        if role == "user":
+            self._require_no_placeholder(i, content)
         if "tool_calls" in message:
-            message["tool_calls"] = _call_list(message["tool_calls"], i)
-        return {"role": self.roles.get(role, role), "content": content, **message}, is_trained
+            message["tool_calls"] = call_list(message["tool_calls"], i, self._leaves_out)
+        return {"role": role, "content": content, **message}, is_trained
 
-    def _role_and_content(self, i: int, message: dict[str, Any], given: Any) -> tuple[str, str]:
+    def _take_flag(self, i: int, message: dict[str, Any]) -> bool | None:
+        """Take the keys out of a message that say whether it is trained on, and return what they say."""
+        is_trained = read_flag(self.flags, message, f"message {i}")
+        if is_trained is False and self.trains_all:
+            raise DataError(
+                f"message {i} says that it is not trained on, and the recipe's train_on_inputs that all is. Remove one"
+            )
+        for name in self.flags:
+            message.pop(name, None)
+        return is_trained
+
+    def _take_calls(self, i: int, message: dict[str, Any]) -> None:
+        """Bring keys under other names to the template's: mapped ones, and OpenAI's older `function_call`."""
+        for given, key in self.mapped:
+            if given in message:
+                if key in message:
+                    raise DataError(f"message {i} has '{key}', and '{given}' that is mapped to it. Remove one")
+                message[key] = message.pop(given)
+        if "function_call" in message:
+            call = message.pop("function_call")
+            if message.get("tool_calls"):
+                raise DataError(f"message {i} has 'function_call' and 'tool_calls'. Remove one of them")
+            if call:
+                message["tool_calls"] = calls_of_function_call(call, i)
+        if message.get("tool_calls") in ([], ""):
+            del message["tool_calls"]
+
+    def _take_role_and_content(self, i: int, message: dict[str, Any], given: Any) -> tuple[str, str]:
         """Take role and text out of a message; a content in pieces is joined. Raises DataError if one is missing."""
         role, content = message.pop(self.role_key, None), message.pop(self.content_key, None)
         if content is None and message.get("tool_calls"):
             content = ""
         if isinstance(content, list):
-            content = _joined(content, message, i)
+            content = _joined(self._known_pieces(content, i), message, i)
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(
                 f"message {i} of column '{self.column}' must have text in '{self.role_key}' and '{self.content_key}'; "
                 f"it is {given!r:.150}{_other_names(given)}"
             )
+        for key, read in (("role", self.role_key), ("content", self.content_key)):
+            if key in message:
+                raise DataError(
+                    f"message {i} has '{key}' beside '{read}', which message_property_mappings reads. Remove one, or "
+                    f"write `unused_columns: [{key}]`"
+                )
         return role, content
 
-    def _is_trained(self, i: int, message: dict[str, Any]) -> bool | None:
-        """Take the key out of a message that says whether it is trained on; None if it has none."""
-        keys = (self.training_key,) if self.training_key is not None else TRAINING_KEYS
-        for key in keys:
-            if key in message:
-                value = message.pop(key)
-                if value not in (0, 1):
-                    raise DataError(f"message {i}: '{key}' is {value!r:.60}, but must be true or false (1 or 0)")
-                return bool(value)
-        return None
+    def _leaves_out(self, name: str) -> bool:
+        return self.ignores_all or name in self.left_out
 
-    def _tools(self, cell: Any) -> list[Any] | None:
-        if isinstance(cell, str):
-            cell = _parsed(cell, f"column '{self.tools_column}'") if cell.strip() else None
-        if cell is not None and not isinstance(cell, list):
-            raise DataError(f"column '{self.tools_column}' holds {kind_of(cell)}, but must be a list of tools")
-        tools = [without_nulls(tool) for tool in cell or ()]
-        return [
-            {"type": "function", "function": tool} if isinstance(tool, dict) and "function" not in tool else tool
-            for tool in tools
-        ] or None
+    def _known_pieces(self, pieces: list[Any], i: int) -> list[Any]:
+        """Return the pieces of a content. Raises DataError for one of text that says more than its text."""
+        for piece in pieces:
+            if isinstance(piece, dict) and piece.get("type") in TEXT_PIECES:
+                cells = {key: value for key, value in piece.items() if not self._leaves_out(key)}
+                require_inert(cells, _PIECE_KEYS, f"a part of the content of message {i}")
+        return pieces
+
+    def _take_thoughts(self, i: int, message: dict[str, Any]) -> None:
+        """Bring the thought under the template's name for it. Raises DataError if there are several unequal ones."""
+        found = {name: message.pop(name) for name in THOUGHTS if name in message}
+        if not found:
+            return
+        thought = next((value for value in found.values() if value != ""), "")
+        for name, value in found.items():
+            if not isinstance(value, str):
+                raise DataError(f"message {i}: '{name}' is {value!r:.60}, but a thought must be text")
+            if value not in ("", thought):
+                raise DataError(f"message {i} has unequal thoughts: {', '.join(found)}. Leave one")
+        message[THOUGHTS[0]] = thought
+
+    def _require_no_placeholder(self, i: int, content: str) -> None:
+        found = find_placeholder(content)
+        if found is not None and not self._leaves_out(found):
+            raise DataError(placeholder_message(f"message {i}", found))
+
+    def _put_system_text(self, row: Row, messages: Messages, trained: list[bool]) -> None:
+        """Put the row's system text before its messages, unless they begin with it."""
+        text = row[self.system_column or ""]
+        if not isinstance(text, str):
+            raise DataError(f"column '{self.system_column}' holds {kind_of(text)}, but must be the system text")
+        if not text.strip():
+            return
+        if messages and messages[0]["role"] in ("system", "developer"):
+            own = messages[0]["content"]
+            if own.strip() != text.strip():
+                raise DataError(
+                    f"column '{self.system_column}' says {text!r:.60}, and the messages begin with another system "
+                    f"text: {own!r:.60}. Remove one, or write `unused_columns: [{self.system_column}]`"
+                )
+            return
+        messages.insert(0, {"role": "system", "content": text})
+        trained.insert(0, "system" in self.roles_to_train)
+
+    def _tools(self, row: Row) -> list[Any] | None:
+        tools = tool_list(row.get(self.tools_column), self.tools_column) if self.tools_column is not None else None
+        name = self.functions_column
+        if name is None or name == self.column or not row.get(name):
+            return tools
+        functions = tool_list(row[name], name)
+        if tools is not None and functions is not None and tools != functions:
+            raise DataError(
+                f"columns '{self.tools_column}' and '{name}' hold different tools. Remove one, or write "
+                f"`unused_columns: [{name}]`"
+            )
+        return tools or functions
+
+
+def _message_list(cell: Any, column: str) -> list[Any]:
+    if not isinstance(cell, list) or not cell:
+        raise DataError(f"column '{column}' holds {kind_of(cell)}, but must be a list of messages")
+    return cell
+
+
+def _require_own_place(turn: int, message: dict[str, Any], role: str) -> None:
+    """Raise DataError for a thought or a call of someone who is not the model: a template does not write it."""
+    if role not in ("system", "developer", "user", "tool"):
+        return
+    for key in (THOUGHTS[0], "tool_calls"):
+        if message.get(key):
+            raise DataError(
+                f"message {turn} of the role '{role}' has '{key}', which only answers have: it would be left out. "
+                f"Remove it, or write `unused_columns: [{key}]`"
+            )
 
 
 def _other_names(given: Any) -> str:
@@ -145,9 +293,12 @@ def _joined(pieces: list[Any], message: dict[str, Any], turn: int) -> str:
         if kind == "text":
             texts.append(value)
         elif kind == "tool_call":
-            calls += _tool_calls(value, turn)
+            calls += calls_in_text(value, turn)
         else:
             thoughts.append(value)
+    for key, values in (("reasoning_content", thoughts), ("tool_calls", calls)):
+        if values and message.get(key):
+            raise DataError(f"message {turn} has '{key}' both as a key and among the pieces of its content. Remove one")
     if thoughts:
         message["reasoning_content"] = "".join(thoughts)
     if calls:
@@ -157,51 +308,13 @@ def _joined(pieces: list[Any], message: dict[str, Any], turn: int) -> str:
 
 def _kind_and_text(piece: Any, turn: int) -> tuple[str, str]:
     """Return type and text of a piece of a content. Raises DataError if it is no text, such as an image."""
-    if isinstance(piece, dict):
-        value = piece.get("text") or piece.get("value") or piece.get("content") or ""
-        if piece.get("type") in ("text", "reasoning", "thinking", "tool_call") and isinstance(value, str):
-            return piece["type"], value
+    if isinstance(piece, str):
+        return "text", piece
+    kind = piece.get("type") if isinstance(piece, dict) else None
+    if kind in TEXT_PIECES:
+        named = [piece[key] for key in ("text", "value", "content", "thinking", "reasoning") if piece.get(key)]
+        if len(named) <= 1 and all(isinstance(value, str) for value in named):
+            return kind, "".join(named)
+    if isinstance(kind, str) and is_media(kind.removeprefix("input_")):
+        raise DataError(f"message {turn}: a part of its content is of the type '{kind}', and {NOT_YET}: {piece!r:.100}")
     raise DataError(f"message {turn}: this part of its content is not text: {piece!r:.150}")
-
-
-def _tool_calls(text: str, turn: int) -> list[Any]:
-    calls = _parsed(text, f"message {turn}, a tool call,")
-    return calls if isinstance(calls, list) else [calls]
-
-
-def _call_list(calls: Any, turn: int) -> list[dict[str, Any]]:
-    if not isinstance(calls, list):
-        raise DataError(f"message {turn}: 'tool_calls' is {calls!r:.60}, but must be a list of calls")
-    return [_tool_call(call, turn) for call in calls]
-
-
-def _tool_call(call: Any, turn: int) -> dict[str, Any]:
-    """{"type": "function", "function": {"name", "arguments"}}, the arguments being values: a template writes them as
-    JSON, and a text would become a text within a text."""
-    function = call.get("function", call) if isinstance(call, dict) else {}
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"message {turn}: a tool call must have a 'name'; it is {call!r:.150}")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments, f"message {turn}: the arguments of '{function['name']}'")
-    outer = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
-    inner = {key: value for key, value in function.items() if key not in ("type", "id")}
-    return {"type": "function", **outer, "function": {**inner, "arguments": arguments}}
-
-
-def _parsed(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{what} is not JSON ({error}): {text!r:.80}") from None
-
-
-def without_nulls(value: Any) -> Any:
-    """Remove the null keys that a table adds to a row: it gives every block the keys of all blocks."""
-    if isinstance(value, dict):
-        return {
-            key: inner if isinstance(inner, str) else without_nulls(inner)
-            for key, inner in value.items()
-            if inner is not None
-        }
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -7,14 +7,15 @@ import numpy as np
 
 from finetuner.data.formats.base import cell_of
 from finetuner.data.token_store import IGNORE_INDEX, Document
+from finetuner.data.unused_columns import ColumnCheck
 from finetuner.errors import DataError
 
 
-def read_tokens(row: Mapping[str, Any], vocab_size: int) -> Document:
+def read_tokens(row: Mapping[str, Any], vocab_size: int, check: ColumnCheck) -> Document:
     """Return (ids, labels) of a row with the columns `input_ids` and `labels`.
 
     Padding, where the column `attention_mask` is 0, is left out. Raises DataError if a cell is no list of token ids of
-    this vocabulary, or the columns differ in length.
+    this vocabulary, the columns differ in length, or `check` finds a column that says more.
     """
     columns = []
     for name in ("input_ids", "labels"):
@@ -24,6 +25,11 @@ def read_tokens(row: Mapping[str, Any], vocab_size: int) -> Document:
         except (TypeError, ValueError, OverflowError):
             raise DataError(f"column '{name}' must be a list of token ids; it is {cell!r:.60}") from None
     ids, labels = columns
+    if row.get("position_ids") is not None and list(row["position_ids"]) == list(range(len(ids))):
+        row = {name: value for name, value in row.items() if name != "position_ids"}  # they are counted anyway
+    check.find_ignored(row, None)
+    if not check.is_trained(row):
+        labels = np.full_like(labels, IGNORE_INDEX)
     cell = row.get("attention_mask")
     mask = np.ones(len(ids), dtype=bool) if cell is None else np.array(cell, dtype=bool)
     if not len(ids) == len(labels) == len(mask):

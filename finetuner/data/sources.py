@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from finetuner.data.column_advice import column_advice
 from finetuner.data.fetch import fetch, is_address
 from finetuner.data.row_files import RawRecord, Row, RowFile
 from finetuner.data.source_files import (
@@ -247,7 +248,7 @@ def require_columns(entry: DatasetEntry, columns: list[str]) -> None:
         needs = "rows without a `type` need" if entry.type is None else f"{kind} needs"
         raise DataError(
             f"'{entry.path}' has no column '{missing[0]}', which {needs}.\n"
-            f"Its columns are: {', '.join(columns)}.\n{entry.column_advice}, or choose the `type` that fits."
+            f"Its columns are: {', '.join(columns)}.\n{column_advice(entry, columns)}"
         )
 
 

@@ -31,8 +31,10 @@ def _keys_of_their_type(values: Values) -> Iterator[Finding]:
     for key, i, entry in _entries(values):
         for name in sorted(entry.model_fields_set & set(KEYS_OF_TYPE)):
             default = type(entry).model_fields[name].default
-            if entry.type != KEYS_OF_TYPE[name] and dict(entry)[name] != default:
-                yield Finding((key, i, name), f"{name} is for `type: {KEYS_OF_TYPE[name]}`. Remove it.")
+            types = KEYS_OF_TYPE[name]
+            if entry.type not in types and dict(entry)[name] != default:
+                listed = " and ".join(f"`type: {one}`" for one in types)
+                yield Finding((key, i, name), f"{name} is for {listed}. Remove it.")
 
 
 def _names_are_the_hubs(values: Values) -> Iterator[Finding]:
@@ -97,12 +99,36 @@ def _placeholders_of_a_format(values: Values) -> Iterator[Finding]:
                 yield Finding((key, i, "type", name), message)
 
 
+def _each_column_once(values: Values) -> Iterator[Finding]:
+    for key, i, entry in _entries(values):
+        form = entry.type
+        if not isinstance(form, InstructionFormat):
+            continue
+        names = ("field_output", "field_instruction", "field_input", "field_system")
+        columns: dict[str, str] = {}
+        for name in names:
+            column, default = dict(form)[name], InstructionFormat.model_fields[name].default
+            if column not in columns:
+                columns[column] = name
+            elif column != default or name in names[:2]:
+                message = f"the column '{column}' is {columns[column]} already, so its text would stand there twice."
+                yield Finding((key, i, "type", name), message, ((key, i, "type", columns[column]),))
+
+
+def _unused_columns_that_are_not_needed(values: Values) -> Iterator[Finding]:
+    for key, i, entry in _entries(values):
+        for name in entry.unused_names:
+            if name in entry.required_columns:
+                message = f"the column '{name}' is what the rows are read from. Take it out of unused_columns."
+                yield Finding((key, i, "unused_columns"), message)
+
+
 def _one_chat_template(values: Values) -> Iterator[Finding]:
     """A trained model answers in one form, and its tokenizer is saved with one template: all datasets must agree."""
     default = values["chat_template"], values["chat_template_jinja"]
     first: tuple[tuple[str | None, str | None], tuple[str | int, ...]] | None = None
     for key, i, entry in _entries(values):
-        if entry.type != "chat_template":
+        if entry.type != "chat_template" and not (entry.type == "prompt_completion" and entry.chat_keys_set):
             continue
         named = entry.chat_template is not None or entry.chat_template_jinja is not None
         chosen = (entry.chat_template, entry.chat_template_jinja) if named else default
@@ -170,6 +196,8 @@ RULES: tuple[Rule, ...] = (
     (_SOURCES, _shards_that_exist),
     ((*_SOURCES, "mix_by"), _weights_of_all_or_none),
     (_SOURCES, _placeholders_of_a_format),
+    (_SOURCES, _each_column_once),
+    (_SOURCES, _unused_columns_that_are_not_needed),
     ((*_SOURCES, "chat_template", "chat_template_jinja"), _one_chat_template),
     ((*_SOURCES, "chat_template"), _a_template_of_that_name),
     ((*_SOURCES, "chat_template", "chat_template_jinja"), _template_and_its_text),

@@ -30,23 +30,29 @@ class RowTypeFacts:
     is_plain_text: bool = False
 
 
+# Keys of an entry about how a conversation is read and rendered.
+_CHAT_KEYS = (
+    "field_tools", "field_system", "message_property_mappings", "message_field_training", "roles", "roles_to_train",
+    "train_on_eos", "train_on_eot", "chat_template", "chat_template_jinja",
+)  # fmt: skip
 ROW_TYPES: dict[str, RowTypeFacts] = {
     "alpaca": RowTypeFacts("instruction, input (may be missing), output", ("instruction", "output")),
     "completion": RowTypeFacts("plain text", column_key="field", keys=("field",), is_plain_text=True),
     "chat_template": RowTypeFacts(
         "a list of messages",
         column_key="field_messages",
-        keys=(
-            "field_messages", "field_tools", "message_property_mappings", "message_field_training", "roles",
-            "roles_to_train", "train_on_eos", "train_on_eot", "chat_template", "chat_template_jinja",
-        ),
+        keys=("field_messages", *_CHAT_KEYS),
     ),
     "input_output": RowTypeFacts("segments of text with a label", ("segments",)),
-    "prompt_completion": RowTypeFacts("two texts", ("prompt", "completion")),
-}  # fmt: skip
+    "prompt_completion": RowTypeFacts("two texts, or two lists of messages", ("prompt", "completion"), keys=_CHAT_KEYS),
+}
 assert tuple(ROW_TYPES) == get_args(TypeName)
-# key of an entry -> the `type` that reads it; with any other it would have no effect
-KEYS_OF_TYPE: dict[str, str] = {key: name for name, row_type in ROW_TYPES.items() for key in row_type.keys}
+# key of an entry -> the types that read it; with any other it would have no effect
+KEYS_OF_TYPE: dict[str, tuple[str, ...]] = {
+    key: tuple(name for name, other in ROW_TYPES.items() if key in other.keys)
+    for row_type in ROW_TYPES.values()
+    for key in row_type.keys
+}
 
 # Chat templates that come with finetuner, by name; their texts are in data/chat_templates.py.
 CHAT_TEMPLATES = (
@@ -71,12 +77,25 @@ class InstructionFormat(Section):
     format: str = Field("{instruction} {input} ", description="The prompt of a row that has an input.")
     no_input_format: str = Field("{instruction} ", description="The prompt of a row that has none.")
 
+    @property
+    def input_column(self) -> str | None:
+        """Column of the input; None if the default name of it is the instruction's or the answer's column."""
+        return None if self.field_input in (self.field_instruction, self.field_output) else self.field_input
+
+    @property
+    def system_column(self) -> str | None:
+        """Column of the system text; None if the default name of it is another text's column."""
+        others = (self.field_instruction, self.field_input, self.field_output)
+        return None if self.field_system in others else self.field_system
+
 
 class MessageProperties(Section):
     """Names of the keys of a message."""
 
     role: str = Field("role", min_length=1, description="Who speaks.")
     content: str = Field("content", min_length=1, description="What is said.")
+    reasoning_content: str | None = Field(None, min_length=1, description="What was thought before it.")
+    tool_calls: str | None = Field(None, min_length=1, description="The tools that are called.")
 
 
 def _is_block(value: Any) -> str:
@@ -124,12 +143,19 @@ class DatasetEntry(Section):
     field_tools: str = Field(
         "tools", min_length=1, description="Column that holds the tools a chat_template row may call; may be missing."
     )
+    field_system: str = Field(
+        "system",
+        min_length=1,
+        description="Column that holds the system text of a chat_template row, to put before its messages; may be "
+        "missing.",
+    )
     message_property_mappings: MessageProperties = Field(
-        MessageProperties(), description="Names of the keys of a message, where they are not role and content."
+        MessageProperties(), description="Names of the keys of a message, where they are not the usual ones."
     )
     message_field_training: str | None = Field(
         None,
-        description="Key of a message that says whether it is trained on (true, false, 1 or 0), whatever its role.",
+        description="Key of a message that says whether it is trained on (true, false, 1 or 0), whatever its role; "
+        "beside train, weight, loss, loss_mask, loss_weight and trainable, which are read in any case.",
     )
     roles: Roles = Field({}, description="Role of the chat template -> names that the rows give it.")
     roles_to_train: Names = Field(("assistant",), description="Roles whose messages are trained on.")
@@ -139,6 +165,12 @@ class DatasetEntry(Section):
     )
     train_on_eot: Ends | None = Field(
         None, description="The same for turns that end with another token than end-of-text; default: as train_on_eos."
+    )
+    unused_columns: Literal["refuse", "ignore"] | Names = Field(
+        "refuse",
+        description="What happens to columns of a row and keys of its messages that its type does not use, unless they "
+        "are plainly inert, such as ids and dates. refuse: an error. ignore: they are left out. A list: those "
+        "of these names are left out.",
     )
     chat_template: str | None = Field(None, description="As the recipe's chat_template, which it stands above.")
     chat_template_jinja: str | None = Field(None, description="As the recipe's chat_template_jinja.")
@@ -163,6 +195,17 @@ class DatasetEntry(Section):
         row_type = ROW_TYPES[self.type]
         named = (dict(self)[row_type.column_key],) if row_type.column_key is not None else ()
         return (*named, *row_type.columns)
+
+    @property
+    def chat_keys_set(self) -> tuple[str, ...]:
+        """Keys of this entry about conversations that have another value than the default."""
+        values, fields = dict(self), type(self).model_fields
+        return tuple(key for key in _CHAT_KEYS if values[key] != fields[key].default)
+
+    @property
+    def unused_names(self) -> tuple[str, ...]:
+        """Columns and keys that the recipe leaves out by name."""
+        return () if isinstance(self.unused_columns, str) else self.unused_columns
 
     @property
     def column_advice(self) -> str:
