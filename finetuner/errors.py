@@ -4,6 +4,8 @@
     ├── RecipeError       the YAML says something it cannot mean          exit 2
     ├── PlanError         the recipe does not fit this machine            exit 2
     ├── DataError         a dataset or one of its rows cannot be used     exit 2
+    │   ├── RowEncodingError      a row in another encoding, as all of its file may be
+    │   ├── RowFileError          a file that is laid out, packed or encoded in a way that rows are not
     │   └── LostConnectionError   a server cannot be reached any more: try later  exit 75
     ├── ModelError        a model, tokenizer or adapter cannot be used    exit 2
     ├── CheckpointError   a checkpoint or output folder cannot be used    exit 2
@@ -35,6 +37,17 @@ class PlanError(FinetunerError):
 
 class DataError(FinetunerError):
     """A dataset is missing, empty, or holds a row that cannot become tokens."""
+
+
+class RowEncodingError(DataError):
+    """A row is not UTF-8, and reads as a text in another encoding: the file is to be rewritten, not the row skipped."""
+
+
+class RowFileError(DataError):
+    """A file of rows is laid out, packed or encoded in a way that rows are not.
+
+    Raised even where bad rows are skipped: the rows that would be lost are not even counted.
+    """
 
 
 class LostConnectionError(DataError):

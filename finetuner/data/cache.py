@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetuner.data.fetch import fetch, is_address
+from finetuner.data.folder_files import CARD
 from finetuner.data.packing import Packs
 from finetuner.data.prepare import prepare_documents
 from finetuner.data.prepared_data import PreparedData, SourceShare, pack_documents, require_few_dropped
 from finetuner.data.row_counts import RowCounts
+from finetuner.data.source_files import files_on_disk, is_saved_to_disk, split_names
 from finetuner.data.sources import TableSource, load_source
 from finetuner.data.token_store_writer import map_store, store_facts
 from finetuner.errors import DataError
@@ -205,8 +207,9 @@ def source_facts(entry: DatasetEntry, section: DataSection) -> Any:
     path = Path(entry.path).expanduser()
     if path.is_file():
         return _file_digest(path, memo)
-    if path.is_dir():
-        return [[str(p.relative_to(path)), _file_digest(p, memo)] for p in _files_at(path)]
+    files = _files_on_disk(entry)
+    if files:
+        return [[str(p.relative_to(path) if path.is_dir() else p), _file_digest(p, memo)] for p in files]
     if is_address(entry.path):
         return [_file_digest(file, memo) for file in fetch(entry.path, memo.with_name("fetched"))]
     source = load_source(entry, memo.with_name("fetched"))
@@ -215,17 +218,22 @@ def source_facts(entry: DatasetEntry, section: DataSection) -> Any:
     return [[file.name, file.stat().st_size] for file in files] + [str(file.parent) for file in files]
 
 
-def _files_at(path: Path) -> list[Path]:
-    """Sorted paths of the file, or of those in the folder at any depth; none if this path is not on this disk."""
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return [path] if path.is_file() else []
+def _files_on_disk(entry: DatasetEntry) -> list[Path]:
+    """Return the files of an entry on this disk: those that it is read from, and the card that chooses them."""
+    path = Path(entry.path).expanduser()
+    if is_saved_to_disk(path):
+        return sorted(p for p in path.rglob("*") if p.is_file())
+    found = files_on_disk(entry)
+    if found is None:
+        return []
+    files = [file for name in split_names(entry) for file in found.splits.get(name, ())]
+    return [*files, *(card for card in [path / CARD] if card.is_file())]
 
 
 def _stamps(section: DataSection) -> list[Any]:
     """Stamps of all data files on this disk, which change with every write to one of them."""
     entries = (*section.datasets, *section.test_datasets)
-    return [_stamp(file) for entry in entries for file in _files_at(Path(entry.path).expanduser())]
+    return [_stamp(file) for entry in entries for file in _files_on_disk(entry)]
 
 
 def _stamp(path: Path) -> list[Any]:

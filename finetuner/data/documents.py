@@ -12,7 +12,7 @@ from finetuner.data.row_files import Row
 from finetuner.data.sources import SourceRow
 from finetuner.data.token_store import IGNORE_INDEX, Document
 from finetuner.data.unused_columns import ColumnCheck
-from finetuner.errors import DataError
+from finetuner.errors import DataError, RowEncodingError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 
 if TYPE_CHECKING:
@@ -136,10 +136,10 @@ class DocumentMaker:
             return read_tokens(placed.row, self.vocab_size, self.columns)
         except DataError as error:
             if self.section.on_bad_row == "raise":
-                raise DataError(
-                    f"{placed.file}: row {placed.number}: {error}.\n"
-                    "`on_bad_row: skip` leaves such rows out and lists them."
-                ) from None
+                advice = "\n`on_bad_row: skip` leaves such rows out and lists them."
+                if isinstance(error, RowEncodingError):  # to skip them is to lose every row with an accent
+                    advice = ""
+                raise DataError(f"{placed.file}: row {placed.number}: {error}.{advice}") from None
             outcomes.append(Outcome(placed.file, placed.number, BAD, 0, str(error)))
             return None
 

@@ -1,246 +1,116 @@
-"""Read files of JSON lines, JSON lists, CSV and text row by row.
+"""Read files of JSON, CSV and text row by row.
 
 Each row is parsed by itself, so a broken one spoils no other row, changes no other row's types, and is reported by its
 line. `records` only splits the file into rows and `parse` reads one, so rows can be counted or skipped without the cost
 of parsing. A file is never held in memory, except for a text that is one row.
 """
 
-import csv
-import gzip
-import io
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal
 
-from finetuner.errors import DataError
+from finetuner.data.csv_rows import csv_records, csv_row
+from finetuner.data.file_heads import HEAD_BYTES, require_rows
+from finetuner.data.json_rows import MessageLists, json_records, json_row
+from finetuner.data.raw_records import BOM, READ_BYTES, RawRecord, decode_line, decode_utf8
+from finetuner.data.unpacking import is_zip, open_unpacked, open_zip_member, packing_errors, zip_members
+from finetuner.errors import RowFileError
+from finetuner.recipe.rules import data_suffix
 
 Row = Mapping[str, Any]
 FileKind = Literal["json", "csv", "text", "document"]  # text: a row for each line; document: one row for the file
 Opener = Callable[[], IO[bytes]]
 
-GZIP = b"\x1f\x8b"
-BOM = b"\xef\xbb\xbf"
-READ_BYTES = 1 << 20
-_MAX_CELL_CHARACTERS = (1 << 31) - 1  # csv refuses cells above 128 KiB unless told otherwise
-
-
-class RawRecord(NamedTuple):
-    """One row as it is split off its file.
-
-    `line`: from 1; 0 in a JSON list. `value`: bytes of a line or file, (names, cells) of CSV, or an element of a JSON
-    list. `escaped`: the value may hold an unpaired surrogate, since the file spells one.
-    """
-
-    line: int
-    value: Any
-    escaped: bool = False
+_ANY_LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
 @dataclass(frozen=True)
 class RowFile:
-    """One file of rows. `open_bytes` opens it from its start each time, decompressed if it is gzip."""
+    """One file of rows.
+
+    `open_bytes` opens it from its start each time, unpacked. `messages`: which lists of JSON are one conversation and
+    not a list of rows; None: none is.
+    """
 
     name: str
     kind: FileKind
     open_bytes: Opener
+    messages: MessageLists | None = None
 
     def records(self) -> Iterator[RawRecord]:
-        """Yield every row, unparsed. Raises DataError where the rows that follow cannot be told apart."""
+        """Yield every row, unparsed. Raises RowFileError where the rows that follow cannot be told apart."""
+        try:
+            with packing_errors():
+                yield from self._records()
+        except RowFileError as error:
+            raise self._named(error) from error
+
+    def _records(self) -> Iterator[RawRecord]:
         with self.open_bytes() as file:
+            head: bytes = file.peek(READ_BYTES)  # type: ignore[attr-defined]
+            require_rows(head[:HEAD_BYTES], may_be_page=self.kind in ("text", "document"))
             if self.kind == "csv":
-                yield from _csv_records(file)
+                yield from csv_records(file, tabs=data_suffix(self.name) == ".tsv")
             elif self.kind == "document":
                 yield RawRecord(1, file.read().removeprefix(BOM))
-            elif self.kind == "json" and _is_json_list(file):
-                yield from _list_records(file)
+            elif self.kind == "json":
+                yield from json_records(file, _lines(file, head), self.messages)
             else:
-                yield from _lines(file, blank=self.kind == "text")
+                for number, line in enumerate(_lines(file, head), 1):
+                    yield RawRecord(number, line.removeprefix(BOM) if number == 1 else line)
 
     def parse(self, record: RawRecord) -> Row:
-        """Return the row of a record. Raises DataError if it is broken."""
+        """Return the row of a record. Raises DataError if it is broken, RowFileError if it holds several rows."""
         if self.kind == "csv":
-            return _csv_row(record)
+            return csv_row(record)
         if self.kind == "text":
-            return {"text": _decode_line(record)}
+            return {"text": decode_line(record)}
         if self.kind == "document":
-            return {"text": _decode_utf8(record)}
-        return _json_row(record)
+            return {"text": decode_utf8(record)}
+        try:
+            return json_row(record, self.messages)
+        except RowFileError as error:
+            raise self._named(error) from None
 
     def count(self) -> int:
         """Rows of the file, broken ones included."""
         return sum(1 for _ in self.records())
 
-
-def local_file(path: Path, kind: FileKind) -> RowFile:
-    """Return the RowFile of a file on this disk, which may be gzipped."""
-
-    def open_bytes() -> IO[bytes]:
-        with path.open("rb") as file:
-            is_gzip = file.read(2) == GZIP
-        return gzip.open(path) if is_gzip else path.open("rb", buffering=READ_BYTES)  # type: ignore[return-value]
-
-    return RowFile(str(path), kind, open_bytes)
+    def _named(self, error: RowFileError) -> RowFileError:
+        return RowFileError(f"{self.name}: {error}.")
 
 
-def _is_json_list(file: IO[bytes]) -> bool:
-    """Return whether the first character opens a list, without consuming it: the file may be a connection."""
-    head: bytes = file.peek(4096)  # type: ignore[attr-defined]
-    return head.removeprefix(BOM).lstrip().startswith(b"[")
+def local_file(path: Path, kind: FileKind, messages: MessageLists | None = None) -> RowFile:
+    """Return the RowFile of a file on this disk, which may be packed, but not a zip archive."""
+    return RowFile(str(path), kind, partial(open_unpacked, path), messages)
 
 
-def _lines(file: IO[bytes], *, blank: bool) -> Iterator[RawRecord]:
-    """Yield the lines of a file; blank ones only if `blank`."""
-    for number, line in enumerate(file, 1):
-        if number == 1:
-            line = line.removeprefix(BOM)
-        if blank or not line.isspace():
-            yield RawRecord(number, line)
-
-
-def _decode_line(record: RawRecord) -> str:
-    """Return the text of a line, without its line break."""
-    return _decode_utf8(record).rstrip("\r\n")
-
-
-def _decode_utf8(record: RawRecord) -> str:
-    try:
-        text: str = record.value.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = record.value[error.start]
-        raise DataError(f"line {record.line} is not UTF-8 text: byte 0x{byte:02x} at {error.start}") from None
-    return text
-
-
-def _json_row(record: RawRecord) -> Row:
-    value, escaped = record.value, record.escaped
-    if isinstance(value, bytes):
-        text = _decode_line(record)
-        if text.strip() == "{":
-            raise DataError(
-                f"line {record.line} begins an object that goes over several lines. Rows are objects of one line each, "
-                "or the elements of one list: [...]"
-            )
-        try:
-            value = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"line {record.line} is broken JSON: {_json_error_text(error)}") from None
-        escaped = _spells_surrogates(text)
-    where = f"line {record.line}" if record.line else "it"
-    if escaped:
-        _require_no_surrogates(value, where)
-    if not isinstance(value, dict):
-        raise DataError(f"{where} holds {type(value).__name__} {value!r:.60}, but must be an object: {{...}}")
-    return value
-
-
-def _json_error_text(error: json.JSONDecodeError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return "brackets nested too deep"
-    return f"{error.msg[:1].lower()}{error.msg[1:]} at character {error.colno}"
-
-
-def _spells_surrogates(text: str) -> bool:
-    return "\\ud" in text or "\\uD" in text
-
-
-def _require_no_surrogates(value: Any, where: str) -> None:
-    """Raise DataError if a text of the value has an unpaired surrogate: JSON can spell it (\\ud800), UTF-8 cannot."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = ord(error.object[error.start])
-        raise DataError(f"{where} has half a character, \\u{half:04x}, which is not text") from None
-
-
-def _list_records(file: IO[bytes]) -> Iterator[RawRecord]:
-    """Yield the elements of one JSON list, decoded as they are read."""
-    with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
-        yield from _elements(text)
-
-
-def _elements(text: io.TextIOWrapper) -> Iterator[RawRecord]:
-    decoder = json.JSONDecoder()
-    buffer, ended, count = _read_more(text, READ_BYTES, 0).lstrip(), False, 0
-    at = 1  # after the bracket
-    while True:
-        at = _skip_blanks(buffer, at)
-        if buffer[at : at + 1] == "]":
-            return
-        if count and buffer[at : at + 1] == ",":
-            at = _skip_blanks(buffer, at + 1)
-        try:
-            value, stop = decoder.raw_decode(buffer, at)
-            rest = _skip_blanks(buffer, stop)
-            if rest == len(buffer) or buffer[rest] not in ",]":  # 12 may be the start of 123
-                raise json.JSONDecodeError("Expecting ',' or ']'", buffer, rest)
-        except json.JSONDecodeError as error:
-            # An element that reaches the end of the buffer is broken only if the file ends there too.
-            cut_off = error.pos >= len(buffer) - 16 or error.msg.startswith("Unterminated string")
-            if ended or not cut_off:
-                raise _broken_list(error, count) from None
-            more = _read_more(text, max(READ_BYTES, len(buffer) - at), count)
-            buffer, at, ended = buffer[at:] + more, 0, not more
-            continue
-        except RecursionError:
-            raise DataError(f"row {count} is broken JSON: brackets nested too deep") from None
-        yield RawRecord(0, value, _spells_surrogates(buffer[at:stop]))
-        count += 1
-        at = rest
-
-
-def _broken_list(error: json.JSONDecodeError, count: int) -> DataError:
-    near = error.doc[max(0, error.pos - 20) : error.pos + 20]
-    return DataError(
-        f"row {count} is broken JSON: {error.msg[:1].lower()}{error.msg[1:]} near {near!r}.\n"
-        "The rows of a list cannot be told apart after that. Fix it, or write one object a line (JSON lines)"
+def local_files(path: Path, kind: FileKind, messages: MessageLists | None = None) -> tuple[RowFile, ...]:
+    """Return the RowFile of a file on this disk, or those of a zip archive."""
+    if not is_zip(path):
+        return (local_file(path, kind, messages),)
+    return tuple(
+        RowFile(f"{path}/{name}", kind, partial(open_zip_member, path, name), messages) for name in zip_members(path)
     )
 
 
-def _read_more(text: io.TextIOWrapper, size: int, count: int) -> str:
-    try:
-        return text.read(size)
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise DataError(f"in or after row {count}, the file is not UTF-8 text: byte 0x{byte:02x}") from None
+def _lines(file: IO[bytes], head: bytes) -> Iterator[bytes]:
+    r"""Return the lines of a file; those of old Macs end with \r alone. `head`: its first bytes."""
+    if b"\n" in head or b"\r" not in head[:-1]:
+        return iter(file)
+    return _carriage_return_lines(file)
 
 
-_BLANKS = re.compile(r"[ \t\r\n]*")
-
-
-def _skip_blanks(text: str, at: int) -> int:
-    match = _BLANKS.match(text, at)
-    return match.end() if match else at
-
-
-def _csv_records(file: IO[bytes]) -> Iterator[RawRecord]:
-    """Yield (names of the first line, cells) for each further row; a quoted cell may contain line breaks."""
-    csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    # Bytes that are not UTF-8 become unpaired surrogates, so that only their own row is refused, in _csv_row.
-    with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        reader = csv.reader(lines)
-        try:
-            names = next(reader, None)
-            yield from (RawRecord(reader.line_num, (names, cells)) for cells in reader if cells)
-        except csv.Error as error:
-            raise DataError(f"line {reader.line_num} is no CSV: {error}") from None
-
-
-def _csv_row(record: RawRecord) -> Row:
-    names, cells = record.value
-    if len(cells) != len(names):
-        raise DataError(
-            f"line {record.line} has {len(cells)} fields, and the first line {len(names)} names. "
-            "Quote the texts with commas"
-        )
-    row = dict(zip(names, cells, strict=True))
-    for name, text in row.items():
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                byte = ord(text[error.start]) & 0xFF
-                raise DataError(f"line {record.line} is not UTF-8 text: byte 0x{byte:02x} in column '{name}'") from None
-    return row
+def _carriage_return_lines(file: IO[bytes]) -> Iterator[bytes]:
+    rest = b""
+    while chunk := file.read(READ_BYTES):
+        chunk = rest + chunk
+        held = chunk.endswith(b"\r")  # perhaps of \r\n
+        *lines, rest = _ANY_LINE_END.split(chunk[:-1] if held else chunk)
+        rest += b"\r" * held
+        yield from (line + b"\n" for line in lines)
+    if rest:
+        yield rest.removesuffix(b"\r")

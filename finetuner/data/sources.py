@@ -5,6 +5,7 @@ folders of `save_to_disk` and the hub go through the `datasets` library.
 """
 
 import glob
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,18 +14,24 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from finetuner.data.column_advice import column_advice
 from finetuner.data.fetch import fetch, is_address
-from finetuner.data.row_files import RawRecord, Row, RowFile
+from finetuner.data.raw_records import RawRecord
+from finetuner.data.row_files import Row, RowFile
+from finetuner.data.row_layouts import layout_problem
 from finetuner.data.source_files import (
+    LocalFiles,
     builder_of_name,
     data_file_names,
+    files_on_disk,
     find_row_files,
     first_split,
     hub_urls,
     is_saved_to_disk,
     require_split,
+    require_tables,
     split_names,
 )
-from finetuner.errors import DataError
+from finetuner.data.table_rows import cell_cleaners, rows_of_columns
+from finetuner.errors import DataError, RowFileError
 from finetuner.recipe.rules import looks_local
 from finetuner.recipe.sections import DatasetEntry, InstructionFormat
 
@@ -65,13 +72,10 @@ class TableSource:
         return len(self.rows)
 
     def batches(self, size: int) -> Iterator[list[SourceRow]]:
+        cleaners = cell_cleaners(self.rows.features) or {}
         for start in range(0, len(self.rows), size):
-            chunk = self.rows[start : start + size]
-            names = list(chunk)
-            cells = zip(*chunk.values(), strict=True)
-            yield [
-                SourceRow(dict(zip(names, row, strict=True)), self.entry.path, start + i) for i, row in enumerate(cells)
-            ]
+            rows = rows_of_columns(self.rows[start : start + size], cleaners)
+            yield [SourceRow(row, self.entry.path, start + i) for i, row in enumerate(rows)]
 
 
 class FileSlice(NamedTuple):
@@ -115,9 +119,11 @@ class FileSource:
 
 
 def parse_record(file: RowFile, record: RawRecord) -> Row | DataError:
-    """Return the row of a record, or the error that parsing it raised."""
+    """Return the row of a record, or the error that parsing it raised. Raises RowFileError if it holds several rows."""
     try:
         return file.parse(record)
+    except RowFileError:
+        raise
     except DataError as error:
         return error
 
@@ -170,28 +176,30 @@ def _file_source(entry: DatasetEntry, splits: dict[str, tuple[RowFile, ...]]) ->
     if count == 0:
         raise DataError(_no_row_in_shard_message(entry))
     source = FileSource(entry, slices, min(count, entry.max_samples or count), entry.shards_idx, step)
-    names = _column_names(next(source.batches(_ROWS_TO_CHECK), []))
-    if names is not None:
-        require_columns(entry, names)
+    require_usable(entry, next(source.batches(_ROWS_TO_CHECK), []))
     return source
 
 
-def _column_names(rows: list[SourceRow]) -> list[str] | None:
-    """Return the names of all columns that some row has; None if every row is broken."""
+def require_usable(entry: DatasetEntry, rows: list[SourceRow]) -> None:
+    """Check the first rows of an entry's files, so that a file of another layout is not lost row by row.
+
+    Raises DataError if every row is broken, or they lack a column that the entry's `type` needs.
+    """
     parsed = [one.row for one in rows if not isinstance(one.row, DataError)]
-    return list(dict.fromkeys(name for row in parsed for name in row)) if parsed else None
+    if rows and not parsed:
+        first = rows[0]
+        more = f"\nSo are all of the first {len(rows)} rows." if len(rows) > 1 else ""
+        raise DataError(f"{first.file}: row {first.number}: {first.row}.{more}")
+    require_columns(entry, list(dict.fromkeys(name for row in parsed for name in row)), layout_problem(entry, parsed))
 
 
 def _count_rows(entry: DatasetEntry, splits: dict[str, tuple[RowFile, ...]]) -> dict[str, int]:
     """Return the number of rows of each split that the entry names. Raises DataError if there are none."""
     counts = {}
     for name in split_names(entry):
-        require_split(entry, name, splits)
         try:
-            counts[name] = sum(file.count() for file in splits[name])
-        except DataError as error:
-            raise DataError(f"{entry.path}: {error}.") from None
-        except (OSError, EOFError) as error:  # a .gz that is none, or is cut off
+            counts[name] = sum(file.count() for file in require_split(entry, name, splits))
+        except OSError as error:
             raise DataError(unreadable_message(entry, error)) from error
     if not any(counts.values()):
         raise DataError(_no_rows_message(entry))
@@ -203,29 +211,41 @@ def _load(entry: DatasetEntry, fetched: Path) -> "datasets.Dataset":
     import datasets
 
     path = Path(entry.path).expanduser()
-    if path.is_file() or is_address(entry.path):
-        files = [path] if path.is_file() else fetch(entry.path, fetched)
-        return datasets.load_dataset(
-            entry.ds_type or builder_of_name(entry, entry.path),
-            # Part of the library's cache key: a copied file may keep its time of change, but not its ctime.
-            name=f"changed-{files[0].stat().st_ctime_ns}",
-            data_files={first_split(entry): [glob.escape(str(file)) for file in files]},
-            split=entry.split,
-        )
     if is_saved_to_disk(path):
         return _load_saved(entry, path)
+    found = files_on_disk(entry)
+    if is_address(entry.path):
+        files = {first_split(entry): fetch(entry.path, fetched)}
+        found = LocalFiles(entry.ds_type or builder_of_name(entry, entry.path), files)
+    if found is not None:
+        return _load_tables(entry, found)
     names = data_file_names(entry)
     if entry.ds_type is not None:
         return datasets.load_dataset(
             entry.ds_type,
             name=entry.name,
-            data_dir=str(path) if path.is_dir() else None,
-            data_files=names if path.is_dir() or names is None else hub_urls(entry, names),
+            data_files=names if names is None else hub_urls(entry, names),
             split=entry.split,
             **({"keep_default_na": False} if entry.ds_type == "csv" else {}),  # "None" and "NA" are words like others
         )
-    place = str(path) if path.is_dir() else entry.path
-    return datasets.load_dataset(place, entry.name, data_files=names, split=entry.split, revision=entry.revision)
+    return datasets.load_dataset(entry.path, entry.name, data_files=names, split=entry.split, revision=entry.revision)
+
+
+def _load_tables(entry: DatasetEntry, found: LocalFiles) -> "datasets.Dataset":
+    """Return the entry's split of Parquet or Arrow files on this disk."""
+    import datasets
+
+    chosen = {name: require_split(entry, name, found.splits) for name in split_names(entry)}
+    paths = [path for files in chosen.values() for path in files]
+    require_tables(paths, found.kind)
+    # Part of the library's cache key: a copied file may keep its time of change, but not its ctime.
+    changed = hashlib.sha256(repr([(str(path), path.stat().st_ctime_ns) for path in paths]).encode()).hexdigest()[:16]
+    return datasets.load_dataset(
+        found.kind,
+        name=f"changed-{changed}",
+        data_files={name: [glob.escape(str(path.absolute())) for path in files] for name, files in chosen.items()},
+        split=entry.split,
+    )
 
 
 def _load_saved(entry: DatasetEntry, folder: Path) -> "datasets.Dataset":
@@ -240,16 +260,22 @@ def _load_saved(entry: DatasetEntry, folder: Path) -> "datasets.Dataset":
     )
 
 
-def require_columns(entry: DatasetEntry, columns: list[str]) -> None:
-    """Raise DataError unless the columns that the entry's `type` needs are among these."""
+def require_columns(entry: DatasetEntry, columns: list[str], problem: str | None = None) -> None:
+    """Raise DataError unless the columns that the entry's `type` needs are among these, and rows lie as rows do.
+
+    `problem`: what is wrong with their layout, which says more than the names do.
+    """
     missing = [name for name in entry.required_columns if name not in columns]
     if missing:
         kind = "the `type` block" if isinstance(entry.type, InstructionFormat) else f"`type: {entry.type}`"
         needs = "rows without a `type` need" if entry.type is None else f"{kind} needs"
         raise DataError(
             f"'{entry.path}' has no column '{missing[0]}', which {needs}.\n"
-            f"Its columns are: {', '.join(columns)}.\n{column_advice(entry, columns)}"
+            f"Its columns are: {', '.join(columns)}.\n"
+            + (f"{problem}." if problem else column_advice(entry, columns))
         )
+    if problem:
+        raise DataError(f"'{entry.path}': {problem}.")
 
 
 def _no_row_in_shard_message(entry: DatasetEntry) -> str:

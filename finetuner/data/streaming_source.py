@@ -4,8 +4,7 @@ A position is [pass, file, row]. Rows before it are split off and not parsed, so
 are not opened.
 """
 
-import gzip
-import io
+import glob
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,20 +22,25 @@ from finetuner.data.remote_files import (
     open_fsspec_at,
     open_http_at,
 )
-from finetuner.data.row_files import READ_BYTES, FileKind, Row, RowFile
+from finetuner.data.row_files import FileKind, Row, RowFile
 from finetuner.data.source_files import (
     ROW_KINDS,
     builder_of_name,
     data_file_names,
     file_kind,
+    files_on_disk,
     find_row_files,
     first_split,
     hub_urls,
     is_saved_to_disk,
+    message_lists,
     require_split,
+    require_tables,
 )
-from finetuner.data.sources import SourceRow, parse_record, unreadable_message
-from finetuner.errors import DataError, LostConnectionError
+from finetuner.data.sources import SourceRow, parse_record, require_usable, unreadable_message
+from finetuner.data.table_rows import cell_cleaners, clean_row
+from finetuner.data.unpacking import from_connection
+from finetuner.errors import DataError, LostConnectionError, RowFileError
 from finetuner.recipe.sections import DatasetEntry
 from finetuner.redaction import hidden
 
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 
 Position = list[int]  # [pass, file, row], each from 0
 START: Position = [0, 0, 0]
+_ROWS_TO_CHECK = 16
 # [name, bytes or None, what else tells it from another version: a time in nanoseconds, an ETag, a commit]
 FileVersion = list[Any]
 
@@ -89,7 +94,7 @@ class _IterableTable:
             table = saved[first_split(entry)] if isinstance(saved, datasets.DatasetDict) else saved
             self.rows, self.versions = table.to_iterable_dataset(), local_versions(sorted(path.rglob("*.arrow")))
             return
-        builder = _streaming_builder(entry, path)
+        builder = _streaming_builder(entry)
         self.versions = _builder_versions(builder, entry)
         self.rows = builder.as_streaming_dataset(split=entry.split)
 
@@ -97,11 +102,11 @@ class _IterableTable:
         return 1
 
     def from_row(self, file: int, row: int) -> Iterator[SourceRow]:
-        retries = Retries(self.entry.path, self.policy)
+        retries, cleaners = Retries(self.entry.path, self.policy), cell_cleaners(self.rows.features)
         while True:
             try:
                 for one in self.rows.skip(row) if row else self.rows:
-                    yield SourceRow(cast("Row", one), self.entry.path, row)
+                    yield SourceRow(clean_row(cast("Row", one), cleaners), self.entry.path, row)
                     row += 1
                     retries.succeeded()
                 return
@@ -109,21 +114,27 @@ class _IterableTable:
                 retries.failed(error)
 
 
-def _streaming_builder(entry: DatasetEntry, path: Path) -> "datasets.DatasetBuilder":
-    """Return the builder of `datasets` for an entry at a local path, an address or on the hub."""
+def _streaming_builder(entry: DatasetEntry) -> "datasets.DatasetBuilder":
+    """Return the builder of `datasets` for tables on this disk or at an address, or for a hub dataset."""
     import datasets
 
-    names, folder = data_file_names(entry), None
-    if path.is_file() or is_address(entry.path):
-        if is_address(entry.path):
-            open_filesystem(entry.path)  # raises an error that names the missing package
-        name, names = entry.ds_type or builder_of_name(entry, entry.path), {entry.split: entry.path}
-    elif entry.ds_type is not None:
-        name, folder = entry.ds_type, str(path) if path.is_dir() else None
-        names = names if path.is_dir() or names is None else {entry.split: hub_urls(entry, names)}
-    else:
-        name = str(path) if path.is_dir() else entry.path
-    return datasets.load_dataset_builder(name, entry.name, data_dir=folder, data_files=names, revision=entry.revision)
+    found = files_on_disk(entry)
+    if found is not None:
+        split = first_split(entry)
+        paths = require_split(entry, split, found.splits)
+        require_tables(paths, found.kind)
+        return datasets.load_dataset_builder(
+            found.kind, data_files={split: [glob.escape(str(path.absolute())) for path in paths]}
+        )
+    names = data_file_names(entry)
+    if is_address(entry.path):
+        open_filesystem(entry.path)  # raises an error that names the missing package
+        kind = entry.ds_type or builder_of_name(entry, entry.path)
+        return datasets.load_dataset_builder(kind, data_files={entry.split: entry.path})
+    if entry.ds_type is not None:
+        files = None if names is None else {entry.split: hub_urls(entry, names)}
+        return datasets.load_dataset_builder(entry.ds_type, entry.name, data_files=files)
+    return datasets.load_dataset_builder(entry.path, entry.name, data_files=names, revision=entry.revision)
 
 
 def local_versions(paths: list[Path]) -> list[FileVersion]:
@@ -157,6 +168,7 @@ class StreamingSource:
             raise DataError(unreadable_message(entry, error)) from error
         self.rows = self.files.from_row(self.position[1], self.position[2])
         self.found_rows = True  # in this pass; a first pass that starts at the end of the files need not find any
+        self.checked = self.position != START  # a resumed run's rows were checked when it began
 
     def take(self, count: int) -> list[tuple[SourceRow, Position]]:
         """Return up to `count` rows, each with the position after it; at least one.
@@ -172,12 +184,15 @@ class StreamingSource:
                 self.found_rows = self.found_rows or bool(taken)
                 if len(taken) < count:
                     self._next_file()
-        except LostConnectionError:
+        except (LostConnectionError, RowFileError):
             raise
         except DataError as error:
             raise DataError(f"{self.entry.path}: {error}.") from None
         except Exception as error:  # a connection, a parser
             raise DataError(unreadable_message(self.entry, error)) from error
+        if not self.checked and (len(taken) >= _ROWS_TO_CHECK or len(taken) < count):
+            require_usable(self.entry, [row for row, _ in taken])
+        self.checked = True
         return taken
 
     def _next_file(self) -> None:
@@ -220,23 +235,28 @@ def _open(entry: DatasetEntry, fetched: Path, policy: RetryPolicy) -> SeekableRo
         kind = entry.ds_type or builder_of_name(entry, entry.path)
         if kind not in ROW_KINDS:
             return _IterableTable(entry, policy)
-        return _open_remote(entry.path, file_kind(entry, kind), policy)
+        return _open_remote(entry, file_kind(entry, kind), policy)
     splits = find_row_files(entry, fetched)
     if splits is None:
         return _IterableTable(entry, policy)
-    split = first_split(entry)
-    require_split(entry, split, splits)
-    return _RowFiles(splits[split], local_versions([Path(file.name) for file in splits[split]]))
+    files = require_split(entry, first_split(entry), splits)
+    found = files_on_disk(entry)
+    assert found is not None, "files of rows on this disk"
+    return _RowFiles(files, local_versions(found.splits[first_split(entry)]))
 
 
-def _open_remote(address: str, kind: FileKind, policy: RetryPolicy) -> _RowFiles:
+def _open_remote(entry: DatasetEntry, kind: FileKind, policy: RetryPolicy) -> _RowFiles:
     """Return the files at an address, which are read over the network and not stored on this disk."""
-    openers = _openers(address)
+    openers = _openers(entry.path)
     versions = []
     for name, open_at in openers.items():
         with ReconnectingFile(name, open_at, policy) as file:
             versions.append([name, file.opened.size, file.opened.version])
-    files = [RowFile(name, kind, partial(_decompressed, name, open_at, policy)) for name, open_at in openers.items()]
+
+    def opener(name: str) -> Callable[[], IO[bytes]]:
+        return lambda: from_connection(ReconnectingFile(name, openers[name], policy))
+
+    files = [RowFile(name, kind, opener(name), message_lists(entry)) for name in openers]
     return _RowFiles(tuple(files), versions)
 
 
@@ -251,8 +271,3 @@ def _openers(address: str) -> dict[str, Callable[[int], OpenedFile]]:
     if not names:
         raise DataError(f"there is no file '{address}'.")
     return {name: partial(open_fsspec_at, fs, name) for name in names}
-
-
-def _decompressed(name: str, open_at: Callable[[int], OpenedFile], policy: RetryPolicy) -> IO[bytes]:
-    buffered = io.BufferedReader(ReconnectingFile(name, open_at, policy), READ_BYTES)
-    return cast("IO[bytes]", gzip.GzipFile(fileobj=buffered) if name.endswith(".gz") else buffered)

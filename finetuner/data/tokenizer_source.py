@@ -17,6 +17,7 @@ from finetuner.data.new_tokenizers import train_bpe, write_byte_tokenizer, write
 from finetuner.data.sources import load_source
 from finetuner.errors import DataError, ModelError
 from finetuner.recipe.gpt_shape import MADE_TOKENIZERS
+from finetuner.recipe.rules import data_suffix
 from finetuner.recipe.sections import DataSection, DatasetEntry, NewTokenizer, TokenizerSection
 from finetuner.storage.build_once import build_once
 from finetuner.storage.disk_errors import explain_disk_errors
@@ -24,7 +25,7 @@ from finetuner.storage.progress import ProgressReport, no_progress
 from finetuner.world import World
 
 _ROWS_AT_ONCE = 512
-_WHOLE_FILE = (".txt", ".txt.gz")  # read as one document; other files of `train.files` line by line
+_WHOLE_FILE = ".txt"  # read as one document; other files of `train.files` line by line
 
 
 def resolve_tokenizer(
@@ -70,7 +71,9 @@ def text_entries(section: TokenizerSection, data: DataSection) -> tuple[DatasetE
     files = named.train.files if isinstance(named, NewTokenizer) else ()
     if files:
         return tuple(
-            DatasetEntry(path=name, type="completion", sample_by="document" if name.endswith(_WHOLE_FILE) else "line")
+            DatasetEntry(
+                path=name, type="completion", sample_by="document" if data_suffix(name) == _WHOLE_FILE else "line"
+            )
             for name in files
         )
     return (*data.datasets, *(data.test_datasets if named == "char" else ()))

@@ -120,7 +120,7 @@ UNUSABLE: dict[str, tuple[str, str | bytes, str]] = {
     "an object over lines": (
         "a.json",
         '{\n "data": [1]\n}\n',
-        "row 0: line 1 begins an object that goes over several lin",
+        "Its columns are: data.",
     ),
     "a broken line": ("a.jsonl", f'{ROW}\n{{"instruction":\n', "row 1: line 2 is broken JSON: expecting value at"),
     "a number": ("a.json", "5", "row 0: line 1 holds int 5, but must be an object"),
@@ -139,7 +139,7 @@ UNUSABLE: dict[str, tuple[str, str | bytes, str]] = {
     ),
     "another encoding of JSON": ("a.jsonl", '{"a": "é"}'.encode("latin-1"), "line 1 is not UTF-8 text: byte 0xe9 at 7"),
     "another encoding of a list": ("a.json", '[{"a": "é"}]'.encode("latin-1"), "is not UTF-8 text: byte 0xe9"),
-    "no gzip": ("a.jsonl.gz", b"\x1f\x8bnothing of the kind", "cannot read the dataset"),
+    "no gzip": ("a.jsonl.gz", b"\x1f\x8bnothing of the kind", "it is packed, and cut off or damaged"),
     "a number for a row": ("a.jsonl", f"{ROW}\n17\n", "row 1: line 2 holds int 17, but must be an object"),
     "a row without a column": (
         "a.jsonl",

@@ -34,7 +34,8 @@ from finetuner.data.documents import BAD, DUPLICATE
 from finetuner.data.mixture import select_mixture
 from finetuner.data.prepare import BY_WEIGHT, prepare_documents, source_names
 from finetuner.data.prepared_data import PreparedData, pack_documents, require_few_dropped
-from finetuner.data.row_files import READ_BYTES, local_file
+from finetuner.data.raw_records import READ_BYTES
+from finetuner.data.row_files import local_file
 from finetuner.data.sources import load_source
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry, PackingSection

@@ -15,14 +15,16 @@ from finetuner.recipe.rules import (
     training,
 )
 from finetuner.recipe.rules.base import Finding, Rule, Values
-from finetuner.recipe.rules.files import DATA_SUFFIXES, file_findings, looks_local
+from finetuner.recipe.rules.files import DATA_SUFFIXES, PACKING_SUFFIXES, data_suffix, file_findings, looks_local
 from finetuner.recipe.rules.sharding import deepspeed_findings
 from finetuner.recipe.rules.unused_keys import given_findings, given_notes
 
 __all__ = [
     "DATA_SUFFIXES",
+    "PACKING_SUFFIXES",
     "RULES",
     "Finding",
+    "data_suffix",
     "deepspeed_findings",
     "file_findings",
     "given_findings",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from finetuner.recipe.problems import did_you_mean
 from finetuner.recipe.rules.base import Finding, Rule, Values
-from finetuner.recipe.rules.files import DATA_SUFFIXES
+from finetuner.recipe.rules.files import DATA_SUFFIXES, data_suffix
 from finetuner.recipe.sections import DatasetEntry, InstructionFormat
 from finetuner.recipe.sections.datasets import CHAT_TEMPLATES, FALLBACK, KEYS_OF_TYPE
 
@@ -46,7 +46,7 @@ def _names_are_the_hubs(values: Values) -> Iterator[Finding]:
 
 def _only_text_is_cut(values: Values) -> Iterator[Finding]:
     for key, i, entry in _entries(values):
-        is_text = entry.ds_type == "text" or (entry.ds_type is None and entry.path.endswith((".txt", ".txt.gz")))
+        is_text = entry.ds_type == "text" or (entry.ds_type is None and data_suffix(entry.path) == ".txt")
         if entry.sample_by != "line" and not is_text:
             message = "sample_by is for text files; other rows are rows already. Remove it, or write `ds_type: text`."
             yield Finding((key, i, "sample_by"), message)

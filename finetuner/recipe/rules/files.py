@@ -7,10 +7,24 @@ from typing import Any
 from finetuner.recipe.problems import KeyPath
 from finetuner.recipe.rules.base import Finding
 
-# A data file's name ends with one of these.
+# A data file's name ends with one of these. Files of text may be packed.
+TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
+PACKING_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 DATA_SUFFIXES = (
-    ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".json.gz", ".jsonl.gz", ".csv.gz", ".txt.gz",
-)  # fmt: skip
+    *TEXT_SUFFIXES,
+    ".parquet",
+    ".arrow",
+    *(text + packing for text in TEXT_SUFFIXES for packing in PACKING_SUFFIXES),
+    ".zip",
+)
+
+
+def data_suffix(name: str) -> str:
+    """Return what a file's name ends with, without its packing: ".jsonl" of rows.jsonl.gz, "" of rows.zip."""
+    plain = name.lower()
+    for packing in PACKING_SUFFIXES:
+        plain = plain.removesuffix(packing)
+    return Path(plain).suffix
 
 
 def looks_local(path: str) -> bool:
