@@ -47,7 +47,12 @@ class LazyCommands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, placeholder, rest = super().resolve_command(ctx, args)
-        return name, placeholder if name is None else load_command(name), rest
+        if name is None:
+            return name, placeholder, rest
+        command = load_command(name)
+        from finetuner.commands.option_overrides import read_options_as_overrides  # help imports no command
+
+        return name, command, read_options_as_overrides(command, rest)
 
 
 def load_command(name: str) -> Any:

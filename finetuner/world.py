@@ -193,6 +193,11 @@ def available_ram(root: Path = Path("/")) -> int | None:
         return available
 
 
+def environment_value(name: str) -> str | None:
+    """Return a variable of the environment, for a recipe that says `${env:NAME}`; None if it is not set."""
+    return os.environ.get(name)
+
+
 def launched_rank() -> int:
     """Return this process's rank as its launcher says, before anything heavy is imported."""
     return int(os.environ.get("RANK", "0"))

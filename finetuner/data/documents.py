@@ -10,6 +10,7 @@ from finetuner.data.formats.base import Rendered, Renderer
 from finetuner.data.pretokenized import read_tokens
 from finetuner.data.row_files import Row
 from finetuner.data.sources import SourceRow
+from finetuner.data.text_ends import without_own_ends
 from finetuner.data.token_store import IGNORE_INDEX, Document
 from finetuner.data.unused_columns import ColumnCheck
 from finetuner.errors import DataError, RowEncodingError
@@ -28,6 +29,7 @@ SPLIT = "split into several documents"
 SPLIT_IN_PART = "split, with parts left out that have nothing to learn or are too short"
 DUPLICATE = "equal to an earlier row"
 BY_WEIGHT = "left out by the weights of the datasets"
+OWN_ENDS = "with the begin or end of text that is added anyway: it is there once"
 
 # The rows that max_dropped_fraction bounds: cut and split rows are trained on, blank lines of a text are none, and
 # equal rows are left out because the recipe says so.
@@ -128,7 +130,10 @@ class DocumentMaker:
             if isinstance(placed.row, DataError):
                 raise placed.row
             if self.renderer is not None:
-                text = self.renderer(placed.row)
+                rendered = self.renderer(placed.row)
+                text = without_own_ends(rendered, *self.encoder.ends)
+                if text is not rendered:
+                    outcomes.append(Outcome(placed.file, placed.number, OWN_ENDS, 0))
                 if len(text.text) > self.hopeless and self.section.excess_length_strategy == "drop":
                     outcomes.append(Outcome(placed.file, placed.number, TOO_LONG, 0, f"{len(text.text):,} characters"))
                     return None

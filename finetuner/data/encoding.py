@@ -70,20 +70,26 @@ class Encoder:
         return join_documents([(begin, np.full_like(begin, IGNORE_INDEX)), document, (end, end)])
 
     @cached_property
-    def _begin_and_end(self) -> tuple[Ids, Ids]:
-        """The begin-of-text that the tokenizer itself would put first, if it does, and the end-of-text.
+    def ends(self) -> tuple[str | None, str | None]:
+        """The begin-of-text that the tokenizer itself would put first, if it does, and the end-of-text, if it has one.
 
-        Raises DataError if there is no end-of-text.
+        These are put around a text that is to be wrapped.
         """
+        tokenizer = self.tokenizer
+        example = tokenizer("a")["input_ids"]
+        has_begin = tokenizer.bos_token_id is not None and example[0] == tokenizer.bos_token_id
+        return (tokenizer.bos_token if has_begin else None), tokenizer.eos_token
+
+    @cached_property
+    def _begin_and_end(self) -> tuple[Ids, Ids]:
+        """The ids of `ends`, shape (0 or 1,) and (1,). Raises DataError if there is no end-of-text."""
         tokenizer = self.tokenizer
         if tokenizer.eos_token_id is None:
             raise DataError(
                 "the tokenizer has no end-of-text token, so a model trained with it would not learn where to stop.\n"
                 "Name one: `special_tokens: {eos_token: ...}`."
             )
-        example = tokenizer("a")["input_ids"]
-        has_begin = tokenizer.bos_token_id is not None and example[0] == tokenizer.bos_token_id
-        begin = [tokenizer.bos_token_id] if has_begin else []
+        begin = [] if self.ends[0] is None else [tokenizer.bos_token_id]
         return np.array(begin, dtype=np.int32), np.array([tokenizer.eos_token_id], dtype=np.int32)
 
     def _encode(self, texts: Sequence[str], *, as_words: bool = False) -> "_Encoded":

@@ -9,6 +9,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from finetuner.errors import RecipeError
+from finetuner.recipe.environment import refuse_variables
 from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, Tool, tool_of
 from finetuner.recipe.foreign.translate import translate
 from finetuner.recipe.load import load, read_text, resolve
@@ -33,6 +34,7 @@ def convert(path: str | Path) -> Converted:
     document = parse_yaml(read_text(Path(path)), str(path))
     if not document.is_complete:
         raise RecipeError(render_problems(str(path), document.problems))
+    refuse_variables(document)
     tool = tool_of(document.values)
     given = list(document.values)
     notes = translate(document, tool.meanings)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuner.errors import RecipeError
+from finetuner.recipe.environment import fill_in_environment
 from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, tool_of
 from finetuner.recipe.foreign.translate import translate
 from finetuner.recipe.fsdp_prefix import drop_fsdp_prefix
@@ -57,6 +58,7 @@ def _load_text(text: str, source: str, overrides: tuple[str, ...] | list[str], *
     for number, override in enumerate(overrides, 1):
         apply_override(document, number, override)
     drop_fsdp_prefix(document, overrides=True)
+    fill_in_environment(document)
     if not document.is_complete:
         raise RecipeError(render_problems(source, document.problems))
     tool = tool_of(document.values)

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetuner.recipe.foreign.translate import ALIASES
 from finetuner.recipe.problems import KeyPath, Origin, Problem
-from finetuner.recipe.yaml_document import YamlDocument, parse_value
+from finetuner.recipe.yaml_document import YamlDocument, end_of_value, parse_value
 
 _INDEX = re.compile("[0-9]{1,6}")
 
@@ -24,9 +24,11 @@ def apply_override(document: YamlDocument, number: int, override: str) -> None:
         document.problems.append(Problem("an override is written key=value, such as learning_rate=1e-4.", origin))
         return
     try:
-        value = parse_value(text)
+        value = _value(text)
     except ValueError as error:
-        document.problems.append(Problem(f"the value is not YAML: {error}", origin))
+        reason = str(error).removeprefix("not valid YAML: ")
+        message = f"the value is not YAML: {reason} To write it as text: {key}='\"...\"'"
+        document.problems.append(Problem(message, origin))
         return
     path: KeyPath = tuple(int(part) if _INDEX.fullmatch(part) else part for part in key.split("."))
     if len(path) == 1:
@@ -35,6 +37,24 @@ def apply_override(document: YamlDocument, number: int, override: str) -> None:
         document.problems.append(Problem(f"the recipe has no place '{key}' to write to.", origin))
         return
     _note_origin(document, path, origin)
+
+
+def _value(text: str) -> Any:
+    """The value behind `key=`. Raises ValueError with the reason.
+
+    A line of a command has no comments: `runs/a #1` is the name of a folder.
+    """
+    stated = text.strip()
+    if "#" not in stated or "\n" in stated:
+        return parse_value(text)
+    end = end_of_value(stated)
+    if end == len(stated):
+        return parse_value(text)
+    if stated[0] in "\"'[{":
+        raise ValueError(
+            f"the value ends before '{stated[end:].strip()[:40]}', and there are no comments in an override."
+        )
+    return stated
 
 
 def _drop_other_names(document: YamlDocument, key: Any) -> None:

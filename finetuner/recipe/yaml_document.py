@@ -84,8 +84,17 @@ def parse_value(text: str) -> Any:
     """Parse one YAML value, as written after `key=` on the command line. Raises ValueError with the reason."""
     document = parse_yaml("value: " + text if "\n" not in text else "value:\n" + indent(text, " "), "override")
     if document.problems:
-        raise ValueError(document.problems[0].message)
+        raise ValueError(document.problems[0].message.removesuffix(_HINT))
     return document.values.get("value")
+
+
+def end_of_value(text: str) -> int:
+    """Return where the YAML value ends that a line begins with: what follows is a comment. 0 if it is all comment."""
+    try:
+        node = YAML(typ="safe", pure=True).compose(text)
+    except YAMLError:
+        return len(text)  # parse_value says what is wrong
+    return 0 if node is None else int(node.end_mark.index)
 
 
 class _Builder:
@@ -183,16 +192,17 @@ def _origin(node: Node | NodeEvent, source: str, lines: list[str]) -> Origin:
     return Origin(source, mark.line + 1, mark.column + 1, text)
 
 
+_HINT = " Check the indentation and the quotes here and one line above."
+
+
 def _syntax_problem(error: MarkedYAMLError, text: str, source: str) -> Problem:
     mark = error.problem_mark or error.context_mark
     line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
     shown = _line(text, line)
     what = str(error.problem or error.context or "not valid YAML").rstrip(".")
-    hint = (
-        " Indent with spaces, not tabs."
-        if "\t" in shown
-        else " Check the indentation and the quotes here and one line above."
-    )
+    hint = " Indent with spaces, not tabs." if "\t" in shown else _HINT
+    if "${" in shown:
+        hint = ' Write a text with ${...} in quotes: "${env:NAME}".'
     return Problem(f"not valid YAML: {what}.{hint}", Origin(source, line, column, shown.replace("\t", " ")))
 
 
