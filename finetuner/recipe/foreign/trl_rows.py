@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from finetuner.recipe.foreign.rewriting import Rewriting
+from finetuner.recipe.sections import DatasetEntry
 
 Entry = dict[str, Any]
 
@@ -18,6 +19,8 @@ FROM_VALUE: Entry = {
     "field_messages": "conversations",
     "message_property_mappings": {"role": "from", "content": "value"},
 }
+# Columns that the recipe chooses leave the others out.
+_CHOSEN_COLUMNS: Entry = {"unused_columns": "ignore"} if "unused_columns" in DatasetEntry.model_fields else {}
 _SOURCES = ("datasets", "dataset_mixture", "dataset_mixer", "dataset_name")
 
 
@@ -31,9 +34,9 @@ def rewrite_rows(rewriting: Rewriting) -> None:
     evaluates = rewriting.get("eval_strategy", rewriting.get("evaluation_strategy", "no")) != "no"
     try:
         train, test, held_out = _entries(rewriting, source, evaluates)
-        _say_kinds(rewriting, [*train, *test])
+        may_be_messages = _say_kinds(rewriting, [*train, *test])
         if train:
-            _say_what_is_learned(rewriting, train)
+            _say_what_is_learned(rewriting, train, may_be_messages)
     except UnreadableRowsError as error:
         rewriting.refuse(source or "dataset_name", str(error))
         rewriting.document.values["datasets"] = [{"path": "?", "type": "alpaca"}]  # so that it is said once
@@ -153,9 +156,13 @@ def _take_all_rows(path: str, share: Any) -> None:
     )
 
 
-def _say_kinds(rewriting: Rewriting, entries: list[Entry]) -> None:
-    """Add to each entry the type of its rows and their columns. Raises UnreadableRowsError."""
+def _say_kinds(rewriting: Rewriting, entries: list[Entry]) -> bool:
+    """Add to each entry the type of its rows and their columns. Raises UnreadableRowsError.
+
+    Return whether completions may be messages: none is at hand, or one is.
+    """
     assumed: dict[str, Entry] = {}
+    has_messages = False
     skips = (rewriting.take("dataset_kwargs", {}) or {}) if entries else {}
     arguments = dict(skips) if isinstance(skips, dict) else {"?": skips}
     is_tokenized = arguments.pop("skip_prepare_dataset", False) is True
@@ -165,7 +172,10 @@ def _say_kinds(rewriting: Rewriting, entries: list[Entry]) -> None:
     for entry in entries:
         columns = entry.pop("columns", None)
         row = rewriting.first_row(entry)
+        has_messages |= row is None
         if row is not None:
+            has_messages |= not isinstance(row.get("completion"), str)
+            _say_roles(rewriting, row)
             kind = _kind_of_row(_kept(row, columns), rewriting.get("dataset_text_field", "text"))
         elif columns is not None:
             kind = _kind_of_row(dict.fromkeys(columns), rewriting.get("dataset_text_field", "text"))
@@ -178,7 +188,7 @@ def _say_kinds(rewriting: Rewriting, entries: list[Entry]) -> None:
                 "arguments of the chat template in each row (chat_template_kwargs) are not supported yet. Take the "
                 "column out, and write chat_template_kwargs in the converted recipe."
             )
-        entry |= kind
+        entry |= kind if columns is None else kind | _CHOSEN_COLUMNS
     if assumed:
         kind = next(iter(assumed.values()))
         kinds = {one: _IN_WORDS[one] for one in _IN_WORDS if one != kind["type"]}
@@ -187,6 +197,18 @@ def _say_kinds(rewriting: Rewriting, entries: list[Entry]) -> None:
             f"{_IN_WORDS[kind['type']]} are assumed. `finetuner preview` shows them. Write "
             + ", or ".join(f"`type: {one}` for {words}" for one, words in kinds.items())
             + "; train_on_inputs is true for chats of which TRL learns every token, and for no others"
+        )
+    return has_messages
+
+
+def _say_roles(rewriting: Rewriting, row: Mapping[str, Any]) -> None:
+    """Say that TRL hands roles such as `human` to the chat template as they are."""
+    messages = row.get("conversations")
+    named = [m.get("from") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    other = [str(role) for role in named if role not in (None, "system", "user", "assistant", "tool")]
+    if other:
+        rewriting.remark(
+            f"TRL hands the role '{other[0]}' to the chat template as it is; here it is read as the template's own role"
         )
 
 
@@ -254,12 +276,13 @@ def _texts(field: Any) -> Entry:
     return {"type": "completion"} | ({} if field == "text" else {"field": field})
 
 
-def _say_what_is_learned(rewriting: Rewriting, train: list[Entry]) -> None:
+def _say_what_is_learned(rewriting: Rewriting, train: list[Entry], may_be_messages: bool) -> None:
     """Write train_on_inputs: TRL learns prompts of chats unless assistant_only_loss is true, and of rows with a prompt
     and a completion if completion_only_loss is false. Raises UnreadableRowsError."""
     only_answers = rewriting.take("assistant_only_loss", default=False) is True
     only_completions = rewriting.take("completion_only_loss")
     kinds = {str(entry.get("type")) for entry in train}
+    _say_other_masks(rewriting, kinds, only_answers, may_be_messages)
     if "prompt_completion" in kinds and len(kinds) > 1:
         raise UnreadableRowsError("some datasets hold a prompt and a completion, others do not: TRL cannot mix them.")
     if only_answers and "completion" in kinds:
@@ -278,3 +301,18 @@ def _say_what_is_learned(rewriting: Rewriting, train: list[Entry]) -> None:
         rewriting.put("train_on_inputs", learns_prompts, of=key)
     elif learns_prompts:
         rewriting.defaults["train_on_inputs"] = True
+
+
+def _say_other_masks(rewriting: Rewriting, kinds: set[str], only_answers: bool, may_be_messages: bool) -> None:
+    """Say which tokens TRL learns beside an answer and its end, which are all that is learned here."""
+    if only_answers and "chat_template" in kinds:
+        rewriting.remark(
+            "with assistant_only_loss TRL learns what a template marks with {% generation %}, as is done here; in the "
+            "place of some known templates it puts marked ones of its own, which take in the line breaks beside an "
+            "answer, and those are not learned here"
+        )
+    if "prompt_completion" in kinds and may_be_messages:
+        rewriting.remark(
+            "of a completion of messages TRL learns all that stands behind the prompt, also a line break behind the "
+            "answer's end and messages that are no answers; here answers and their ends"
+        )
