@@ -176,14 +176,14 @@ def _call_list(calls: Any, turn: int) -> list[dict[str, Any]]:
 
 
 def _tool_call(call: Any, turn: int) -> dict[str, Any]:
-    """{"type": "function", "function": {"name", "arguments"}}, the arguments being values: a template writes them as
-    JSON, and a text would become a text within a text."""
+    """{"type": "function", "function": {"name", "arguments"}}, the arguments as they are given, an object or its JSON.
+
+    data/tool_arguments.py gives them to the template in the form that it takes.
+    """
     function = call.get("function", call) if isinstance(call, dict) else {}
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"message {turn}: a tool call must have a 'name'; it is {call!r:.150}")
     arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments, f"message {turn}: the arguments of '{function['name']}'")
     outer = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
     inner = {key: value for key, value in function.items() if key not in ("type", "id")}
     return {"type": "function", **outer, "function": {**inner, "arguments": arguments}}
