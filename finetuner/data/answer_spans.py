@@ -84,7 +84,7 @@ class AnswerFinder:
 
     def _given_size(self, shape: Shape, before: Messages, run: Run, literal: str) -> int:
         """Characters of the literal before an answer that the model is given: all that asks for the answer."""
-        found = self._shared_with(shape, before, literal, prompt=True)
+        found = self._shared_with(shape, before, literal, behind=None)
         if found is not None:
             size, tail = found
             if size == len(tail):
@@ -112,21 +112,34 @@ class AnswerFinder:
         """The text that asks for an answer to one question; "" if it cannot be told from the question's end."""
         question = [{"role": "user", "content": stand_in("q0x", 0)}]
         try:
-            asked, unasked = (self._tail(question, None, "q0x", prompt=prompt) for prompt in (True, False))
+            asked = self._tail(question, None, "q0x", behind=None)
+            unasked = self._tail(question, None, "q0x", behind=0)
         except DataError:
             return ""
         return asked.removeprefix(unasked) if asked.startswith(unasked) else ""
 
-    def _shared_with(self, shape: Shape, messages: Messages, literal: str, *, prompt: bool) -> tuple[int, str] | None:
+    @cached_property
+    def _opening(self) -> str:
+        """The token with which a conversation begins behind begin-of-text, and so every turn; "" if it is none."""
+        try:
+            written = write_stand_ins(self.template, [{"role": "user", "content": stand_in("q0x", 0)}], None, "q0x")
+        except DataError:
+            return ""
+        begin = written.literals[0].removeprefix(str(self.template.variables.get("bos_token") or ""))
+        return self.endings.added_at_beginning(begin)
+
+    def _shared_with(
+        self, shape: Shape, messages: Messages, literal: str, *, behind: int | None
+    ) -> tuple[int, str] | None:
         """Return how many characters of a literal stand also behind the conversation so far, and what stands there.
 
-        `prompt`: with the text that asks for an answer. None: the template refuses the conversation so far.
+        `behind`, `None`: as in `_tail`. Returns None if the template refuses the conversation so far.
         """
         is_called = bool(messages and messages[-1].get("tool_calls"))  # then the calls stand there as well
-        place = (prompt, place_of(messages, shape.tools))
+        place = (None if behind is None else len(messages) - behind, place_of(messages, shape.tools))
         fresh = is_called or place not in self._tails
         if fresh:
-            self._tails[place] = self._tail_or_none(messages, shape, literal, prompt=prompt)
+            self._tails[place] = self._tail_or_none(messages, shape, literal, behind=behind)
         tail = self._tails[place]
         if tail is None:
             return None
@@ -134,35 +147,36 @@ class AnswerFinder:
             return len(tail), tail
         key = (place, literal[: len(tail) + 1])
         if fresh or key not in self._sizes:
-            tail = tail if fresh else self._tail_or_none(messages, shape, literal, prompt=prompt)
+            tail = tail if fresh else self._tail_or_none(messages, shape, literal, behind=behind)
             if tail is None:
                 return None
             self._sizes[key] = self.endings.num_shared(tail, literal)
         return self._sizes[key], tail
 
-    def _tail_or_none(self, messages: Messages, shape: Shape, literal: str, *, prompt: bool) -> str | None:
+    def _tail_or_none(self, messages: Messages, shape: Shape, literal: str, *, behind: int | None) -> str | None:
         is_called = bool(messages and messages[-1].get("tool_calls"))
         # Calls are the row's own, so such a place is rendered for each row: with as little before it as will do.
         for some in [local_messages(messages)] * is_called + [messages]:
             try:
-                tail = self._tail(some, shape.tools, shape.prefix, prompt=prompt)
+                tail = self._tail(some, shape.tools, shape.prefix, behind=behind)
             except DataError:
                 continue
             if some is messages or literal.startswith(tail):
                 return tail
         return None
 
-    def _tail(self, messages: Messages, tools: list[Any] | None, prefix: str, *, prompt: bool) -> str:
-        """Return what the template writes behind the last text of these messages, of the last message if it has one.
+    def _tail(self, messages: Messages, tools: list[Any] | None, prefix: str, *, behind: int | None) -> str:
+        """Return what the template writes behind the texts of message number `behind`, or behind all texts.
 
-        A template that never asks for an answer is taken to ask with what it writes before one, but for white space.
+        None: behind all, with the text that asks for an answer. A template that never asks for an answer is taken to
+        ask with what it writes before one, but for white space.
         """
-        written = write_stand_ins(self.template, messages, tools, prefix, prompt=prompt)
-        last = [k for k, piece in enumerate(written.pieces) if piece.turn == len(messages) - 1]
-        if last and not prompt:
-            return written.literals[last[-1] + 1]
-        tail = written.literals[-1]
-        if self.template.asks or not prompt:
+        pieces, literals = write_stand_ins(self.template, messages, tools, prefix, prompt=behind is None)
+        own = [k for k, piece in enumerate(pieces) if piece.turn == behind]
+        if own:
+            return literals[own[-1] + 1]
+        tail = literals[-1]
+        if self.template.asks or behind is not None:
             return tail
         answer = {"role": "assistant", "content": stand_in(prefix, len(messages))}
         pieces, literals = write_stand_ins(self.template, [*messages, answer], tools, prefix)
@@ -188,7 +202,7 @@ class AnswerFinder:
         elif run.last is None:
             stop, is_whole = self._called_size(shape, turn, upto, literal, begin)
         else:
-            found = self._shared_with(shape, upto, literal, prompt=False)
+            found = self._shared_with(shape, upto, literal, behind=turn)
             stop, is_whole = (0, False) if found is None else (found[0], found[0] == len(found[1]))
         region = literal[begin:stop]
         has_calls = bool(message.get("tool_calls"))
@@ -199,25 +213,35 @@ class AnswerFinder:
             found_end = self.endings.last(region, one=has_calls)
         if found_end.ending:
             return _plan(k, begin + found_end.at, found_end.ending)
-        if not is_whole and (other := self.endings.first(literal[stop:]).ending):
-            return _plan(k, stop, other)  # another token than behind the last answer of a conversation
+        if not is_whole and (other := self._other_end(literal[stop:])):
+            return _plan(k, stop, other)
         if named := self.endings.named_at_beginning(literal[stop:]):
             return _plan(k, stop, named)
         if is_last and (named := self._named_by_next_turn(shape, turn)):
             return _plan(k, stop, named, added=True)
-        if self._goes_on(shape, turn, literal, region, stop):
+        if self._goes_on(shape, turn, k, region, stop):
             return _plan(k, begin + len(region.rstrip()))
         following = literal[begin if is_last or stop == len(literal) else stop :]
         return _plan(k, stop, no_ending=self._no_ending(shape, turn, following))
 
-    def _goes_on(self, shape: Shape, turn: int, literal: str, region: str, stop: int) -> bool:
+    def _other_end(self, following: str) -> str:
+        """Return the token that ends an answer within a conversation, if another one ends the last answer; or "".
+
+        A token with which the next turn begins is none.
+        """
+        token = self.endings.first(following).ending
+        begins_next = token.strip() == self._opening or not following[len(token) :].strip()
+        return "" if begins_next else token
+
+    def _goes_on(self, shape: Shape, turn: int, literal: int, region: str, stop: int) -> bool:
         """Return whether the model's turn goes on behind a message: with a tool's result, or with another answer."""
-        if turn + 1 == len(shape.messages):
+        pieces, literals = shape.written
+        if literal == len(pieces):
             return False
-        next_role = shape.messages[turn + 1]["role"]
-        if next_role == "assistant" and stop == len(literal):
+        if shape.messages[pieces[literal].turn]["role"] == "assistant" and stop == len(literals[literal]):
             return True
         has_token = any(region.rstrip().endswith(token) for token in self.endings.added)
+        next_role = shape.messages[turn + 1]["role"] if turn + 1 < len(shape.messages) else ""
         return next_role == "tool" and bool(shape.messages[turn].get("tool_calls")) and has_token
 
     def _closing_size(self, shape: Shape, literal: str, begin: int) -> int:
@@ -233,6 +257,9 @@ class AnswerFinder:
                 eos = self.endings.eos
                 if eos is not None and literal.startswith(eos, shared):
                     shared += len(eos)
+                # the next turn and what asks for an answer may begin with the same token
+                if self._opening and literal[begin:shared].rstrip().endswith(self._opening):
+                    shared = literal.rindex(self._opening, begin, shared)
                 if self.endings.last(literal[begin:shared], one=True).ending:
                     size = shared
             self._sizes[key] = size - begin
@@ -267,21 +294,23 @@ class AnswerFinder:
 
         Raises DataError if that cannot be told.
         """
-        tail = self._tail_or_none(upto, shape, literal, prompt=False)
-        if tail is not None and literal.startswith(tail) and len(tail) >= begin:
-            return len(tail), True
         calls = shape.messages[turn].get("tool_calls")
         anchor = calls[-1]["function"]["name"] if calls else ""
-        if tail is not None:
-            body = literal[begin:]
+        body = literal[begin:]
+        # Calls are the row's own, so this is rendered for each row: with as little before it as will do.
+        for some in (local_messages(upto), upto):
+            try:
+                tail = self._tail(some, shape.tools, shape.prefix, behind=turn)
+            except DataError:
+                continue
+            if literal.startswith(tail) and len(tail) >= begin:
+                return len(tail), True
             # The beginning may be another where the answer is the last, such as an empty thought: compare the ends.
-            for size in range(len(tail), max(len(anchor), 1) - 1, -1):
-                ended = tail[len(tail) - size :]
-                if anchor in ended and ended in body:
-                    return begin + body.index(ended) + size, True
-            given = self._shared_with(shape, shape.messages[:turn], tail, prompt=True)
-            own = tail[given[0] :] if given is not None else tail
-            size = self.endings.num_shared(own, body)
+            size = _longest_end_within(tail, body)
+            if size and anchor in tail[len(tail) - size :]:
+                return begin + body.index(tail[len(tail) - size :]) + size, True
+            given = self._shared_with(shape, shape.messages[:turn], tail, behind=None)
+            size = self.endings.num_shared(tail[given[0] :] if given is not None else tail, body)
             if anchor and anchor in body[:size]:
                 return begin + size, False
         raise DataError(f"{_UNTOLD.format(f'where message {turn} ends')}. {MARK_ANSWERS}")
@@ -311,6 +340,15 @@ _UNTOLD = (
     "the chat template writes the conversation so far otherwise than the same messages within this conversation, so it "
     "cannot be told {}"
 )
+
+
+def _longest_end_within(text: str, other: str) -> int:
+    """Length of the longest end of a text that stands in another one, in characters."""
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if text[len(text) - middle :] in other else (low, middle - 1)
+    return low
 
 
 def _plan(literal: int, offset: int, ending: str = "", *, added: bool = False, no_ending: str = "") -> TurnPlan:

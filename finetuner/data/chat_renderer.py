@@ -14,7 +14,7 @@ from finetuner.data.answer_spans import AnswerFinder
 from finetuner.data.formats.base import Rendered, Span
 from finetuner.data.messages import Conversation, Messages
 from finetuner.data.template_outline import Outline, TurnPlan, require_no_role_left_out
-from finetuner.data.template_sandbox import THOUGHT_NAMES, ChatTemplate, compile_template
+from finetuner.data.template_sandbox import THOUGHT_ENDS, THOUGHT_NAMES, ChatTemplate, compile_template
 from finetuner.data.template_spans import (
     THOUGHT_KEY,
     StandIns,
@@ -200,7 +200,7 @@ class ChatRenderer:
         in_hand = [i for i in outline.left_out if i > question and conversation.trained[i]]
         written = {piece.turn for piece in outline.written.pieces if piece.kind == "t" and piece.turn > question}
         if in_hand and not written:
-            raise DataError(_left_out_message(in_hand[-1], template))
+            raise DataError(_left_out_message(conversation, in_hand[-1], template))
         return len(outline.left_out)
 
 
@@ -238,15 +238,30 @@ def _require_understood(conversation: Conversation, template: ChatTemplate) -> N
         )
 
 
-def _left_out_message(turn: int, template: ChatTemplate) -> str:
+def _left_out_message(conversation: Conversation, turn: int, template: ChatTemplate) -> str:
     """Return the error for a template that does not write the thought of the answer in hand."""
-    switches = [name for name in _SWITCHES if name in template.text]
-    switch = f"switch its thoughts on (`chat_template_kwargs: {{{switches[0]}: ...}}`), " if switches else ""
+    switch = _find_switch(conversation, turn, template)
+    advice = f"Switch it on (`chat_template_kwargs: {{{switch}}}`), take" if switch else "Take"
     return (
         f"the chat template leaves out the thought of message {turn}, an answer to the last question: the model would "
-        f"learn to answer without it. Take a template that writes it (`chat_template_jinja: FILE`), {switch}or take "
-        "the thoughts out of the rows if answers without them are meant"
+        f"learn to answer without it. {advice} a template that writes it (`chat_template_jinja: FILE`), or take the "
+        "thoughts out of the rows, if answers without them are meant"
     )
+
+
+def _find_switch(conversation: Conversation, turn: int, template: ChatTemplate) -> str:
+    """Return a variable of the template with which it writes a thought ("enable_thinking: true"); "" if none does."""
+    message = conversation.messages[turn]
+    thought = message.get(THOUGHT_KEY) or (message["content"] or "").split(THOUGHT_ENDS)[0].split("<think>")[-1]
+    for name in _SWITCHES:
+        for value in (True, False) if name in template.text else ():
+            switched = compile_template(template.text, {**template.variables, name: value})
+            try:
+                if thought.strip() in switched.render(conversation.messages, conversation.tools):
+                    return f"{name}: {str(value).lower()}"
+            except DataError:
+                continue
+    return ""
 
 
 def build_chat_renderer(
