@@ -1,8 +1,7 @@
 """Render conversations with a chat template, and find which characters are trained on.
 
-A plain conversation is rendered once, and compared with what the template writes around stand-ins for its contents,
-which is cached for conversations with the same roles. One with thoughts or tool calls is also rendered with stand-ins
-of its own.
+A conversation is rendered once, and compared with what the template writes around stand-ins for its texts, which is
+remembered for conversations of the same shape. One with tool calls has a shape of its own, and is rendered twice.
 """
 
 import json
@@ -11,22 +10,21 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
+from finetuner.data.answer_spans import AnswerFinder
 from finetuner.data.formats.base import Rendered, Span
 from finetuner.data.messages import Conversation, Messages
-from finetuner.data.template_sandbox import ChatTemplate, compile_template
+from finetuner.data.template_outline import Outline, TurnPlan, require_no_role_left_out
+from finetuner.data.template_sandbox import THOUGHT_ENDS, THOUGHT_NAMES, ChatTemplate, compile_template
 from finetuner.data.template_spans import (
-    USUAL_ROLES,
-    MessageText,
-    Outline,
-    build_outline,
-    choose_stand_in,
-    find_literals,
+    THOUGHT_KEY,
+    StandIns,
+    choose_prefix,
     find_token_like_values,
     locate_texts,
-    replace_contents,
-    rewritten_message,
-    split_off_thoughts,
+    put_stand_ins,
 )
+from finetuner.data.tool_arguments import CallForms
+from finetuner.data.turn_endings import TurnEndings
 from finetuner.errors import DataError
 from finetuner.recipe.sections.datasets import Ends
 
@@ -34,51 +32,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_CACHED_OUTLINES = 2048
+# Variables by which public templates let a caller have thoughts written.
+_SWITCHES = ("enable_thinking", "preserve_thinking", "keep_thinking", "clear_thinking", "truncate_history_thinking")
 
 
-@dataclass(frozen=True)
-class TurnEndings:
-    """The tokens that end a turn, and which turns have their ending trained on.
+class _Program:
+    """A compiled template with all that was found out about it."""
 
-    `of_text` rules where that token is the tokenizer's end-of-text (`eos`), `of_turn` where it is another.
-    """
+    def __init__(self, template: ChatTemplate, endings: TurnEndings) -> None:
+        self.template, self.finder = template, AnswerFinder(template, endings)
+        self.outlines: dict[Hashable, Outline] = {}
+        self._forms: CallForms | None = None
 
-    tokens: tuple[str, ...]
-    eos: str | None
-    of_text: Ends = "turn"
-    of_turn: Ends = "turn"
+    def with_calls_as_taken(self, messages: Messages) -> Messages:
+        """Return the messages with their tool calls in the form that the template takes. Raises DataError."""
+        if not any("tool_calls" in message for message in messages):
+            return messages
+        if self._forms is None:
+            self._forms = CallForms.of(self.template)
+        return self._forms.convert(messages)
 
-    def after(self, text: str, closing: str) -> str:
-        """Return the tokens with which `text` begins, with white space before them; "" if there are none.
-
-        More than one only as far as `closing`, the text after the last answer of all, begins with them too: other
-        tokens that follow begin the next turn ("</s>[INST]").
-        """
-        num_blanks = len(text) - len(text.lstrip())
-        ending = text[:num_blanks] + self._token_at(text, num_blanks)
-        while (more := self._token_at(text, len(ending))) and closing.startswith(ending + more):
-            ending += more
-        return ending if ending.strip() else ""
-
-    def _token_at(self, text: str, start: int) -> str:
-        return max((token for token in self.tokens if text.startswith(token, start)), key=len, default="")
-
-    def policy(self, ending: str) -> Ends:
-        """Return the rule for turns that end with this text."""
-        return self.of_text if self.eos is not None and ending.endswith(self.eos) else self.of_turn
-
-    def is_required(self, ending: str, *, is_trained: bool, is_last: bool) -> bool:
-        """Return whether a turn must have its ending trained on; `is_last`: no later turn is trained on."""
-        policy = self.policy(ending)
-        return is_trained and (policy in ("turn", "all") or (policy == "last" and is_last))
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """The span of a turn's own text, and the text that the template writes after it."""
-
-    body: Span
-    following: str
+    def outline(self, messages: Messages, tools: list[Any] | None, *, keeps_blank: bool) -> tuple[StandIns, Outline]:
+        """Return stand-ins for messages, and the outline of messages like them. Raises DataError."""
+        stand_ins = put_stand_ins(self.template, messages, choose_prefix(messages), keeps_blank=keeps_blank)
+        if tools is None and all(len(message) == 2 for message in messages):  # a role and a text, as nearly all are
+            key: Hashable = (
+                stand_ins.prefix,
+                *[(message["role"], message["content"]) for message in stand_ins.messages],
+            )
+        else:
+            key = json.dumps([stand_ins.messages, tools], default=repr)
+        if "strftime_now" in self.template.text:
+            key = (key, date.today())
+        if key not in self.outlines:
+            if len(self.outlines) >= MAX_CACHED_OUTLINES:
+                self.outlines.clear()
+            self.outlines[key] = self.finder.find(stand_ins, tools)
+        return stand_ins, self.outlines[key]
 
 
 @dataclass(frozen=True)
@@ -93,213 +83,185 @@ class ChatRenderer:
     endings: TurnEndings
     kwargs: Mapping[str, Any]
     only_answers: bool
-    _outlines: dict[Hashable, Outline] = field(default_factory=dict)
-    _templates: dict[str, ChatTemplate] = field(default_factory=dict)
+    _programs: dict[str, _Program] = field(default_factory=dict)
 
     def render(self, conversation: Conversation) -> Rendered:
         """Return the text of a conversation and its trained spans.
 
-        Raises DataError if the template refuses the conversation, or it cannot be told which text is the template's
-        and which is a message's.
+        Raises DataError if the template refuses the conversation or leaves a part of it out, or it cannot be told which
+        text is the template's and which is a message's.
         """
-        template = self._template(conversation.tools)
-        _require_understood(conversation, template.text)
+        program = self._program(conversation.tools)
+        _require_understood(conversation, program.template)
+        conversation = replace(conversation, messages=program.with_calls_as_taken(conversation.messages))
         is_by_role = all(
             is_trained == (message["role"] == "assistant")
             for is_trained, message in zip(conversation.trained, conversation.messages, strict=True)
         )
-        if template.marks_answers and self.only_answers and is_by_role:
-            rendered = self._render_marked(template, conversation)
+        if program.template.marks_answers and self.only_answers and is_by_role:
+            rendered = self._render_marked(program, conversation)
         else:
-            rendered = self._render_unmarked(template, conversation)
+            rendered = self._render_unmarked(program, conversation)
         return self._with_tool_contents(rendered, conversation.tools)
-
-    def _render_unmarked(self, template: ChatTemplate, conversation: Conversation) -> Rendered:
-        text = template.render(conversation.messages, conversation.tools)
-        messages = split_off_thoughts(template, conversation.messages)
-        if conversation.plain and messages is conversation.messages:
-            return self._by_contents(template, conversation, text)
-        return self._by_pieces(template, conversation, messages, text)
 
     def _with_tool_contents(self, rendered: Rendered, tools: list[Any] | None) -> Rendered:
         """Return the rendering with token-like values of the row's tools among its contents, which are words.
 
         A value that is a token and nothing more cannot be told from the template's own, and is left as it is.
         """
+        if not tools:
+            return rendered
         tokens, text = self.endings.tokens, rendered.text
         found = find_token_like_values(tools, text, (0, len(text)), tokens)
         values = {(start, stop) for start, stop in found if text[start:stop] not in tokens}
         return replace(rendered, contents=tuple(sorted({*rendered.contents, *values}))) if values else rendered
 
-    def _template(self, tools: list[Any] | None) -> ChatTemplate:
+    def _program(self, tools: list[Any] | None) -> _Program:
         """Return the tokenizer's template, or, if it has several, the one for tools."""
         text = str(self.tokenizer.get_chat_template(tools=tools))
-        if text not in self._templates:
-            self._templates[text] = compile_template(text, {**self.tokenizer.special_tokens_map, **self.kwargs})
-        return self._templates[text]
+        if text not in self._programs:
+            template = compile_template(text, {**self.tokenizer.special_tokens_map, **self.kwargs})
+            self._programs[text] = _Program(template, self.endings)
+        return self._programs[text]
 
-    def _outline(self, template: ChatTemplate, messages: Messages, tools: list[Any] | None, stand_in: str) -> Outline:
-        if tools is None and all(len(message) == 2 for message in messages):  # a role and a text, as nearly all are
-            key: Hashable = (stand_in, *[message["role"] for message in messages])
-        else:
-            key = json.dumps([replace_contents(messages, stand_in), tools], default=repr)
-        if "strftime_now" in template.text:
-            key = (key, date.today())
-        if key not in self._outlines:
-            if len(self._outlines) >= MAX_CACHED_OUTLINES:
-                self._outlines.clear()
-            self._outlines[key] = build_outline(template, replace_contents(messages, stand_in), tools, stand_in)
-        return self._outlines[key]
-
-    def _render_marked(self, template: ChatTemplate, conversation: Conversation) -> Rendered:
+    def _render_marked(self, program: _Program, conversation: Conversation) -> Rendered:
         """Render with a template that marks the answers itself."""
         messages = conversation.messages
-        if any(message["role"] not in USUAL_ROLES for message in messages):
-            # raises if the template leaves a message of an unusual role out
-            self._outline(template, messages, conversation.tools, choose_stand_in(messages))
-        text, spans = template.render_marked(messages, conversation.tools)
+        text, spans = program.template.render_marked(messages, conversation.tools)
         spans = [(start, stop) for start, stop in spans if start < stop]
         if any(conversation.trained) and not spans:
             raise DataError("the chat template marks no answer of this conversation with {% generation %}")
-        contents = self._find_contents(template, conversation, text)
-        return Rendered(text, tuple(spans), wraps=False, contents=contents)
-
-    def _find_contents(self, template: ChatTemplate, conversation: Conversation, text: str) -> tuple[Span, ...]:
-        """Return the spans of the messages' texts; none if the template rewrites them."""
-        messages = split_off_thoughts(template, conversation.messages)
-        stand_in = choose_stand_in(messages)
         try:
-            if conversation.plain and messages is conversation.messages:
-                pieces = [MessageText(i, "c", message["content"]) for i, message in enumerate(messages)]
-                literals = self._outline(template, messages, conversation.tools, stand_in).literals
-            else:
-                pieces, literals = find_literals(template, conversation, messages, stand_in)
-            return locate_texts(text, pieces, literals)
-        except DataError:
-            return ()
+            outline, contents = _locate(program, conversation, text)
+        except DataError:  # the template rewrites messages, which its marks allow, but leaves none out
+            require_no_role_left_out(program.template, messages, conversation.tools)
+            return Rendered(text, tuple(spans), wraps=False)
+        left_out = self._left_out_thoughts(program.template, conversation, outline)
+        return Rendered(text, tuple(spans), wraps=False, contents=contents, left_out_thoughts=left_out)
 
-    def _by_contents(self, template: ChatTemplate, conversation: Conversation, text: str) -> Rendered:
-        """Find the trained spans where each message is a role and a text: the text, with the lead before it and the
-        ending after it."""
-        messages, stand_in = conversation.messages, choose_stand_in(conversation.messages)
-        outline = self._outline(template, messages, conversation.tools, stand_in)
-        pieces = [MessageText(i, "c", message["content"]) for i, message in enumerate(messages)]
-        contents = locate_texts(text, pieces, outline.literals)
-        turns = [
-            _Turn((start - len(literal) + outline.num_given(i), stop), after)
-            for i, ((start, stop), literal, after) in enumerate(
-                zip(contents, outline.literals[:-1], outline.literals[1:], strict=True)
-            )
-        ]
-        return Rendered(text, self._trained_spans(conversation.trained, turns), wraps=False, contents=contents)
+    def _render_unmarked(self, program: _Program, conversation: Conversation) -> Rendered:
+        """Find the trained spans: of each answer what stands behind the prompt for it, to the end of its turn."""
+        text = program.template.render(conversation.messages, conversation.tools)
+        outline, contents = _locate(program, conversation, text)
+        left_out = self._left_out_thoughts(program.template, conversation, outline)
+        text, spans = self._trained_spans(conversation.trained, outline.turns, contents, text)
+        if not conversation.plain:
+            calls = {
+                span
+                for message, turn in zip(conversation.messages, outline.turns, strict=True)
+                for start, stop in turn.segments
+                for span in find_token_like_values(
+                    message.get("tool_calls"), text, (start.place(contents), stop.place(contents)), self.endings.tokens
+                )
+            }
+            contents = tuple(sorted({*contents, *calls}))
+        return Rendered(text, spans, wraps=False, contents=contents, left_out_thoughts=left_out)
 
-    def _by_pieces(self, template: ChatTemplate, conversation: Conversation, messages: Messages, text: str) -> Rendered:
-        """Find the trained spans where messages hold thoughts or tool calls: an answer reaches from the prompt for it
-        to the text that the template writes after a plain answer in its place."""
-        stand_in = choose_stand_in(messages)
-        outline = self._outline(template, messages, conversation.tools, stand_in)
-        pieces, literals = find_literals(template, conversation, messages, stand_in)
-        spans = locate_texts(text, pieces, literals)
-        turns = [_find_turn(i, message, outline, pieces, literals, spans) for i, message in enumerate(messages)]
-        call_values = {
-            span
-            for message, turn in zip(messages, turns, strict=True)
-            for span in find_token_like_values(message.get("tool_calls"), text, turn.body, self.endings.tokens)
-        }
-        contents = tuple(sorted({*spans, *call_values}))
-        return Rendered(text, self._trained_spans(conversation.trained, turns), wraps=False, contents=contents)
+    def _trained_spans(
+        self, trained: tuple[bool, ...], turns: tuple[TurnPlan, ...], pieces: tuple[Span, ...], text: str
+    ) -> tuple[str, tuple[Span, ...]]:
+        """Return the text, and the spans of the turns that are trained on and of the endings that the rules train on.
 
-    def _trained_spans(self, trained: tuple[bool, ...], turns: list[_Turn]) -> tuple[Span, ...]:
-        """Return the spans of the turns that are trained on, and of the endings that the rules train on.
-
-        Raises DataError if a trained turn has no ending although its ending is to be trained on, or has nothing in it.
+        An ending that the template would write with the next turn alone is added to the text. Raises DataError if a
+        trained turn has no ending although its ending is to be trained on, or has nothing in it.
         """
-        closing = turns[-1].following
         last = max((i for i, is_trained in enumerate(trained) if is_trained), default=-1)
-        endings = {text: self.endings.after(text, closing) for text in {turn.following for turn in turns}}
-        spans = []
+        spans: list[Span] = []
         for i, turn in enumerate(turns):
-            (start, stop), ending = turn.body, endings[turn.following]
-            is_required = self.endings.is_required(ending, is_trained=trained[i], is_last=i == last)
-            if is_required and not ending:
-                raise DataError(_endless_message(i, turn.following))
-            begin = start if trained[i] else stop
-            end = stop + len(ending) if is_required or self.endings.policy(ending) == "all" else stop
-            if trained[i] and begin == end:
+            if trained[i] and turn.problem:
+                raise DataError(turn.problem)
+            if not turn.segments:
+                continue
+            is_required = self.endings.is_required(turn.ending, is_trained=trained[i], is_last=i == last)
+            if is_required and turn.no_ending:
+                raise DataError(turn.no_ending)
+            bodies = [(start.place(pieces), stop.place(pieces)) for start, stop in turn.segments]
+            stop = bodies[-1][1]
+            if not trained[i]:
+                bodies = [(stop, stop)]
+            if is_required or (self.endings.policy(turn.ending) == "all" and not turn.added):
+                text += turn.ending if turn.added else ""
+                bodies[-1] = bodies[-1][0], stop + len(turn.ending)
+            bodies = [(a, b) for a, b in bodies if a < b]
+            if trained[i] and not bodies:
                 raise DataError(f"message {i} is to be trained on, but it is empty and its end is not trained on")
-            if begin < end:
-                spans.append((begin, end))
-        return tuple(spans)
+            spans += bodies
+        return text, tuple(sorted(spans))
+
+    def _left_out_thoughts(self, template: ChatTemplate, conversation: Conversation, outline: Outline) -> int:
+        """Return how many thoughts the template leaves out.
+
+        Raises DataError if they are those of the trained answers to the last question, and none of these is written.
+        """
+        if not outline.left_out:
+            return 0
+        messages = conversation.messages
+        question = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        in_hand = [i for i in outline.left_out if i > question and conversation.trained[i]]
+        written = {piece.turn for piece in outline.written.pieces if piece.kind == "t" and piece.turn > question}
+        if in_hand and not written:
+            raise DataError(_left_out_message(conversation, in_hand[-1], template))
+        return len(outline.left_out)
 
 
-def _find_turn(
-    turn: int,
-    message: dict[str, Any],
-    outline: Outline,
-    pieces: list[MessageText],
-    literals: list[str],
-    spans: tuple[Span, ...],
-) -> _Turn:
-    """Return the body of a message in the rendered text, with its thought and tool calls, and the text after it.
+def _locate(program: _Program, conversation: Conversation, text: str) -> tuple[Outline, tuple[Span, ...]]:
+    """Return the outline of a rendered conversation, and where the pieces of the outline stand in its text.
 
-    spans[k] is the span of pieces[k], between literals[k] and literals[k + 1]. Raises DataError if the template writes
-    the turn otherwise than its outline.
+    Raises DataError if the template leaves a message out or changes it.
     """
-    own = [k for k, piece in enumerate(pieces) if piece.turn == turn]
-    first = own[0] if own else sum(piece.turn < turn for piece in pieces)
-    past_last = own[-1] + 1 if own else first
-    if message["role"] == "assistant":
-        previous_stop = spans[first - 1][1] if first else 0
-        has_thought = any(pieces[k].kind == "t" for k in own)
-        content_start = spans[own[0]][0] if own and not has_thought else None
-        start = _answer_start(turn, outline, literals[first], previous_stop, content_start, has_thought=has_thought)
-    else:
-        start = spans[own[0]][0]
-    stop = spans[past_last - 1][1] if past_last else 0
-    behind, after = literals[past_last], outline.literals[turn + 1]
-    if "tool_calls" in message:  # they are in the literal after the turn's last text
-        if not behind.endswith(after):
-            raise DataError(rewritten_message(turn))
-        stop += len(behind) - len(after)
-    return _Turn((start, stop), after)
+    messages, tools = conversation.messages, conversation.tools
+    try:
+        stand_ins, outline = program.outline(messages, tools, keeps_blank=False)
+        return outline, locate_texts(text, outline.written, stand_ins.texts)
+    except DataError:
+        if all((message["content"] or "").strip() for message in messages):
+            raise
+    # a template may write less around an empty text than around another
+    stand_ins, outline = program.outline(messages, tools, keeps_blank=True)
+    return outline, locate_texts(text, outline.written, stand_ins.texts)
 
 
-def _answer_start(
-    turn: int, outline: Outline, before: str, previous_stop: int, content_start: int | None, *, has_thought: bool
-) -> int:
-    """Return where the text begins that a model writes as this answer, after the prompt for it.
-
-    `before`: the literal before the answer's first text, which begins at `previous_stop`. `content_start`: where that
-    text begins, if it is the content.
-    """
-    num_given = outline.num_given_before_thought(turn, before) if has_thought else outline.num_given(turn)
-    plain = outline.literals[turn]
-    if before.startswith(plain[:num_given]):
-        return previous_stop + num_given
-    if content_start is not None and before.endswith(plain):  # the literal begins with another message's tool calls
-        return content_start - len(plain) + num_given
-    raise DataError(rewritten_message(turn))
-
-
-def _require_understood(conversation: Conversation, template: str) -> None:
+def _require_understood(conversation: Conversation, template: ChatTemplate) -> None:
     """Raise DataError if a template does not know of the row's tools or thoughts: it would silently omit them."""
-    has = set().union(*conversation.messages, ["tools"] if conversation.tools else [])
-    for key in ("tools", "tool_calls", "reasoning_content"):
-        if key in has and key not in template:
-            raise DataError(
-                f"the chat template does not write {key}, so the row's would be left out. Take a tokenizer whose "
-                "template does, or name one with chat_template_jinja"
-            )
-
-
-def _endless_message(turn: int, following: str) -> str:
-    """Return the error for a template that ends a trained turn with no token."""
-    return (
-        f"the chat template writes {following[:30]!r} after message {turn}, which does not begin with a token that "
-        "ends a turn: a model trained on it would not learn where to stop. Use a template that ends turns with a "
-        "special token, or name the one it ends them with (`eot_tokens: [...]`), and add it where the vocabulary lacks "
-        "it (`tokens: [...]`)"
+    advice = (
+        "so the row's would be left out. Take a tokenizer whose template does, or name one with `chat_template` or "
+        "`chat_template_jinja`"
     )
+    has = set().union(*conversation.messages, ["tools"] if conversation.tools else [])
+    for key in ("tools", "tool_calls"):
+        if key in has and key not in template.text:
+            raise DataError(f"the chat template does not write {key}, {advice}")
+    if THOUGHT_KEY in has and not template.thought_names:
+        raise DataError(
+            f"the chat template does not write the thoughts of messages (it reads none of {', '.join(THOUGHT_NAMES)}), "
+            + advice
+        )
+
+
+def _left_out_message(conversation: Conversation, turn: int, template: ChatTemplate) -> str:
+    """Return the error for a template that does not write the thought of the answer in hand."""
+    switch = _find_switch(conversation, turn, template)
+    advice = f"Switch it on (`chat_template_kwargs: {{{switch}}}`), take" if switch else "Take"
+    return (
+        f"the chat template leaves out the thought of message {turn}, an answer to the last question: the model would "
+        f"learn to answer without it. {advice} a template that writes it (`chat_template_jinja: FILE`), or take the "
+        "thoughts out of the rows, if answers without them are meant"
+    )
+
+
+def _find_switch(conversation: Conversation, turn: int, template: ChatTemplate) -> str:
+    """Return a variable of the template with which it writes a thought ("enable_thinking: true"); "" if none does."""
+    message = conversation.messages[turn]
+    thought = message.get(THOUGHT_KEY) or (message["content"] or "").split(THOUGHT_ENDS)[0].split("<think>")[-1]
+    for name in _SWITCHES:
+        for value in (True, False) if name in template.text else ():
+            switched = compile_template(template.text, {**template.variables, name: value})
+            try:
+                if thought.strip() in switched.render(conversation.messages, conversation.tools):
+                    return f"{name}: {str(value).lower()}"
+            except DataError:
+                continue
+    return ""
 
 
 def build_chat_renderer(
@@ -329,6 +291,8 @@ def build_chat_renderer(
     added = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
     endings = TurnEndings(
         tokens=added if eot_tokens is None else tuple({*eot_tokens, *([eos] if eos else [])}),
+        named=eot_tokens or (),
+        added=added,
         eos=eos,
         of_text=train_on_eos,
         of_turn=train_on_eot or train_on_eos,

@@ -31,15 +31,23 @@ MAX_NUMBER = 1_000_000  # as an argument, such as a width to fill
 _START_MARK, _END_MARK = (f"\ue000{word}{secrets.token_hex(8)}\ue001" for word in ("a", "z"))
 _SIZED = (str, list, tuple)  # counted against MAX_CHARACTERS
 _THOUGHTS = frozenset(THOUGHTS)
+THOUGHT_NAMES = (*THOUGHTS, "thought", "thoughts", "think")  # by which templates look for a message's thought
+THOUGHT_ENDS = "</think>"
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class ChatTemplate:
-    """A compiled chat template. `variables` are given to every rendering, such as bos_token."""
+    """A compiled chat template. `variables` are given to every rendering, such as bos_token.
+
+    asks: it knows of add_generation_prompt. thought_names: keys of a message by which it looks for a thought.
+    """
 
     def __init__(self, text: str, variables: Mapping[str, Any]) -> None:
         self.text, self.variables = text, dict(variables)
         self.marks_answers = _GENERATION_TAG.search(text) is not None
+        self.asks = "add_generation_prompt" in text
+        self.looks_for_thoughts_in_text = THOUGHT_ENDS in text
+        self.thought_names = tuple(name for name in THOUGHT_NAMES if _is_key(name, text))
         self._environment = _Environment()
         with_limits = _LimitInserter().visit(self._environment.parse(text))
         self._program = self._environment.from_string(with_limits)
@@ -67,7 +75,10 @@ class ChatTemplate:
         self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool, start_mark: str, end_mark: str
     ) -> str:
         # copies: the sandbox does not forbid {% set _ = dict.update(message, ...) %}
-        copies = [dict(message) if _THOUGHTS.isdisjoint(message) else _with_thought(message) for message in messages]
+        copies = [
+            dict(message) if _THOUGHTS.isdisjoint(message) else _with_thought(message, self.thought_names)
+            for message in messages
+        ]
         self._environment.reset_budget(copies, tools)
         values = {"messages": copies, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         marks = {"_start_mark": start_mark, "_end_mark": end_mark}
@@ -87,10 +98,20 @@ def compile_template(text: str, variables: Mapping[str, Any]) -> ChatTemplate:
         raise DataError(f"the chat template refuses this conversation: {error}") from error
 
 
-def _with_thought(message: dict[str, Any]) -> dict[str, Any]:
-    """Return the message with its thought under both names by which templates look for it, as transformers does."""
+def _is_key(name: str, text: str) -> bool:
+    """Return whether a template reads this key of something: x.name, x['name'], x.get("name"), 'name' in x."""
+    return re.search(rf"""\.{name}\b|['"]{name}['"]""", text) is not None
+
+
+def _with_thought(message: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the message with its thought under the names by which the template looks for it.
+
+    And under those that transformers gives it.
+    """
     thought = next((message[name] for name in THOUGHTS if message.get(name) is not None), None)
-    return dict(message) if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+    if thought is None:
+        return dict(message)
+    return {"thinking": thought, **dict.fromkeys(names, thought), **message, "reasoning_content": thought}
 
 
 class _Environment(ImmutableSandboxedEnvironment):

@@ -2,200 +2,138 @@
 
 A conversation is rendered as it is, and again with stand-ins for its texts. What lies between the stand-ins is what the
 template itself writes (its literals), which fixes where each text begins and ends in the first rendering, whatever the
-text says ("[[1, 2]]", a role's name, a copy of another turn). Each kind of rendering is done once, so the work is
-linear in the length.
+text says ("[[1, 2]]", a role's name, a copy of another turn).
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 from finetuner.data.formats.base import Span
-from finetuner.data.messages import Conversation, Messages
+from finetuner.data.messages import Messages
 from finetuner.data.template_sandbox import ChatTemplate
 from finetuner.errors import DataError
 
-USUAL_ROLES = ("system", "user", "assistant", "tool")
-MESSAGE_KEYS = {"c": "content", "t": "reasoning_content"}  # kind of a MessageText -> key of its message
-THOUGHT_ENDS = "</think>"
-_MARK_ANSWERS = "Mark the answers in the template with {% generation %} ... {% endgeneration %}"
-_NOT_IN_ORDER = (
-    "the chat template does not write every message once and in order, so it cannot be told what each "
-    f"turn became. {_MARK_ANSWERS}"
-)
+CONTENT, THOUGHT = "c", "t"  # kinds of a Piece
+THOUGHT_KEY = "reasoning_content"  # of a message, as data/messages.py gives it
+THOUGHT_BEGINS, THOUGHT_ENDS = "<think>", "</think>"
+MARK_ANSWERS = "Mark the answers in the template with {% generation %} ... {% endgeneration %}"
 
 
-class MessageText(NamedTuple):
-    """A text of message number `turn`: of kind c (content) or t (thought)."""
+class Piece(NamedTuple):
+    """A text of message number `turn`, which is its content or its thought."""
 
     turn: int
     kind: str
-    text: str
 
 
 @dataclass(frozen=True)
-class Outline:
-    """The text that a template writes around messages of certain roles, each with a content and nothing more.
+class StandIns:
+    """Messages with stand-ins for their texts: `prefix`, the number of the message and the kind of text.
 
-    literals[i] stands before the content of message i, and the last one after all. `prompt` asks for an answer. `lead`
-    is white space before an answer that the prompt does not give, so that a model writes it ("[/INST] answer" answers
-    "[/INST]").
+    `texts`: the row's text for each stand-in.
     """
 
-    literals: list[str]
-    prompt: str
-    lead: str
-
-    def num_given_before_thought(self, turn: int, literal: str) -> int:
-        """Characters of `literal`, the template's text before the thought of this turn, that a model is given.
-
-        They are as much of the prompt as stands there, which may begin the thought or, for an answer without one, end
-        it too.
-        """
-        plain = self.literals[turn]
-        for size in range(len(self.prompt), 0, -1):
-            beginning = self.prompt[:size]
-            at = plain.find(beginning)
-            if at >= 0 and not beginning.isspace():
-                shared = _num_shared(plain[: at + size], literal)
-                return shared if shared > at else at + size
-        return self.num_given(turn)
-
-    def num_given(self, turn: int) -> int:
-        """Characters of literals[turn] that a model is given before its answer: all but the lead."""
-        literal = self.literals[turn]
-        return len(literal) - (len(self.lead) if literal.endswith(self.lead) else 0)
+    messages: Messages
+    texts: Mapping[Piece, str]
+    prefix: str
 
 
-def _num_shared(one: str, other: str) -> int:
-    """Length of the longest common beginning, in characters."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+class Written(NamedTuple):
+    """Pieces in the order in which a template wrote their stand-ins, and the len(pieces) + 1 literals around them."""
+
+    pieces: tuple[Piece, ...]
+    literals: tuple[str, ...]
 
 
-def build_outline(template: ChatTemplate, stand_ins: Messages, tools: list[Any] | None, stand_in: str) -> Outline:
-    """Return the outline of messages whose contents are `stand_in` with their numbers (see `replace_contents`).
-
-    Raises DataError if the template does not write each content once and in order.
-    """
-    pieces = re.split(f"{stand_in}([0-9]+)c", template.render(stand_ins, tools))
-    literals, written = pieces[::2], pieces[1::2]
-    if written != [str(i) for i in range(len(stand_ins))]:
-        for i, message in enumerate(stand_ins):
-            if str(i) not in written and message["role"] not in USUAL_ROLES:
-                raise DataError(
-                    f"the chat template leaves out message {i}, whose role is '{message['role']}'. If that is another "
-                    f"name for a role that it writes, say so: `roles: {{assistant: [{message['role']}]}}`"
-                )
-        raise DataError(_NOT_IN_ORDER)
-    prompt, lead = _prompt_and_lead(template, stand_ins, tools, literals)
-    return Outline(literals, prompt, lead)
-
-
-def _prompt_and_lead(
-    template: ChatTemplate, stand_ins: Messages, tools: list[Any] | None, literals: list[str]
-) -> tuple[str, str]:
-    """Return `prompt` and `lead` of an Outline, from the messages before the first answer."""
-    first_answer = next((i for i, message in enumerate(stand_ins) if message["role"] == "assistant"), 0)
-    if first_answer == 0:
-        return "", ""
-    before = stand_ins[:first_answer]
-    try:
-        asked = template.render(before, tools, prompt=True)
-        unasked = template.render(before, tools)
-    except DataError:  # a template that asks for an answer to users only
-        return "", ""
-    contents = [message["content"] for message in before]
-    written = "".join(text for pair in zip(literals, contents, strict=False) for text in pair) + literals[first_answer]
-    lead = written.removeprefix(asked)
-    return (
-        asked.removeprefix(unasked) if asked.startswith(unasked) else "",
-        lead if written.startswith(asked) and lead.isspace() else "",
-    )
-
-
-def choose_stand_in(messages: Messages) -> str:
+def choose_prefix(messages: Messages) -> str:
     """Return a beginning for stand-ins that occurs in none of the messages' texts."""
-    joined = "\0".join([str(message[key]) for key in MESSAGE_KEYS.values() for message in messages if key in message])
+    keys = ("content", THOUGHT_KEY)
+    joined = "\0".join([str(message[key]) for key in keys for message in messages if key in message])
     salt = 0
     while f"q{salt}x" in joined:
         salt += 1
     return f"q{salt}x"
 
 
-def replace_contents(messages: Messages, stand_in: str) -> Messages:
-    """Return the messages with stand-ins for their contents, without thoughts and tool calls."""
-    own = ("reasoning_content", "tool_calls")
-    plain = [{key: value for key, value in message.items() if key not in own} for message in messages]
-    return [{**message, "content": f"{stand_in}{i}c"} for i, message in enumerate(plain)]
+def stand_in(prefix: str, turn: int, kind: str = CONTENT) -> str:
+    """Return the text that stands for a text of message number `turn`."""
+    return f"{prefix}{turn}{kind}"
 
 
-def split_off_thoughts(template: ChatTemplate, messages: Messages) -> Messages:
-    """Return the messages with thoughts in answers ("<think>...</think>answer") as `reasoning_content`.
+def put_stand_ins(template: ChatTemplate, messages: Messages, prefix: str, *, keeps_blank: bool = False) -> StandIns:
+    """Return the messages with stand-ins for their contents and thoughts; tool calls stay as they are.
 
-    As a template that knows of thoughts splits them; for other templates and messages, the same list is returned.
+    A thought within the content of an answer ("<think>...</think>answer") is one of its own where the template looks
+    for such. An empty text has one only where the message has nothing else; `keeps_blank`: not there either, if it is
+    an answer.
     """
-    knows_thoughts = "reasoning_content" in template.text and THOUGHT_ENDS in template.text
-    if not knows_thoughts or not any(THOUGHT_ENDS in message["content"] for message in messages):
-        return messages
-    out = []
-    for message in messages:
-        content = message["content"]
-        if message["role"] == "assistant" and THOUGHT_ENDS in content and "reasoning_content" not in message:
-            before, after = content.split(THOUGHT_ENDS)[0], content.split(THOUGHT_ENDS)[-1]
-            thought = before.rstrip("\n").split("<think>")[-1].lstrip("\n")
-            message = {**message, "reasoning_content": thought, "content": after.lstrip("\n")}
-        out.append(message)
-    return out
-
-
-def find_literals(
-    template: ChatTemplate, conversation: Conversation, messages: Messages, stand_in: str
-) -> tuple[list[MessageText], list[str]]:
-    """Return the texts of messages that the template writes, in its order, and the n + 1 literals around them.
-
-    Tool calls are in the literals. Raises DataError if the template writes a text twice, texts of several messages out
-    of order, or leaves a content out.
-    """
-    stand_ins: Messages = []
-    texts: dict[tuple[int, str], MessageText] = {}
+    out: Messages = []
+    texts: dict[Piece, str] = {}
     for turn, message in enumerate(messages):
-        of_message = _texts_of_message(message)
-        texts |= {(turn, kind): MessageText(turn, kind, text) for kind, text in of_message.items()}
-        stand_ins.append({**message, **{MESSAGE_KEYS[kind]: f"{stand_in}{turn}{kind}" for kind in of_message}})
-    split = re.split(f"{stand_in}([0-9]+)([ct])", template.render(stand_ins, conversation.tools))
-    written = [(int(turn), kind) for turn, kind in zip(split[1::3], split[2::3], strict=True)]
-    turns = [turn for turn, _ in written]
-    is_once = len(set(written)) == len(written)
-    if not is_once or turns != sorted(turns) or _contents(written) != _contents(texts):
-        raise DataError(_NOT_IN_ORDER)
-    return [texts[one] for one in written], split[::3]
+        changed = dict(message)
+        thought, content = message.get(THOUGHT_KEY), message["content"] or ""
+        if isinstance(thought, str) and thought.strip():
+            texts[Piece(turn, THOUGHT)] = thought
+            changed[THOUGHT_KEY] = stand_in(prefix, turn, THOUGHT)
+        is_answer = message["role"] == "assistant"
+        is_alone = THOUGHT_KEY not in message and "tool_calls" not in message
+        if is_thought_within(template, message):
+            changed["content"], within = _split_thought(content, prefix, turn)
+            texts |= within
+        elif content.strip() or (not keeps_blank and content) or (is_alone and not (keeps_blank and is_answer)):
+            texts[Piece(turn, CONTENT)] = content
+            changed["content"] = stand_in(prefix, turn)
+        out.append(changed)
+    return StandIns(out, texts, prefix)
 
 
-def _contents(texts: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Return the (turn, kind) of texts that are contents."""
-    return [(turn, kind) for turn, kind in texts if kind == "c"]
+def is_thought_within(template: ChatTemplate, message: Mapping[str, Any]) -> bool:
+    """Return whether the content of an answer begins with a thought that the template looks for."""
+    content = message["content"]
+    if not template.looks_for_thoughts_in_text or message["role"] != "assistant" or not content:
+        return False
+    if THOUGHT_KEY in message or content.count(THOUGHT_ENDS) != 1:  # a thought beside the text comes first
+        return False
+    before = content.split(THOUGHT_ENDS)[0]
+    return THOUGHT_BEGINS not in before or (before.count(THOUGHT_BEGINS) == 1 and not before.split("<")[0].strip())
 
 
-def _texts_of_message(message: dict[str, Any]) -> dict[str, str]:
-    """Return kind -> text; an empty text only if it is the content of a message with nothing else."""
-    has_more = "tool_calls" in message or "reasoning_content" in message
-    return {
-        kind: message[key]
-        for kind, key in MESSAGE_KEYS.items()
-        if key in message and (message[key] or (kind == "c" and not has_more))
-    }
+def _split_thought(content: str, prefix: str, turn: int) -> tuple[str, dict[Piece, str]]:
+    """Return a content with stand-ins for its thought and its answer, the tags and white space around them left."""
+    before, after = content.split(THOUGHT_ENDS)
+    opened, tag, thought = before.rpartition(THOUGHT_BEGINS)
+    texts = {}
+    for kind, text in ((THOUGHT, thought), (CONTENT, after)):
+        if text.strip():
+            texts[Piece(turn, kind)] = text.strip()
+    thought, after = (
+        text.replace(text.strip(), stand_in(prefix, turn, kind)) if text.strip() else text
+        for kind, text in ((THOUGHT, thought), (CONTENT, after))
+    )
+    return opened + tag + thought + THOUGHT_ENDS + after, texts
 
 
-def locate_texts(text: str, pieces: Sequence[MessageText], literals: Sequence[str]) -> tuple[Span, ...]:
+def write_stand_ins(
+    template: ChatTemplate, messages: Messages, tools: list[Any] | None, prefix: str, *, prompt: bool = False
+) -> Written:
+    """Return the stand-ins that a template writes, and what it writes around them. Raises DataError if it refuses."""
+    split = re.split(f"{prefix}([0-9]+)([ct])", template.render(messages, tools, prompt=prompt))
+    pieces = [Piece(int(turn), kind) for turn, kind in zip(split[1::3], split[2::3], strict=True)]
+    return Written(tuple(pieces), tuple(split[::3]))
+
+
+def locate_texts(text: str, written: Written, texts: Mapping[Piece, str]) -> tuple[Span, ...]:
     """Return the span of each piece in the rendered text, between the literals.
 
     Raises DataError if the template changed a piece by more than trimming or JSON quoting.
     """
+    pieces, literals = written
     expected = [""] * (2 * len(pieces) + 1)
-    expected[::2], expected[1::2] = literals, [piece.text for piece in pieces]
+    expected[::2], expected[1::2] = literals, [texts[piece] for piece in pieces]
     if "".join(expected) == text:  # nearly all conversations: written as they are
         ends = list(accumulate(map(len, expected)))
         return tuple(zip(ends[::2], ends[1::2], strict=False))
@@ -203,7 +141,7 @@ def locate_texts(text: str, pieces: Sequence[MessageText], literals: Sequence[st
     at = 0
     for i, piece in enumerate(pieces):
         start = at + len(literals[i])
-        stop = _piece_end(text, start, piece.text, literals[i + 1])
+        stop = _piece_end(text, start, texts[piece], literals[i + 1])
         if not text.startswith(literals[i], at) or stop is None:
             raise DataError(rewritten_message(piece.turn))
         spans.append((start, stop))
@@ -248,6 +186,6 @@ def find_token_like_values(calls: Any, text: str, body: Span, tokens: Sequence[s
 def rewritten_message(turn: int) -> str:
     """Return the error for a template that changes a message's text, so that its tokens cannot be told apart."""
     return (
-        f"the chat template changes the text of message {turn} (more than trimming it), so it cannot be told which "
-        f"tokens are its own. {_MARK_ANSWERS}"
+        f"the chat template changes the text of message {turn} (more than trimming it), or writes something else "
+        f"around it than around another text, so it cannot be told which tokens are its own. {MARK_ANSWERS}"
     )

@@ -33,16 +33,16 @@ def calls_of_function_call(call: Any, turn: int) -> list[Any]:
 
 
 def _tool_call(call: Any, turn: int, leaves_out: Callable[[str], bool]) -> dict[str, Any]:
-    """{"type": "function", "function": {"name", "arguments"}}, the arguments being values: a template writes them as
-    JSON, and a text would become a text within a text. Nulls stand for keys that a call has not; in the arguments they
-    are values."""
+    """{"type": "function", "function": {"name", "arguments"}}, the arguments as they are given, an object or its JSON.
+
+    data/tool_arguments.py gives them to the template in the form that it takes. Nulls stand for keys that a call has
+    not; in the arguments they are values.
+    """
     function = call.get("function", call) if isinstance(call, dict) else {}
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"message {turn}: a tool call must have a 'name'; it is {call!r:.150}")
     name = next((key for key in _ARGUMENTS if function.get(key) is not None), None)
     arguments = {} if name is None else function[name]
-    if isinstance(arguments, str):
-        arguments = parsed_json(arguments, f"message {turn}: the arguments of '{function['name']}'")
     outer = {k: v for k, v in call.items() if v is not None and k not in ("function", "name", name)}
     inner = {k: v for k, v in function.items() if v is not None and k not in ("type", "id", name)}
     for keys in (outer, inner):

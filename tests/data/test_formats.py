@@ -281,13 +281,15 @@ def test_keys_that_other_messages_have_are_not_given_to_a_template(
 
 THINKING = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
 BAD_TEMPLATES = {
-    "upper-cases": (CHATML.replace("message['content']", "message['content'] | upper"), "does not write every message"),
+    "upper-cases": (
+        CHATML.replace("message['content']", "message['content'] | upper"),
+        "does not write the text of message 0",
+    ),
     "drops the system": (
         CHATML.replace("in messages", "in messages if message.role != 'system'"),
-        "every message once",
+        r"does not write the text of message 0 \(system\): it leaves it out, or changes it",
     ),
-    "repeats": (CHATML + "{{ messages[0]['content'] }}", "every message once and in order"),
-    "cuts out thoughts": (THINKING, r"changes the text of message \d \(more than trimming it\)"),
+    "repeats an answer": (CHATML + "{{ messages[4]['content'] }}", "writes a text of message 4 twice"),
     "drops the empty": (CHATML.replace("in messages", "in messages if message.content"), "changes the text of message"),
     "replaces": (CHATML.replace("message['content']", "message['content'].replace('so', '')"), "changes the text"),
     "ends with text": (CHATML.replace("<|im_end|>", "</s>"), "a model trained on it would not learn where to stop"),
@@ -312,8 +314,8 @@ def test_a_template_whose_answers_cannot_be_told_is_refused_with_the_row(
 
 def test_the_row_at_fault_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     tokenizer.chat_template = THINKING
-    with pytest.raises(DataError, match=r"row 600: the chat template changes the text of message 1"):
-        learn(tokenizer, [chat("a", "b")] * 600 + [chat("a", "</think>b")], tmp_path)
+    with pytest.raises(DataError, match=r"row 600: the chat template leaves out the thought of message 1"):
+        learn(tokenizer, [chat("a", "b")] * 600 + [chat("a", "so</think>b")], tmp_path)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

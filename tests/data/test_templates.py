@@ -58,6 +58,8 @@ NAMED: dict[str, tuple[str, str, bool]] = {
     "tulu": ("", EOS, False),
     "zephyr": ("", EOS, False),
 }
+# The model has to write that it does not think: it stands behind the prompt, in the answer to the last question.
+UNTHOUGHT = {"qwen3": "<think>\n\n</think>\n\n", "qwen3_5": "\n</think>\n\n"}
 # Begin-of-text is the family's to write, and these write none, or write it as a word of their own.
 WITHOUT_BOS = {
     "chatml", "exaone", "exaone4", "granite", "jamba", "phi_3", "phi_35", "phi_4", "qwen2_vl", "qwen3", "qwen3_5",
@@ -95,6 +97,7 @@ def test_a_named_template_trains_every_answer_with_its_end_and_nothing_else(
         ids, labels = prepared.train.document(i)
         answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
         expected = [lead + (answer.strip() if trims else answer) + end for answer in answers]
+        expected[-1] = UNTHOUGHT.get(name, "") + expected[-1]
         assert trained_texts(tokenizer, ids, labels) == expected
         assert decoded(tokenizer, ids) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
         assert (ids == tokenizer.bos_token_id).sum() == (name not in WITHOUT_BOS)

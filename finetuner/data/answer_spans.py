@@ -1,0 +1,356 @@
+"""Find what a model must write of a conversation: what stands behind the text with which the template asks for it.
+
+An answer begins where the template's text of the conversation so far ends, rendered with add_generation_prompt, and
+ends where the template's text of the conversation with the answer ends. Both are rendered for stand-ins of the texts,
+once for each kind of place in a conversation (the roles, thoughts and calls since the last question, not the texts),
+and what they say holds wherever the template's own text there is the same.
+"""
+
+from collections.abc import Hashable
+from functools import cached_property
+from typing import Any
+
+from finetuner.data.messages import Messages
+from finetuner.data.template_outline import (
+    Border,
+    Outline,
+    Run,
+    Shape,
+    TurnPlan,
+    find_runs,
+    local_messages,
+    place_of,
+    require_all_written,
+    require_calls_written,
+    text_between,
+    without_content,
+)
+from finetuner.data.template_sandbox import ChatTemplate
+from finetuner.data.template_spans import CONTENT, MARK_ANSWERS, Piece, StandIns, stand_in, write_stand_ins
+from finetuner.data.turn_endings import TurnEndings
+from finetuner.errors import DataError
+
+
+class AnswerFinder:
+    """Finds the turns of conversations in what one template writes, and remembers what it found of each kind of place.
+
+    `endings`: the tokens that end turns.
+    """
+
+    def __init__(self, template: ChatTemplate, endings: TurnEndings) -> None:
+        self.template, self.endings = template, endings
+        self._tails: dict[Hashable, str | None] = {}  # kind of place -> text behind the last message's; None: refused
+        self._sizes: dict[Hashable, int] = {}  # kind of place and literal -> characters of it that are also there
+
+    def find(self, stand_ins: StandIns, tools: list[Any] | None) -> Outline:
+        """Return the outline of messages. Raises DataError if the template refuses them, or leaves one of them out."""
+        written = write_stand_ins(self.template, stand_ins.messages, tools, stand_ins.prefix)
+        left_out = require_all_written(stand_ins, written)
+        shape = Shape(stand_ins.messages, tools, stand_ins.prefix, written)
+        turns = []
+        for turn, message in enumerate(shape.messages):
+            try:
+                plan = self._answer(shape, turn) if message["role"] == "assistant" else self._other(shape, turn)
+            except DataError as error:
+                plan = TurnPlan(problem=str(error))
+            turns.append(plan)
+        return Outline(written, tuple(turns), left_out)
+
+    def _other(self, shape: Shape, turn: int) -> TurnPlan:
+        """Return the plan of a turn that is no answer: its text, and the token behind it."""
+        own = [k for k, piece in enumerate(shape.written.pieces) if piece.turn == turn]
+        if len(own) != 1:
+            times = f"the text of message {turn} {len(own)} times" if own else f"nothing of message {turn}"
+            raise DataError(f"the chat template writes {times}, so it cannot be told what to train on")
+        following = shape.written.literals[own[0] + 1]
+        ending = self.endings.first(following).ending
+        segment = Border(own[0], len(shape.written.literals[own[0]])), Border(own[0] + 1, 0)
+        return TurnPlan((segment,), ending, no_ending="" if ending else self._no_ending(shape, turn, following))
+
+    def _answer(self, shape: Shape, turn: int) -> TurnPlan:
+        pieces, literals = shape.written
+        runs = find_runs(turn, shape.messages[turn], pieces)
+        segments = []
+        plan = TurnPlan()
+        for number, run in enumerate(runs):
+            before = shape.messages[:turn] if number == 0 else without_content(shape.messages[: run.after + 1], turn)
+            start = Border(run.literal, self._given_size(shape, before, run, literals[run.literal]))
+            plan = self._end(shape, turn, run, start.offset)
+            segments.append((start, plan.segments[0][1]))
+        require_calls_written(turn, shape.messages[turn], "".join(text_between(shape.written, *s) for s in segments))
+        return TurnPlan(tuple(segments), plan.ending, plan.added, no_ending=plan.no_ending)
+
+    # --- where an answer begins ---
+
+    def _given_size(self, shape: Shape, before: Messages, run: Run, literal: str) -> int:
+        """Characters of the literal before an answer that the model is given: all that asks for the answer."""
+        found = self._shared_with(shape, before, literal, behind=None)
+        if found is not None:
+            size, tail = found
+            if size == len(tail):
+                return size
+            if size > len(tail) - len(self._asking):
+                return size
+        # The template refuses to ask here, or what asks stands behind other text than in the conversation so far.
+        for length in range(len(self._asking), 0, -1):
+            asking = self._asking[:length]
+            at = literal.rfind(asking)
+            if (
+                at >= 0
+                and not asking.isspace()
+                and self.endings.num_shared(self._asking + "\0", asking + "\1") == length
+            ):
+                return at + length
+        if found is not None:
+            return found[0]
+        if run.last is None:
+            raise DataError(f"{_UNTOLD.format(f'where message {run.after + 1} begins')}. {MARK_ANSWERS}")
+        return len(literal)
+
+    @cached_property
+    def _asking(self) -> str:
+        """The text that asks for an answer to one question; "" if it cannot be told from the question's end."""
+        question = [{"role": "user", "content": stand_in("q0x", 0)}]
+        try:
+            asked = self._tail(question, None, "q0x", behind=None)
+            unasked = self._tail(question, None, "q0x", behind=0)
+        except DataError:
+            return ""
+        return asked.removeprefix(unasked) if asked.startswith(unasked) else ""
+
+    @cached_property
+    def _opening(self) -> str:
+        """The token with which a conversation begins behind begin-of-text, and so every turn; "" if it is none."""
+        try:
+            written = write_stand_ins(self.template, [{"role": "user", "content": stand_in("q0x", 0)}], None, "q0x")
+        except DataError:
+            return ""
+        begin = written.literals[0].removeprefix(str(self.template.variables.get("bos_token") or ""))
+        return self.endings.added_at_beginning(begin)
+
+    def _shared_with(
+        self, shape: Shape, messages: Messages, literal: str, *, behind: int | None
+    ) -> tuple[int, str] | None:
+        """Return how many characters of a literal stand also behind the conversation so far, and what stands there.
+
+        `behind`, `None`: as in `_tail`. Returns None if the template refuses the conversation so far.
+        """
+        is_called = bool(messages and messages[-1].get("tool_calls"))  # then the calls stand there as well
+        place = (None if behind is None else len(messages) - behind, place_of(messages, shape.tools))
+        fresh = is_called or place not in self._tails
+        if fresh:
+            self._tails[place] = self._tail_or_none(messages, shape, literal, behind=behind)
+        tail = self._tails[place]
+        if tail is None:
+            return None
+        if literal.startswith(tail):
+            return len(tail), tail
+        key = (place, literal[: len(tail) + 1])
+        if fresh or key not in self._sizes:
+            tail = tail if fresh else self._tail_or_none(messages, shape, literal, behind=behind)
+            if tail is None:
+                return None
+            self._sizes[key] = self.endings.num_shared(tail, literal)
+        return self._sizes[key], tail
+
+    def _tail_or_none(self, messages: Messages, shape: Shape, literal: str, *, behind: int | None) -> str | None:
+        is_called = bool(messages and messages[-1].get("tool_calls"))
+        # Calls are the row's own, so such a place is rendered for each row: with as little before it as will do.
+        for some in [local_messages(messages)] * is_called + [messages]:
+            try:
+                tail = self._tail(some, shape.tools, shape.prefix, behind=behind)
+            except DataError:
+                continue
+            if some is messages or literal.startswith(tail):
+                return tail
+        return None
+
+    def _tail(self, messages: Messages, tools: list[Any] | None, prefix: str, *, behind: int | None) -> str:
+        """Return what the template writes behind the texts of message number `behind`, or behind all texts.
+
+        None: behind all, with the text that asks for an answer. A template that never asks for an answer is taken to
+        ask with what it writes before one, but for white space.
+        """
+        pieces, literals = write_stand_ins(self.template, messages, tools, prefix, prompt=behind is None)
+        own = [k for k, piece in enumerate(pieces) if piece.turn == behind]
+        if own:
+            return literals[own[-1] + 1]
+        tail = literals[-1]
+        if self.template.asks or behind is not None:
+            return tail
+        answer = {"role": "assistant", "content": stand_in(prefix, len(messages))}
+        pieces, literals = write_stand_ins(self.template, [*messages, answer], tools, prefix)
+        if Piece(len(messages), CONTENT) not in pieces:
+            return tail
+        before = literals[pieces.index(Piece(len(messages), CONTENT))]
+        return tail if before.startswith(tail) and not before.removeprefix(tail).strip() else before
+
+    # --- where it ends ---
+
+    def _end(self, shape: Shape, turn: int, run: Run, start: int) -> TurnPlan:
+        """Return the plan of a run of an answer, of whose one segment the end alone is meant."""
+        literals = shape.written.literals
+        k = run.literal if run.last is None else run.last + 1
+        literal, begin = literals[k], start if run.last is None else 0
+        upto = shape.messages[: max(turn, run.after) + 1]
+        if not run.is_final:
+            upto = without_content(upto, turn)
+        message = shape.messages[turn]
+        is_last = k == len(literals) - 1 and turn == len(shape.messages) - 1
+        if is_last:
+            stop, is_whole = self._closing_size(shape, literal, begin), True
+        elif run.last is None:
+            stop, is_whole = self._called_size(shape, turn, upto, literal, begin)
+        else:
+            found = self._shared_with(shape, upto, literal, behind=turn)
+            stop, is_whole = (0, False) if found is None else (found[0], found[0] == len(found[1]))
+        region = literal[begin:stop]
+        has_calls = bool(message.get("tool_calls"))
+        if not run.is_final:
+            return _plan(k, begin + len(region.rstrip()))
+        found_end = self.endings.leading(region) if run.last is not None and not has_calls else None
+        if found_end is None or not found_end.ending:
+            found_end = self.endings.last(region, one=has_calls)
+        if found_end.ending:
+            return _plan(k, begin + found_end.at, found_end.ending)
+        if not is_whole and (other := self._other_end(literal[stop:])):
+            return _plan(k, stop, other)
+        if named := self.endings.named_at_beginning(literal[stop:]):
+            return _plan(k, stop, named)
+        if is_last and (named := self._named_by_next_turn(shape, turn)):
+            return _plan(k, stop, named, added=True)
+        if self._goes_on(shape, turn, k, region, stop):
+            return _plan(k, begin + len(region.rstrip()))
+        following = literal[begin if is_last or stop == len(literal) else stop :]
+        return _plan(k, stop, no_ending=self._no_ending(shape, turn, following))
+
+    def _other_end(self, following: str) -> str:
+        """Return the token that ends an answer within a conversation, if another one ends the last answer; or "".
+
+        A token with which the next turn begins is none.
+        """
+        token = self.endings.first(following).ending
+        begins_next = token.strip() == self._opening or not following[len(token) :].strip()
+        return "" if begins_next else token
+
+    def _goes_on(self, shape: Shape, turn: int, literal: int, region: str, stop: int) -> bool:
+        """Return whether the model's turn goes on behind a message: with a tool's result, or with another answer."""
+        pieces, literals = shape.written
+        if literal == len(pieces):
+            return False
+        if shape.messages[pieces[literal].turn]["role"] == "assistant" and stop == len(literals[literal]):
+            return True
+        has_token = any(region.rstrip().endswith(token) for token in self.endings.added)
+        next_role = shape.messages[turn + 1]["role"] if turn + 1 < len(shape.messages) else ""
+        return next_role == "tool" and bool(shape.messages[turn].get("tool_calls")) and has_token
+
+    def _closing_size(self, shape: Shape, literal: str, begin: int) -> int:
+        """Characters of the text behind the last answer that end it, without text that asks for another one."""
+        if not literal[begin:].strip():
+            return len(literal)
+        key = ("closing", place_of(shape.messages, shape.tools), literal[begin:])
+        if key not in self._sizes:
+            size = len(literal)
+            following = self._next_turn(shape, "user")
+            if following is not None and not following.startswith(literal):
+                shared = self.endings.num_shared(literal, following)
+                eos = self.endings.eos
+                if eos is not None and literal.startswith(eos, shared):
+                    shared += len(eos)
+                # the next turn and what asks for an answer may begin with the same token
+                if self._opening and literal[begin:shared].rstrip().endswith(self._opening):
+                    shared = literal.rindex(self._opening, begin, shared)
+                if self.endings.last(literal[begin:shared], one=True).ending:
+                    size = shared
+            self._sizes[key] = size - begin
+        return begin + self._sizes[key]
+
+    def _named_by_next_turn(self, shape: Shape, turn: int) -> str:
+        """Return the token of eot_tokens with which the turn behind the last answer would begin, or ""."""
+        role = "tool" if shape.messages[turn].get("tool_calls") else "user"
+        following = self._next_turn(shape, role) if self.endings.named else None
+        literal = shape.written.literals[-1]
+        if following is None or not following.startswith(literal):
+            return ""
+        return self.endings.named_at_beginning(following[len(literal) :])
+
+    def _next_turn(self, shape: Shape, role: str) -> str | None:
+        """Return what would stand between the last text and that of another turn; None if it is refused."""
+        number = len(shape.messages)
+        another = {"role": role, "content": stand_in(shape.prefix, number)}
+        try:
+            pieces, literals = write_stand_ins(self.template, [*shape.messages, another], shape.tools, shape.prefix)
+        except DataError:
+            return None
+        places = [k for k, piece in enumerate(pieces) if piece.turn == number]
+        # behind the last piece of this conversation, whatever stands before the other turn's text
+        last = shape.written.pieces[-1] if shape.written.pieces else None
+        if not places or (places[0] and pieces[places[0] - 1] != last):
+            return literals[pieces.index(last) + 1] if last in pieces else None
+        return literals[places[0]]
+
+    def _called_size(self, shape: Shape, turn: int, upto: Messages, literal: str, begin: int) -> tuple[int, bool]:
+        """Return where an answer without texts ends in the literal that it stands in, and whether its end is there too.
+
+        Raises DataError if that cannot be told.
+        """
+        calls = shape.messages[turn].get("tool_calls")
+        anchor = calls[-1]["function"]["name"] if calls else ""
+        body = literal[begin:]
+        # Calls are the row's own, so this is rendered for each row: with as little before it as will do.
+        for some in (local_messages(upto), upto):
+            try:
+                tail = self._tail(some, shape.tools, shape.prefix, behind=turn)
+            except DataError:
+                continue
+            if literal.startswith(tail) and len(tail) >= begin:
+                return len(tail), True
+            # The beginning may be another where the answer is the last, such as an empty thought: compare the ends.
+            size = _longest_end_within(tail, body)
+            if size and anchor in tail[len(tail) - size :]:
+                return begin + body.index(tail[len(tail) - size :]) + size, True
+            given = self._shared_with(shape, shape.messages[:turn], tail, behind=None)
+            size = self.endings.num_shared(tail[given[0] :] if given is not None else tail, body)
+            if anchor and anchor in body[:size]:
+                return begin + size, False
+        raise DataError(f"{_UNTOLD.format(f'where message {turn} ends')}. {MARK_ANSWERS}")
+
+    def _no_ending(self, shape: Shape, turn: int, following: str) -> str:
+        """Return the error for a template that ends a trained turn with no token."""
+        is_last = turn == len(shape.messages) - 1
+        next_turn = self._next_turn(shape, "user") if is_last else None
+        behind = following if not is_last or next_turn is None else next_turn
+        token = self.endings.added_at_beginning(behind)
+        named = ", ".join(repr(one) for one in sorted({*self.endings.named, token}))
+        written = f"the chat template writes {following[:30]!r} after message {turn}, "
+        if token:
+            text = f"and the next turn begins with {token!r}, " if is_last else "the beginning of the next turn, "
+            return (
+                f"{written}{text}but no token that ends the turn: a model trained on it would not learn where to stop. "
+                f"If {token!r} is what ends it, say so, and it is learned: `eot_tokens: [{named}]`"
+            )
+        return (
+            f"{written}which does not begin with a token that ends a turn: a model trained on it would not learn where "
+            "to stop. Use a template that ends turns with a special token, or name the one it ends them with "
+            "(`eot_tokens: [...]`), and add it where the vocabulary lacks it (`tokens: [...]`)"
+        )
+
+
+_UNTOLD = (
+    "the chat template writes the conversation so far otherwise than the same messages within this conversation, so it "
+    "cannot be told {}"
+)
+
+
+def _longest_end_within(text: str, other: str) -> int:
+    """Length of the longest end of a text that stands in another one, in characters."""
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if text[len(text) - middle :] in other else (low, middle - 1)
+    return low
+
+
+def _plan(literal: int, offset: int, ending: str = "", *, added: bool = False, no_ending: str = "") -> TurnPlan:
+    border = Border(literal, offset)
+    return TurnPlan(((border, border),), ending, added, no_ending=no_ending)
