@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetuner.data.formats.base import cell_of, kind_of
@@ -27,6 +27,12 @@ class Conversation:
     trained: tuple[bool, ...]
     tools: list[Any] | None
     plain: bool
+
+
+def only_last_turn(conversation: Conversation) -> Conversation:
+    """Return the conversation with the last of its trained messages alone trained on."""
+    last = max((i for i, is_trained in enumerate(conversation.trained) if is_trained), default=-1)
+    return replace(conversation, trained=tuple(i == last for i in range(len(conversation.trained))))
 
 
 @dataclass(frozen=True)

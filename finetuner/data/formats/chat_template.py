@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from finetuner.data.chat_renderer import build_chat_renderer
 from finetuner.data.formats.base import Renderer
-from finetuner.data.messages import MessageReader
+from finetuner.data.messages import MessageReader, only_last_turn
 from finetuner.recipe.sections import DataSection, DatasetEntry
 
 if TYPE_CHECKING:
@@ -21,4 +21,6 @@ def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTo
         train_on_eos=entry.train_on_eos,
         train_on_eot=entry.train_on_eot,
     )
+    if entry.train_on_last_turn:
+        return lambda row: chat.render(only_last_turn(reader.read(row)))
     return lambda row: chat.render(reader.read(row))

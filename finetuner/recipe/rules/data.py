@@ -7,7 +7,7 @@ from finetuner.recipe.problems import did_you_mean
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.rules.files import DATA_SUFFIXES
 from finetuner.recipe.sections import DatasetEntry, InstructionFormat
-from finetuner.recipe.sections.datasets import CHAT_TEMPLATES, FALLBACK, KEYS_OF_TYPE
+from finetuner.recipe.sections.datasets import CHAT_TEMPLATES, CHATS, FALLBACK, KEYS_OF_TYPE
 
 _PACK_ATTENTION = "pretrain_multipack_attn"
 
@@ -33,6 +33,13 @@ def _keys_of_their_type(values: Values) -> Iterator[Finding]:
             default = type(entry).model_fields[name].default
             if entry.type != KEYS_OF_TYPE[name] and dict(entry)[name] != default:
                 yield Finding((key, i, name), f"{name} is for `type: {KEYS_OF_TYPE[name]}`. Remove it.")
+
+
+def _last_turns_of_chats(values: Values) -> Iterator[Finding]:
+    for key, i, entry in _entries(values):
+        if entry.train_on_last_turn and entry.type not in CHATS:
+            message = f"train_on_last_turn is for conversations (`type: {'` or `type: '.join(CHATS)}`). Remove it."
+            yield Finding((key, i, "train_on_last_turn"), message)
 
 
 def _names_are_the_hubs(values: Values) -> Iterator[Finding]:
@@ -102,7 +109,7 @@ def _one_chat_template(values: Values) -> Iterator[Finding]:
     default = values["chat_template"], values["chat_template_jinja"]
     first: tuple[tuple[str | None, str | None], tuple[str | int, ...]] | None = None
     for key, i, entry in _entries(values):
-        if entry.type != "chat_template":
+        if entry.type not in CHATS:
             continue
         named = entry.chat_template is not None or entry.chat_template_jinja is not None
         chosen = (entry.chat_template, entry.chat_template_jinja) if named else default
@@ -165,6 +172,7 @@ _SOURCES = ("datasets", "test_datasets")
 RULES: tuple[Rule, ...] = (
     (("val_set_size", "test_datasets"), _held_out_size),
     (_SOURCES, _keys_of_their_type),
+    (_SOURCES, _last_turns_of_chats),
     (_SOURCES, _names_are_the_hubs),
     (_SOURCES, _only_text_is_cut),
     (_SOURCES, _shards_that_exist),

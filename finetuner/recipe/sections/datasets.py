@@ -11,7 +11,9 @@ from pydantic import Discriminator, Field, Strict, Tag
 
 from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Names, Positive, Rows, Section
 
-TypeName = Literal["alpaca", "completion", "chat_template", "input_output", "prompt_completion"]
+TypeName = Literal[
+    "alpaca", "completion", "chat_template", "input_output", "prompt_completion", "instruction_chat"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,13 @@ ROW_TYPES: dict[str, RowTypeFacts] = {
     ),
     "input_output": RowTypeFacts("segments of text with a label", ("segments",)),
     "prompt_completion": RowTypeFacts("two texts", ("prompt", "completion")),
+    "instruction_chat": RowTypeFacts(
+        "instruction, input, output, system and history as messages of the chat template",
+        keys=("instruction_columns",),
+    ),
 }  # fmt: skip
 assert tuple(ROW_TYPES) == get_args(TypeName)
+CHATS = ("chat_template", "instruction_chat")  # types whose rows become conversations of the chat template
 # key of an entry -> the `type` that reads it; with any other it would have no effect
 KEYS_OF_TYPE: dict[str, str] = {key: name for name, row_type in ROW_TYPES.items() for key in row_type.keys}
 
@@ -70,6 +77,17 @@ class InstructionFormat(Section):
     field_output: str = Field("output", min_length=1, description="Column of the answer, which is trained on.")
     format: str = Field("{instruction} {input} ", description="The prompt of a row that has an input.")
     no_input_format: str = Field("{instruction} ", description="The prompt of a row that has none.")
+
+
+class InstructionColumns(Section):
+    """Columns of a row that is an instruction and its answer; null: there is none, or it is not to be read."""
+
+    instruction: str = Field("instruction", min_length=1, description="The question or order.")
+    input: str | None = Field("input", min_length=1, description="A text to work on, written on the line below it.")
+    output: str = Field("output", min_length=1, description="The answer, which is trained on.")
+    system: str | None = Field("system", min_length=1, description="The system text.")
+    history: str | None = Field("history", min_length=1, description="Earlier turns: a list of [question, answer].")
+    tools: str | None = Field("tools", min_length=1, description="The tools that may be called.")
 
 
 class MessageProperties(Section):
@@ -140,6 +158,12 @@ class DatasetEntry(Section):
     train_on_eot: Ends | None = Field(
         None, description="The same for turns that end with another token than end-of-text; default: as train_on_eos."
     )
+    instruction_columns: InstructionColumns = Field(
+        InstructionColumns(), description="Columns of instruction_chat rows, where they have other names."
+    )
+    train_on_last_turn: bool = Field(
+        False, description="Of a conversation's turns that would be trained on, train on the last one alone."
+    )
     chat_template: str | None = Field(None, description="As the recipe's chat_template, which it stands above.")
     chat_template_jinja: str | None = Field(None, description="As the recipe's chat_template_jinja.")
 
@@ -160,6 +184,8 @@ class DatasetEntry(Section):
             return ("input_ids", "labels")
         if isinstance(self.type, InstructionFormat):
             return (self.type.field_instruction, self.type.field_output)
+        if self.type == "instruction_chat":
+            return (self.instruction_columns.instruction, self.instruction_columns.output)
         row_type = ROW_TYPES[self.type]
         named = (dict(self)[row_type.column_key],) if row_type.column_key is not None else ()
         return (*named, *row_type.columns)
@@ -171,5 +197,7 @@ class DatasetEntry(Section):
             return "Say what the rows are (`type: alpaca`, `type: chat_template`, ...)"
         if isinstance(self.type, InstructionFormat):
             return "Name the columns in the `type` block (field_*)"
+        if self.type == "instruction_chat":
+            return "Name the columns with `instruction_columns`"
         key = ROW_TYPES[self.type].column_key
         return f"Name the column with `{key}`" if key is not None else "Rename the columns"
