@@ -1,7 +1,7 @@
 """Reads the conversation of a row, as chat templates take it: roles by their usual names, tool calls as values."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetuner.data.formats.base import cell_of, kind_of
@@ -38,6 +38,12 @@ class Conversation:
     plain: bool
     extras: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()
+
+
+def only_last_turn(conversation: Conversation) -> Conversation:
+    """Return the conversation with the last of its trained messages alone trained on."""
+    last = max((i for i, is_trained in enumerate(conversation.trained) if is_trained), default=-1)
+    return replace(conversation, trained=tuple(i == last for i in range(len(conversation.trained))))
 
 
 @dataclass(frozen=True)

@@ -271,8 +271,7 @@ def require_columns(entry: DatasetEntry, columns: list[str], problem: str | None
         needs = "rows without a `type` need" if entry.type is None else f"{kind} needs"
         raise DataError(
             f"'{entry.path}' has no column '{missing[0]}', which {needs}.\n"
-            f"Its columns are: {', '.join(columns)}.\n"
-            + (f"{problem}." if problem else column_advice(entry, columns))
+            f"Its columns are: {', '.join(columns)}.\n" + (f"{problem}." if problem else column_advice(entry, columns))
         )
     if problem:
         raise DataError(f"'{entry.path}': {problem}.")

@@ -61,7 +61,7 @@ class ColumnCheck:
             used_by="the `type` block" if isinstance(entry.type, InstructionFormat) else by,
             left_out=frozenset(entry.unused_names),
             ignores_all=entry.unused_columns == "ignore",
-            is_chat=entry.type in ("chat_template", "prompt_completion"),
+            is_chat=entry.type in ("chat_template", "prompt_completion", "instruction_chat"),
         )
 
     def is_trained(self, row: Row) -> bool:
@@ -162,6 +162,7 @@ def columns_of_type(entry: DatasetEntry) -> frozenset[str]:
         "alpaca": {"input", "system", "history"},
         "chat_template": {entry.field_tools, entry.field_system, FUNCTIONS, "chat_template_kwargs"},
         "prompt_completion": {entry.field_tools, entry.field_system, FUNCTIONS, "chat_template_kwargs"},
+        "instruction_chat": {"chat_template_kwargs", *filter(None, dict(entry.instruction_columns).values())},
     }
     return frozenset(more.get(form, set())) | set(entry.required_columns)
 

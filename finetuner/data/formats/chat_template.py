@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from finetuner.data.chat_renderer import ChatRenderer, build_chat_renderer
 from finetuner.data.formats.base import Rendered, Renderer, kind_of
 from finetuner.data.message_keys import MessageKeys
-from finetuner.data.messages import Conversation, MessageReader
+from finetuner.data.messages import Conversation, MessageReader, only_last_turn
 from finetuner.data.row_files import Row
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
@@ -48,6 +48,8 @@ class ChatRows:
 
     def render(self, row: Row, conversation: Conversation) -> Rendered:
         """Return the text of a row's conversation. Raises DataError as ChatRenderer does, and for keys left out."""
+        if self.entry.train_on_last_turn:
+            conversation = only_last_turn(conversation)
         form, ignored = self.usual, conversation.ignored
         kwargs = row.get(KWARGS)
         if kwargs and KWARGS not in self.entry.unused_names:

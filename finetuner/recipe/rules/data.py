@@ -7,7 +7,7 @@ from finetuner.recipe.problems import did_you_mean
 from finetuner.recipe.rules.base import Finding, Rule, Values
 from finetuner.recipe.rules.files import DATA_SUFFIXES, data_suffix
 from finetuner.recipe.sections import DatasetEntry, InstructionFormat
-from finetuner.recipe.sections.datasets import CHAT_TEMPLATES, FALLBACK, KEYS_OF_TYPE
+from finetuner.recipe.sections.datasets import CHAT_TEMPLATES, CHATS, FALLBACK, KEYS_OF_TYPE
 
 _PACK_ATTENTION = "pretrain_multipack_attn"
 
@@ -128,7 +128,7 @@ def _one_chat_template(values: Values) -> Iterator[Finding]:
     default = values["chat_template"], values["chat_template_jinja"]
     first: tuple[tuple[str | None, str | None], tuple[str | int, ...]] | None = None
     for key, i, entry in _entries(values):
-        if entry.type != "chat_template" and not (entry.type == "prompt_completion" and entry.chat_keys_set):
+        if entry.type not in CHATS and not (entry.type == "prompt_completion" and entry.chat_keys_set):
             continue
         named = entry.chat_template is not None or entry.chat_template_jinja is not None
         chosen = (entry.chat_template, entry.chat_template_jinja) if named else default

@@ -7,7 +7,7 @@ strict (the text "4" is not the number 4).
 from finetuner.recipe.sections.adapter import AdapterSection
 from finetuner.recipe.sections.base import Section
 from finetuner.recipe.sections.data import DataSection, PackingSection
-from finetuner.recipe.sections.datasets import DatasetEntry, InstructionFormat, MessageProperties
+from finetuner.recipe.sections.datasets import DatasetEntry, InstructionColumns, InstructionFormat, MessageProperties
 from finetuner.recipe.sections.guards import GuardSection
 from finetuner.recipe.sections.model import GPTSection, ModelSection, NewTokenizer, SpecialTokens, TokenizerSection
 from finetuner.recipe.sections.quantization import FourBitSection, QuantizationSection
@@ -28,7 +28,7 @@ from finetuner.recipe.sections.training import (
 __all__ = [
     "AdapterSection", "BatchSection", "CompileSection", "DataSection", "DatasetEntry", "EvaluationSection",
     "FourBitSection",
-    "FsdpConfig", "GPTSection", "GuardSection", "InstructionFormat", "MessageProperties",
+    "FsdpConfig", "GPTSection", "GuardSection", "InstructionColumns", "InstructionFormat", "MessageProperties",
     "ModelSection", "NewTokenizer", "OptimizerSection", "OutputSection",
     "PackingSection", "PrecisionSection", "QuantizationSection",
     "RateGroup", "RatesSection", "RegularizationSection",

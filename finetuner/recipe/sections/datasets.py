@@ -11,7 +11,9 @@ from pydantic import Discriminator, Field, Strict, Tag
 
 from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Names, Positive, Rows, Section
 
-TypeName = Literal["alpaca", "completion", "chat_template", "input_output", "prompt_completion"]
+TypeName = Literal[
+    "alpaca", "completion", "chat_template", "input_output", "prompt_completion", "instruction_chat"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class RowTypeFacts:
 # Keys of an entry about how a conversation is read and rendered.
 _CHAT_KEYS = (
     "field_tools", "field_system", "message_property_mappings", "message_field_training", "roles", "roles_to_train",
-    "train_on_eos", "train_on_eot", "chat_template", "chat_template_jinja",
+    "train_on_last_turn", "train_on_eos", "train_on_eot", "chat_template", "chat_template_jinja",
 )  # fmt: skip
 ROW_TYPES: dict[str, RowTypeFacts] = {
     "alpaca": RowTypeFacts("instruction, input (may be missing), output", ("instruction", "output")),
@@ -45,8 +47,16 @@ ROW_TYPES: dict[str, RowTypeFacts] = {
     ),
     "input_output": RowTypeFacts("segments of text with a label", ("segments",)),
     "prompt_completion": RowTypeFacts("two texts, or two lists of messages", ("prompt", "completion"), keys=_CHAT_KEYS),
-}
+    "instruction_chat": RowTypeFacts(
+        "instruction, input, output, system and history as messages of the chat template",
+        keys=(
+            "instruction_columns", "roles_to_train", "train_on_last_turn", "train_on_eos", "train_on_eot",
+            "chat_template", "chat_template_jinja",
+        ),
+    ),
+}  # fmt: skip
 assert tuple(ROW_TYPES) == get_args(TypeName)
+CHATS = ("chat_template", "instruction_chat")  # types all whose rows become conversations of the chat template
 # key of an entry -> the types that read it; with any other it would have no effect
 KEYS_OF_TYPE: dict[str, tuple[str, ...]] = {
     key: tuple(name for name, other in ROW_TYPES.items() if key in other.keys)
@@ -87,6 +97,17 @@ class InstructionFormat(Section):
         """Column of the system text; None if the default name of it is another text's column."""
         others = (self.field_instruction, self.field_input, self.field_output)
         return None if self.field_system in others else self.field_system
+
+
+class InstructionColumns(Section):
+    """Columns of a row that is an instruction and its answer; null: there is none, or it is not to be read."""
+
+    instruction: str = Field("instruction", min_length=1, description="The question or order.")
+    input: str | None = Field("input", min_length=1, description="A text to work on, written on the line below it.")
+    output: str = Field("output", min_length=1, description="The answer, which is trained on.")
+    system: str | None = Field("system", min_length=1, description="The system text.")
+    history: str | None = Field("history", min_length=1, description="Earlier turns: a list of [question, answer].")
+    tools: str | None = Field("tools", min_length=1, description="The tools that may be called.")
 
 
 class MessageProperties(Section):
@@ -172,6 +193,12 @@ class DatasetEntry(Section):
         "are plainly inert, such as ids and dates. refuse: an error. ignore: they are left out. A list: those "
         "of these names are left out.",
     )
+    instruction_columns: InstructionColumns = Field(
+        InstructionColumns(), description="Columns of instruction_chat rows, where they have other names."
+    )
+    train_on_last_turn: bool = Field(
+        False, description="Of a conversation's turns that would be trained on, train on the last one alone."
+    )
     chat_template: str | None = Field(None, description="As the recipe's chat_template, which it stands above.")
     chat_template_jinja: str | None = Field(None, description="As the recipe's chat_template_jinja.")
 
@@ -192,6 +219,8 @@ class DatasetEntry(Section):
             return ("input_ids", "labels")
         if isinstance(self.type, InstructionFormat):
             return (self.type.field_instruction, self.type.field_output)
+        if self.type == "instruction_chat":
+            return (self.instruction_columns.instruction, self.instruction_columns.output)
         row_type = ROW_TYPES[self.type]
         named = (dict(self)[row_type.column_key],) if row_type.column_key is not None else ()
         return (*named, *row_type.columns)
@@ -204,8 +233,10 @@ class DatasetEntry(Section):
 
     @property
     def unused_names(self) -> tuple[str, ...]:
-        """Columns and keys that the recipe leaves out by name."""
-        return () if isinstance(self.unused_columns, str) else self.unused_columns
+        """Columns and keys that the recipe leaves out by name, or by a null in instruction_columns."""
+        usual, chosen = dict(InstructionColumns()), dict(self.instruction_columns)
+        unread = tuple(usual[part] for part, column in chosen.items() if column is None)
+        return unread if isinstance(self.unused_columns, str) else (*self.unused_columns, *unread)
 
     @property
     def column_advice(self) -> str:
@@ -214,5 +245,7 @@ class DatasetEntry(Section):
             return "Say what the rows are (`type: alpaca`, `type: chat_template`, ...)"
         if isinstance(self.type, InstructionFormat):
             return "Name the columns in the `type` block (field_*)"
+        if self.type == "instruction_chat":
+            return "Name the columns with `instruction_columns`"
         key = ROW_TYPES[self.type].column_key
         return f"Name the column with `{key}`" if key is not None else "Rename the columns"
