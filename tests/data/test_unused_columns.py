@@ -210,7 +210,7 @@ def test_rows_with_another_name_for_the_output_get_a_block_to_paste(
     rows = [{"instruction": f"Name river {i}.", "input": "", "response": f"River {i}."} for i in range(3)]
     with pytest.raises(DataError, match="no column 'output'") as caught:
         learn(tokenizer, rows, tmp_path)
-    start = str(caught.value).index("    type:\n")
+    start = str(caught.value).index("    type: {")
     pasted = tmp_path / "recipe.yml"
     pasted.write_text(
         f"base_model: {tokenizer.name_or_path}\nlearning_rate: 1e-4\nmax_steps: 1\noutput_dir: {tmp_path / 'out'}\n"
