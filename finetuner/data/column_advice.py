@@ -36,12 +36,10 @@ def column_advice(entry: DatasetEntry, columns: list[str]) -> str:
 
 def _block(question: str, given: str | None, output: str, *, stanford: bool) -> str:
     """Return a `type` block to paste in the place of the type's name."""
-    lines = [f"field_instruction: {json.dumps(question)}"]
-    lines += [f"field_input: {json.dumps(given)}"] if given is not None else []
-    lines += [f"field_output: {json.dumps(output)}"]
-    if stanford:
-        lines += [f"format: {json.dumps(INTRO_WITH_INPUT + chr(10) * 2 + TURN_WITH_INPUT)}"]
-        lines += [f"no_input_format: {json.dumps(INTRO + chr(10) * 2 + TURN)}"]
-    else:
-        lines += [f"format: {json.dumps('{instruction}{input}')}", f"no_input_format: {json.dumps('{instruction}')}"]
-    return "Name them in a `type` block in its place:\n    type:\n" + "\n".join(f"      {line}" for line in lines)
+    form, without = (INTRO_WITH_INPUT + "\n\n" + TURN_WITH_INPUT, INTRO + "\n\n" + TURN)
+    if not stanford:
+        form, without = "{instruction}{input}", "{instruction}"
+    keys = {"field_instruction": question, "field_input": given, "field_output": output}
+    keys |= {"format": None if given is None else form, "no_input_format": without}
+    listed = ", ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in keys.items() if value)
+    return f"Name them in a `type` block in its place:\n    type: {{{listed}}}"

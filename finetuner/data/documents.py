@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from finetuner.data.encoding import Encoder
 from finetuner.data.formats import load_format
 from finetuner.data.formats.base import Rendered, Renderer
@@ -117,6 +119,8 @@ class DocumentMaker:
                 documents.append([])
                 continue
             document = next(of_texts) if isinstance(text, Rendered) else text
+            if isinstance(text, Rendered) and not text.spans:  # not even the end that its tokens were given
+                document = (document[0], np.full_like(document[1], IGNORE_INDEX))
             if isinstance(text, Rendered) and self.entry.is_plain_text and not text.text.strip():
                 outcomes.append(Outcome(placed.file, placed.number, BLANK, 0))
                 documents.append([])

@@ -151,7 +151,7 @@ class MessageReader:
         if role is None:
             raise unknown_role(i, name, [one.get(self.role_key) for one in all_given if isinstance(one, dict)])
         self._take_thoughts(i, message)
-        _require_own_place(i, message, role)
+        _require_own_place(i, message, role, given)
         if role == "user":
             self._require_no_placeholder(i, content)
         if "tool_calls" in message:
@@ -180,7 +180,7 @@ class MessageReader:
             call = message.pop("function_call")
             if message.get("tool_calls"):
                 raise DataError(f"message {i} has 'function_call' and 'tool_calls'. Remove one of them")
-            if call:
+            if call not in ("", {}):
                 message["tool_calls"] = calls_of_function_call(call, i)
         if message.get("tool_calls") in ([], ""):
             del message["tool_calls"]
@@ -272,12 +272,13 @@ def _message_list(cell: Any, column: str) -> list[Any]:
     return cell
 
 
-def _require_own_place(turn: int, message: dict[str, Any], role: str) -> None:
+def _require_own_place(turn: int, message: dict[str, Any], role: str, given: Any) -> None:
     """Raise DataError for a thought or a call of someone who is not the model: a template does not write it."""
     if role not in ("system", "developer", "user", "tool"):
         return
     for key in (THOUGHTS[0], "tool_calls"):
         if message.get(key):
+            key = next((name for name in ("function_call", *THOUGHTS) if given.get(name)), key)
             raise DataError(
                 f"message {turn} of the role '{role}' has '{key}', which only answers have: it would be left out. "
                 f"Remove it, or write `unused_columns: [{key}]`"

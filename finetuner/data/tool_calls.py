@@ -57,7 +57,7 @@ def require_inert(cells: Mapping[str, Any], known: Iterable[str], where: str) ->
     for key, value in cells.items():
         if key not in known and not is_inert(key) and not is_empty(value):
             raise DataError(
-                f"{where} has '{key}' ({value!r:.60}), which chat templates do not write, so it would be left out. "
+                f"{where} has '{key}' ({value!r:.60}), which is not written, so it would be left out. "
                 f"Rename it to what it is, or write `unused_columns: {in_yaml_list([key])}` beside `path`"
             )
 

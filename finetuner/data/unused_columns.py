@@ -21,7 +21,7 @@ _PREFERENCES = re.compile(r"(chosen|rejected|kto_tag|preferred|dispreferred)(_(m
 _THOUGHTS = re.compile(r"(reasoning_content|thinking|reasoning|" + OTHER_THOUGHTS + ")")
 _SYSTEM = frozenset({"system", "system_prompt", "system_message", "system_text", "system_instruction", "sys_prompt"})
 _TOOLS = frozenset({"tools", "functions", "tool_list", "available_tools", "tool_definitions", "function_list", "apis"})
-_TOKENS = "rows of tokens"
+_TOKENS, _BLOCK = "rows of tokens", "the `type` block"
 _MANY_CHARACTERS = 24  # a text as long as this does not stand in another one by chance
 
 
@@ -58,7 +58,7 @@ class ColumnCheck:
         by = _TOKENS if entry.type is None else f"`type: {entry.type}`"
         return cls(
             used=(columns_of_type(entry) if used is None else used) - set(entry.unused_names),
-            used_by="the `type` block" if isinstance(entry.type, InstructionFormat) else by,
+            used_by=_BLOCK if isinstance(entry.type, InstructionFormat) else by,
             left_out=frozenset(entry.unused_names),
             ignores_all=entry.unused_columns == "ignore",
             is_chat=entry.type in ("chat_template", "prompt_completion", "instruction_chat"),
@@ -144,11 +144,11 @@ class ColumnCheck:
             return f"Messages: `type: chat_template` with `field_messages: {name}`. "
         if _THOUGHTS.fullmatch(snake):
             return "A thought: write it into its message, as `reasoning_content`. "
-        return (
-            ""
-            if self.is_chat or self.used_by == _TOKENS
-            else "A `type` block names the columns of a text (field_instruction, field_input). "
-        )
+        if self.is_chat or self.used_by == _TOKENS:
+            return ""
+        if self.used_by == _BLOCK:
+            return f"To put it into the prompt: `field_input: {name}`. "
+        return "A `type` block names the columns of a prompt (field_instruction, field_input). "
 
 
 def columns_of_type(entry: DatasetEntry) -> frozenset[str]:

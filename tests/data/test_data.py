@@ -197,7 +197,7 @@ def test_a_chat_column_of_another_name_is_asked_for(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"conversations": [{"role": "user", "content": "a"}]}])
     with pytest.raises(DataError, match="has no column 'messages'") as caught:
         load_source(DatasetEntry(path=str(path), type="chat_template"), tmp_path)
-    assert "Its columns are: conversations.\nName the column with `field_messages`" in str(caught.value)
+    assert "Its columns are: conversations.\nWrite `field_messages: conversations`." in str(caught.value)
     named = DatasetEntry(path=str(path), type="chat_template", field_messages="conversations")
     assert len(load_source(named, tmp_path)) == 1
 

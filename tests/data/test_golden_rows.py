@@ -165,7 +165,7 @@ SHAREGPT = {
 }  # fmt: skip
 NAMES = {"human": "user", "gpt": "assistant", "system": "system"}
 CHATS: dict[str, tuple[str, dict[str, Any]]] = {
-    "messages": ("kto_en_demo.json", {"type": "chat_template"}),
+    "messages": ("kto_en_demo.json", {"type": "chat_template", "unused_columns": ["label"]}),
     "ShareGPT": ("sharegpt_dummy_conversation.json", SHAREGPT),
     "ShareGPT, named by hand": (
         "sharegpt_dummy_conversation.json",

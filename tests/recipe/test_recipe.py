@@ -779,6 +779,16 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"streaming_multipack_buffer_size": 5},
         {"streaming_multipack_buffer_size": 5, "streaming": True, "max_steps": 5},
     ),
+    (
+        "field_instruction",
+        {"datasets": [{"path": "a/b", "type": {"field_instruction": "text", "field_output": "text"}}]},
+        {"datasets": [{"path": "a/b", "type": {"field_instruction": "input", "field_output": "text"}}]},
+    ),
+    (
+        "unused_columns",
+        {"datasets": [CHAT | {"unused_columns": ["messages"]}]},
+        {"datasets": [CHAT | {"unused_columns": ["persona"]}]},
+    ),
     ("shards_idx", {"datasets": [CHAT | {"shards_idx": 1}]}, {"datasets": [CHAT | {"shards_idx": 1, "shards": 2}]}),
     (
         "format",

@@ -20,6 +20,11 @@ from finetuner.recipe.sections import DataSection, DatasetEntry
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PROMPTS = {
+    False: f"{INTRO}\n\n{TURN}",
+    True: f"{INTRO_WITH_INPUT}\n\n{TURN_WITH_INPUT}",
+}  # with an input?
+
 
 def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
     """Return the renderer of Alpaca rows."""
@@ -35,12 +40,16 @@ def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTo
         require_no_placeholder(row, ("instruction", "input"), entry)
         given = cell(row, "input")
         cells = {"instruction": text_of(row, "instruction"), "input": "" if given is None else text_of(row, "input")}
-        answer = text_of(row, "output")
-        text, contents = _beginning(cell(row, "system"), bool(cells["input"]))
-        for question, reply in earlier_turns(cell(row, "history")):
+        answer, has_input = text_of(row, "output"), cells["input"] != ""
+        system, history = cell(row, "system"), cell(row, "history")
+        if not system and not history:  # nearly all rows
+            prompt, contents = fill(_PROMPTS[has_input], cells)
+            return answered(prompt, answer, tuple(contents))
+        text, contents = _beginning(system, has_input)
+        for question, reply in earlier_turns(history):
             _append(text, contents, TURN, {"instruction": question})
             _append(text, contents, "{input}" + end + "\n\n", {"input": reply})
-        _append(text, contents, TURN_WITH_INPUT if cells["input"] else TURN, cells)
+        _append(text, contents, TURN_WITH_INPUT if has_input else TURN, cells)
         return answered("".join(text), answer, tuple(contents))
 
     return render

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from finetuner.data.formats.base import Rendered, Renderer, cell_of, kind_of
 from finetuner.data.row_files import Row
+from finetuner.data.tool_calls import require_inert
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 
@@ -14,10 +15,12 @@ if TYPE_CHECKING:
 
 def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
     """Return the renderer of labeled segments."""
-    return _render
+    left_out = None if entry.unused_columns == "ignore" else frozenset(entry.unused_names)
+    return lambda row: _render(row, left_out)
 
 
-def _render(row: Row) -> Rendered:
+def _render(row: Row, left_out: frozenset[str] | None) -> Rendered:
+    """Return a row's text. left_out: keys of segments that the recipe leaves out; None: all but text and label."""
     segments = cell_of(row, "segments")
     if not isinstance(segments, list) or not segments:
         raise DataError(f"column 'segments' holds {kind_of(segments)}, but must be a list of {{text, label}}")
@@ -28,6 +31,8 @@ def _render(row: Row) -> Rendered:
             raise DataError(
                 f"segment {i} must have text in 'text', and true or false in 'label'; it is {segment!r:.150}"
             )
+        if len(segment) > 2 and left_out is not None:
+            require_inert({k: v for k, v in segment.items() if k not in left_out}, ("text", "label"), f"segment {i}")
         if segment["label"]:
             spans.append((len(text), len(text) + len(piece)))
         text += piece
