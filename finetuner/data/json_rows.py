@@ -20,7 +20,11 @@ from finetuner.errors import DataError, RowFileError
 _MAX_SPREAD_BYTES = 64 << 20  # of an object that is written over several lines
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _BLANKS_AND_MARKS = re.compile("[ \t\r\n\ufeff]*")  # files with a byte order mark that were joined
-_BLANK_BYTES = b" \t\r\n"
+_LIST_BEGINS = re.compile(rb"(?:[ \t\r\n]|\xef\xbb\xbf)*\[")
+_ROWS_IN_LIST = re.compile(rb"\[[ \t\r\n]*(?:[\[{]|$)")  # "[ERROR]" begins none
+_VALUES_TOUCH = re.compile(r"[}\]][ \t\r\n\ufeff]*[{\[]")  # nowhere in a value, except in a text
+_BLANKS_AND_BOM = b" \t\r\n" + BOM
+_BETWEEN = " \t\r\n,\ufeff"  # may stand between two values
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,18 @@ def json_records(file: IO[bytes], lines: Iterator[bytes], messages: MessageLists
             if line[:1] == b"{" and line[-2:] == b"}\n" and not is_first:  # nearly all lines
                 yield RawRecord(number, line)
                 continue
-            line = line.removeprefix(BOM)
-            text = line.strip(_BLANK_BYTES)
+            text = line.strip(_BLANKS_AND_BOM)
             if not text:
                 continue
             if text[:1] == b"{" and text[-1:] == b"}" and not (is_first and _holds_several(text)):
-                yield RawRecord(number, line)
+                yield RawRecord(number, text)
             elif text[:1] == b"{" and text[-2:] == b"},":  # a comma behind each row
                 yield RawRecord(number, text[:-1])
             elif (chunks := _value_over_lines(number, text, looked_at, lines)) is not None:
                 yield from _Values(chunks, number, messages).records()
                 return
             else:
-                yield RawRecord(number, line)
+                yield RawRecord(number, line.removeprefix(BOM))
                 is_first, goes_on = False, True
                 break  # go on with the lines that were looked at
             is_first = False
@@ -84,6 +87,8 @@ def _value_over_lines(
     """
     if start[:1] not in (b"{", b"["):
         return None
+    if start[:1] == b"{" and _completeness(start) == "complete" and not (start[-1:] == b"," or _holds_several(start)):
+        return None  # a row, and behind it something that is none
     coming = chain(_drained(looked_at), lines)
     taken, size = [start + b"\n"], len(start)
     while not (state := _completeness(b"".join(taken))) and size <= _MAX_SPREAD_BYTES:
@@ -92,7 +97,7 @@ def _value_over_lines(
             break
         size += sum(map(len, more))
         taken += more
-    if state == "complete":
+    if state == "complete" or _ROWS_IN_LIST.match(start):
         return chain([b"".join(taken)], looked_at, lines)
     if not state and size > _MAX_SPREAD_BYTES:
         raise RowFileError(
@@ -129,9 +134,11 @@ def _parsed_line(text: str, line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg.startswith("Extra data") and text[error.pos] in "{[\ufeff":
+        behind = text[error.pos :] if error.msg.startswith("Extra data") else ""
+        if "{" in behind or "[" in behind or _VALUES_TOUCH.search(text):
             raise RowFileError(
-                f"line {line} holds more than one value: ...{text[max(0, error.pos - 15) : error.pos + 15]!r}... "
+                f"line {line} holds more than one value: {_error_text(error)}, near "
+                f"{text[max(0, error.pos - 15) : error.pos + 15]!r} "
                 "(were files joined that do not end with a line break?).\n"
                 "Put each row on a line of its own, as `jq -c . FILE > NEW` does"
             ) from None
@@ -154,7 +161,7 @@ def _error_text(error: json.JSONDecodeError) -> str:
 def _begins_with_list(file: IO[bytes]) -> bool:
     """Return whether the first character opens a list, without consuming it: the file may be a connection."""
     head: bytes = file.peek(4096)  # type: ignore[attr-defined]
-    return head.removeprefix(BOM).lstrip().startswith(b"[")
+    return _LIST_BEGINS.match(head) is not None
 
 
 def _spells_surrogates(text: str) -> bool:
@@ -177,7 +184,7 @@ def _holds_several(text: bytes) -> bool:
         stop = json.JSONDecoder().raw_decode(decoded)[1]
     except (ValueError, RecursionError):
         return False
-    return decoded[stop:].lstrip("\ufeff \t\r")[:1] in ("{", "[")
+    return decoded[stop:].lstrip(_BETWEEN)[:1] in ("{", "[")
 
 
 def _completeness(data: bytes) -> str:
@@ -250,8 +257,8 @@ class _Values:
         while (character := self._next_character()) != "]":
             if not character:
                 raise RowFileError(
-                    f"its list ends without a closing ']', behind row {self.num_rows - 1}: the file was cut off.\n"
-                    "Fetch or write it again"
+                    f"its list ends without a closing ']', behind row {self.num_rows - 1}: was the file cut off?\n"
+                    "Fetch or write it again, or close the list"
                 )
             yield self._value(",]")
             if self._next_character() == ",":
@@ -317,9 +324,10 @@ class _Values:
 
     def _broken(self, error: json.JSONDecodeError) -> RowFileError:
         near = error.doc[max(0, error.pos - 20) : error.pos + 20]
+        is_end = self.ended and error.pos >= len(error.doc.rstrip())
         return RowFileError(
             f"row {self.num_rows} is broken JSON: {error.msg[:1].lower()}{error.msg[1:]} near {near!r} "
-            f"({self._place(error.pos)}).\n"
+            f"({self._place(error.pos)}{', where the file ends: was it cut off?' * is_end}).\n"
             "The rows of a list cannot be told apart after that. Fix it, or write one object a line (JSON lines)"
         )
 

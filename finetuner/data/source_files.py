@@ -18,7 +18,7 @@ from finetuner.data.folder_files import (
 )
 from finetuner.data.json_rows import MessageLists
 from finetuner.data.row_files import FileKind, RowFile, local_files
-from finetuner.data.unpacking import is_zip, zip_members
+from finetuner.data.unpacking import head_of, is_zip, zip_members
 from finetuner.errors import DataError, RowFileError
 from finetuner.recipe.rules import PACKING_SUFFIXES, data_suffix, looks_local
 from finetuner.recipe.sections import DatasetEntry
@@ -200,10 +200,8 @@ def builder_of_name(entry: DatasetEntry, name: str) -> str:
         return _BUILDERS[suffix]
     path = Path(name).expanduser()
     if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
         try:
-            require_rows(head, may_be_page=False)
+            require_rows(head_of(path), may_be_page=False)
         except RowFileError as error:
             raise DataError(f"'{name}': {error}.") from None
     if looks_local(name) or path.is_file():
