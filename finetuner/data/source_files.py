@@ -77,7 +77,7 @@ def _named_files(entry: DatasetEntry, folder: Path, names: list[str]) -> list[Pa
     """Return the files of the entry's `data_files`, in their order."""
     found: list[Path] = []
     for name in names:
-        paths = matches(folder, str(Path(name).expanduser()))
+        paths = matches(folder, str(Path(name).expanduser()) if name.startswith("~/") else name)
         if not paths:
             there = [str(path.relative_to(folder)) for path in data_files_in(folder)] if folder != Path() else []
             holds = f" It holds: {', '.join(there[:5])}{', ...' * (len(there) > 5)}." if there else ""
