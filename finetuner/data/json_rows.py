@@ -27,6 +27,21 @@ _BLANKS_AND_BOM = b" \t\r\n" + BOM
 _BETWEEN = " \t\r\n,\ufeff"  # may stand between two values
 
 
+class _RepeatedKeyError(ValueError):
+    """A key stands twice in one object, of which Python's parser would keep the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(next(name for name in names if names.count(name) > 1))
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 @dataclass(frozen=True)
 class MessageLists:
     """Tells the lists that are one conversation from those that hold rows: their elements are messages.
@@ -132,7 +147,7 @@ def json_row(record: RawRecord, messages: MessageLists | None) -> dict[str, Any]
 
 def _parsed_line(text: str, line: int) -> Any:
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         behind = text[error.pos :] if error.msg.startswith("Extra data") else ""
         if "{" in behind or "[" in behind or _VALUES_TOUCH.search(text):
@@ -150,6 +165,8 @@ def _parsed_line(text: str, line: int) -> Any:
         raise DataError(f"line {line} is broken JSON: {_error_text(error)}{hint}") from None
     except RecursionError:
         raise DataError(f"line {line} is broken JSON: brackets nested too deep") from None
+    except _RepeatedKeyError as error:
+        raise DataError(f"line {line} has the key '{error}' twice in one object") from None
     except ValueError as error:  # a number of more than 4,300 digits
         raise DataError(f"line {line} is broken JSON: {error}") from None
 
@@ -213,7 +230,6 @@ class _Values:
     at: int = 0
     ended: bool = False
     num_rows: int = 0
-    decoder: json.JSONDecoder = field(default_factory=json.JSONDecoder)
     utf8: codecs.IncrementalDecoder = field(default_factory=codecs.getincrementaldecoder("utf-8"))
 
     def records(self) -> Iterator[RawRecord]:
@@ -277,7 +293,7 @@ class _Values:
         """Return the next value. `expected`: characters of which one must follow it."""
         while True:
             try:
-                value, stop = self.decoder.raw_decode(self.buffer, self.at)
+                value, stop = _DECODER.raw_decode(self.buffer, self.at)
                 rest = _skip_blanks(self.buffer, stop)
                 if expected and (rest == len(self.buffer) or self.buffer[rest] not in expected):  # 12 may begin 123
                     raise json.JSONDecodeError("Expecting ',' or ']'", self.buffer, rest)
@@ -288,6 +304,8 @@ class _Values:
                     raise self._broken(error) from None
             except RecursionError:
                 raise RowFileError(f"row {self.num_rows} is broken JSON: brackets nested too deep") from None
+            except _RepeatedKeyError as error:
+                raise RowFileError(f"row {self.num_rows} has the key '{error}' twice in one object") from None
             except ValueError as error:  # a number of more than 4,300 digits
                 raise RowFileError(f"row {self.num_rows} is broken JSON: {error}") from None
             else:

@@ -199,6 +199,15 @@ def test_a_broken_line_is_one_refused_row_and_the_next_line_is_read(tmp_path: Pa
     assert len(loaded(entry_of(path), tmp_path)) == 3002, "as many as one likes"
 
 
+def test_a_key_that_stands_twice_is_never_silently_the_last(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(lines(0) + '{"id": "n1", "deep": [{"a": 1, "b": 2, "a": 3}]}\n' + lines(2))
+    rows = read_everywhere(path)
+    assert rows == [ids(0)[0], "line 2 has the key 'a' twice in one object", ids(2)[0]]
+    path.write_text('[{"id": "n0"}, {"id": "n1", "id": "n2"}]')
+    assert "row 1 has the key 'id' twice in one object" in error_everywhere(path)
+
+
 def test_a_last_line_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     text = '{"id": "n1", "more": [1, {"a": "b"}]}'
