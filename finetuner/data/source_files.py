@@ -16,7 +16,7 @@ from finetuner.data.folder_files import (
     files_of_card,
     matches,
 )
-from finetuner.data.json_rows import MessageLists
+from finetuner.data.json_values import MessageLists
 from finetuner.data.row_files import FileKind, RowFile, local_files
 from finetuner.data.unpacking import head_of, is_zip, zip_members
 from finetuner.errors import DataError, RowFileError

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from finetuner.data.json_rows import MessageLists
+from finetuner.data.json_values import MessageLists
 from finetuner.data.raw_records import READ_BYTES
 from finetuner.data.row_files import RowFile, local_file
 from finetuner.data.sources import SourceRow, load_source
@@ -181,6 +181,7 @@ def test_a_file_whose_rows_cannot_be_told_apart_is_one_error_that_names_the_plac
 
 def test_a_broken_line_is_one_refused_row_and_the_next_line_is_read(tmp_path: Path) -> None:
     broken = [
+        '{"id": "see [1] [2] and }{ [", "more',
         '{"id": "n1',
         '{"id":',
         '{"id": [1,',
@@ -194,7 +195,7 @@ def test_a_broken_line_is_one_refused_row_and_the_next_line_is_read(tmp_path: Pa
     rows = read_everywhere(path)
     assert rows[0::2] == ids(*range(len(broken) + 1))
     assert all("is broken JSON" in row for row in rows[1::2])
-    assert "bytes that are zero: the file was cut off by a crash" in rows[11]
+    assert "bytes that are zero: the file was cut off by a crash" in rows[13]
     path.write_text(lines(0) + '{"id": 1,\n' * 3000 + lines(1))
     assert len(loaded(entry_of(path), tmp_path)) == 3002, "as many as one likes"
 
