@@ -51,6 +51,8 @@ def csv_row(record: RawRecord) -> dict[str, Any]:
             f"line {record.line} has {len(cells)} fields, and the first line {len(names)} names. "
             f"Quote the texts with {_WORDS.get(delimiter, repr(delimiter))}"
         )
+    if cells[-1] == names[-1] and (cells[0].removeprefix("\ufeff"), *cells[1:]) == names:
+        raise DataError(f"line {record.line} repeats the names of the first line (were files joined?). Remove it")
     row = dict(zip(names, cells, strict=True))
     if names.count("") > 1:
         del row[""]

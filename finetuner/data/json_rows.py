@@ -5,43 +5,29 @@ and objects of one line or several. Both may stand in one file, as `cat` makes t
 part of one are an error that names their place, so that no row behind them is lost.
 """
 
-import codecs
 import json
 import re
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import IO, Any
 
+from finetuner.data.json_values import DECODER, MessageLists, RepeatedKeyError, Values, spells_surrogates
 from finetuner.data.raw_records import BOM, READ_BYTES, RawRecord, decode_line
 from finetuner.errors import DataError, RowFileError
 
 _MAX_SPREAD_BYTES = 64 << 20  # of an object that is written over several lines
-_BLANKS = re.compile(r"[ \t\r\n]*")
-_BLANKS_AND_MARKS = re.compile("[ \t\r\n\ufeff]*")  # files with a byte order mark that were joined
-_BLANK_BYTES = b" \t\r\n"
-
-
-@dataclass(frozen=True)
-class MessageLists:
-    """Tells the lists that are one conversation from those that hold rows: their elements are messages.
-
-    column: the row's column that such a list becomes. keys: those of which a message has one.
-    """
-
-    column: str
-    keys: frozenset[str]
-
-    def hold(self, element: Any) -> bool:
-        """Return whether an element of a list is a message."""
-        return isinstance(element, dict) and self.column not in element and not self.keys.isdisjoint(element)
+_LIST_BEGINS = re.compile(rb"(?:[ \t\r\n]|\xef\xbb\xbf)*\[")
+_ROWS_IN_LIST = re.compile(rb"\[[ \t\r\n]*(?:[\[{]|$)")  # "[ERROR]" begins none
+_VALUES_TOUCH = re.compile(r'[}\]][ \t\r\n\ufeff]*\[?[{\[][ \t]*"')  # one value ends and the next begins
+_BLANKS_AND_BOM = b" \t\r\n" + BOM
+_BETWEEN = " \t\r\n,\ufeff"  # may stand between two values
 
 
 def json_records(file: IO[bytes], lines: Iterator[bytes], messages: MessageLists | None) -> Iterator[RawRecord]:
     """Yield the rows of a file of JSON. `lines`: its lines, which are read unless it begins with a list."""
     if _begins_with_list(file):
-        yield from _Values(iter(lambda: file.read(READ_BYTES), b""), 1, messages).records()
+        yield from Values(iter(lambda: file.read(READ_BYTES), b""), 1, messages).records()
         return
     number, looked_at = 0, deque[bytes]()
     is_first, goes_on = True, True
@@ -51,19 +37,18 @@ def json_records(file: IO[bytes], lines: Iterator[bytes], messages: MessageLists
             if line[:1] == b"{" and line[-2:] == b"}\n" and not is_first:  # nearly all lines
                 yield RawRecord(number, line)
                 continue
-            line = line.removeprefix(BOM)
-            text = line.strip(_BLANK_BYTES)
+            text = line.strip(_BLANKS_AND_BOM)
             if not text:
                 continue
             if text[:1] == b"{" and text[-1:] == b"}" and not (is_first and _holds_several(text)):
-                yield RawRecord(number, line)
+                yield RawRecord(number, text)
             elif text[:1] == b"{" and text[-2:] == b"},":  # a comma behind each row
                 yield RawRecord(number, text[:-1])
             elif (chunks := _value_over_lines(number, text, looked_at, lines)) is not None:
-                yield from _Values(chunks, number, messages).records()
+                yield from Values(chunks, number, messages).records()
                 return
             else:
-                yield RawRecord(number, line)
+                yield RawRecord(number, line.removeprefix(BOM))
                 is_first, goes_on = False, True
                 break  # go on with the lines that were looked at
             is_first = False
@@ -84,6 +69,8 @@ def _value_over_lines(
     """
     if start[:1] not in (b"{", b"["):
         return None
+    if start[:1] == b"{" and _completeness(start) == "complete" and not (start[-1:] == b"," or _holds_several(start)):
+        return None  # a row, and behind it something that is none
     coming = chain(_drained(looked_at), lines)
     taken, size = [start + b"\n"], len(start)
     while not (state := _completeness(b"".join(taken))) and size <= _MAX_SPREAD_BYTES:
@@ -92,7 +79,7 @@ def _value_over_lines(
             break
         size += sum(map(len, more))
         taken += more
-    if state == "complete":
+    if state == "complete" or _ROWS_IN_LIST.match(start):
         return chain([b"".join(taken)], looked_at, lines)
     if not state and size > _MAX_SPREAD_BYTES:
         raise RowFileError(
@@ -113,7 +100,7 @@ def json_row(record: RawRecord, messages: MessageLists | None) -> dict[str, Any]
     if isinstance(value, bytes):
         text = decode_line(record)
         value = _parsed_line(text, record.line)
-        escaped = _spells_surrogates(text)
+        escaped = spells_surrogates(text)
     where = f"line {record.line}" if record.line else "it"
     if escaped:
         _require_no_surrogates(value, where)
@@ -127,11 +114,13 @@ def json_row(record: RawRecord, messages: MessageLists | None) -> dict[str, Any]
 
 def _parsed_line(text: str, line: int) -> Any:
     try:
-        return json.loads(text)
+        return DECODER.decode(text)
     except json.JSONDecodeError as error:
-        if error.msg.startswith("Extra data") and text[error.pos] in "{[\ufeff":
+        behind = text[error.pos :] if error.msg.startswith("Extra data") else ""
+        if "{" in behind or "[" in behind or _VALUES_TOUCH.search(text):
             raise RowFileError(
-                f"line {line} holds more than one value: ...{text[max(0, error.pos - 15) : error.pos + 15]!r}... "
+                f"line {line} holds more than one value: {_error_text(error)}, near "
+                f"{text[max(0, error.pos - 15) : error.pos + 15]!r} "
                 "(were files joined that do not end with a line break?).\n"
                 "Put each row on a line of its own, as `jq -c . FILE > NEW` does"
             ) from None
@@ -143,6 +132,8 @@ def _parsed_line(text: str, line: int) -> Any:
         raise DataError(f"line {line} is broken JSON: {_error_text(error)}{hint}") from None
     except RecursionError:
         raise DataError(f"line {line} is broken JSON: brackets nested too deep") from None
+    except RepeatedKeyError as error:
+        raise DataError(f"line {line} has the key '{error}' twice in one object") from None
     except ValueError as error:  # a number of more than 4,300 digits
         raise DataError(f"line {line} is broken JSON: {error}") from None
 
@@ -154,11 +145,7 @@ def _error_text(error: json.JSONDecodeError) -> str:
 def _begins_with_list(file: IO[bytes]) -> bool:
     """Return whether the first character opens a list, without consuming it: the file may be a connection."""
     head: bytes = file.peek(4096)  # type: ignore[attr-defined]
-    return head.removeprefix(BOM).lstrip().startswith(b"[")
-
-
-def _spells_surrogates(text: str) -> bool:
-    return "\\ud" in text or "\\uD" in text
+    return _LIST_BEGINS.match(head) is not None
 
 
 def _require_no_surrogates(value: Any, where: str) -> None:
@@ -177,7 +164,7 @@ def _holds_several(text: bytes) -> bool:
         stop = json.JSONDecoder().raw_decode(decoded)[1]
     except (ValueError, RecursionError):
         return False
-    return decoded[stop:].lstrip("\ufeff \t\r")[:1] in ("{", "[")
+    return decoded[stop:].lstrip(_BETWEEN)[:1] in ("{", "[")
 
 
 def _completeness(data: bytes) -> str:
@@ -193,146 +180,3 @@ def _completeness(data: bytes) -> str:
     except (RecursionError, ValueError):
         return "broken"
     return "complete"
-
-
-@dataclass
-class _Values:
-    """JSON values one after the other, decoded as they are read. `chunks`: the bytes from line `line` of a file on."""
-
-    chunks: Iterator[bytes]
-    line: int  # of the buffer's first character
-    messages: MessageLists | None
-    buffer: str = ""
-    at: int = 0
-    ended: bool = False
-    num_rows: int = 0
-    decoder: json.JSONDecoder = field(default_factory=json.JSONDecoder)
-    utf8: codecs.IncrementalDecoder = field(default_factory=codecs.getincrementaldecoder("utf-8"))
-
-    def records(self) -> Iterator[RawRecord]:
-        """Yield the rows. Raises RowFileError where the rows that follow cannot be told apart."""
-        num_values, behind = 0, ""
-        while opening := self._next_character():
-            if opening == "[":
-                yield from self._rows_of_list(is_first=num_values == 0)
-                behind = "list"
-            elif opening == "{":
-                yield self._counted(self._value())
-                behind = "object"
-            elif opening == "," and behind == "object":  # a comma behind each row
-                self.at += 1
-                continue
-            else:
-                raise self._stray(behind)
-            num_values += 1
-
-    def _rows_of_list(self, *, is_first: bool) -> Iterator[RawRecord]:
-        """Yield the elements of a list, or one row if they are messages."""
-        elements = self._elements()
-        first = next(elements, None)
-        if self.messages is None:
-            yield from map(self._counted, chain([] if first is None else [first], elements))
-        elif first is None:
-            if not (is_first and self._next_character() == ""):  # [] alone is a file without rows
-                yield self._counted(RawRecord(0, []))
-        elif self.messages.hold(first.value):
-            found = [first, *elements]
-            yield self._counted(RawRecord(0, [one.value for one in found], any(one.escaped for one in found)))
-        else:
-            yield from map(self._counted, chain([first], elements))
-
-    def _counted(self, record: RawRecord) -> RawRecord:
-        self.num_rows += 1
-        return record
-
-    def _elements(self) -> Iterator[RawRecord]:
-        self.at += 1  # the bracket
-        while (character := self._next_character()) != "]":
-            if not character:
-                raise RowFileError(
-                    f"its list ends without a closing ']', behind row {self.num_rows - 1}: the file was cut off.\n"
-                    "Fetch or write it again"
-                )
-            yield self._value(",]")
-            if self._next_character() == ",":
-                self.at += 1
-        self.at += 1
-
-    def _next_character(self) -> str:
-        """Return the next character that is not blank; "" at the end of the file."""
-        while True:
-            match = _BLANKS_AND_MARKS.match(self.buffer, self.at)
-            self.at = match.end() if match else self.at
-            if self.at < len(self.buffer) or not self._read_more():
-                return self.buffer[self.at : self.at + 1]
-
-    def _value(self, expected: str = "") -> RawRecord:
-        """Return the next value. `expected`: characters of which one must follow it."""
-        while True:
-            try:
-                value, stop = self.decoder.raw_decode(self.buffer, self.at)
-                rest = _skip_blanks(self.buffer, stop)
-                if expected and (rest == len(self.buffer) or self.buffer[rest] not in expected):  # 12 may begin 123
-                    raise json.JSONDecodeError("Expecting ',' or ']'", self.buffer, rest)
-            except json.JSONDecodeError as error:
-                # A value that reaches the end of the buffer is broken only if the file ends there too.
-                cut_off = error.pos >= len(self.buffer) - 16 or error.msg.startswith("Unterminated string")
-                if not cut_off or not self._read_more():
-                    raise self._broken(error) from None
-            except RecursionError:
-                raise RowFileError(f"row {self.num_rows} is broken JSON: brackets nested too deep") from None
-            except ValueError as error:  # a number of more than 4,300 digits
-                raise RowFileError(f"row {self.num_rows} is broken JSON: {error}") from None
-            else:
-                record = RawRecord(0, value, _spells_surrogates(self.buffer[self.at : stop]))
-                self.at = stop
-                return record
-
-    def _read_more(self) -> bool:
-        """Read on, and forget what lies before the place that was reached. False at the end of the file."""
-        if self.ended:
-            return False
-        self.line += self.buffer.count("\n", 0, self.at)
-        pieces, size, wanted = [], 0, max(READ_BYTES, len(self.buffer) - self.at)
-        try:
-            while size < wanted:
-                chunk = next(self.chunks, None)
-                if chunk is None:
-                    self.ended = True
-                pieces.append(self.utf8.decode(chunk or b"", final=self.ended))
-                size += len(pieces[-1])
-                if self.ended:
-                    break
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise RowFileError(
-                f"in or after row {self.num_rows}, the file is not UTF-8 text: byte 0x{byte:02x}.\n"
-                "Write it anew, for example from the Windows encoding: iconv -f CP1252 -t UTF-8 FILE > NEW"
-            ) from None
-        self.buffer, self.at = self.buffer[self.at :] + "".join(pieces), 0
-        return size > 0
-
-    def _place(self, at: int) -> str:
-        return f"line {self.line + self.buffer.count(chr(10), 0, at)}"
-
-    def _broken(self, error: json.JSONDecodeError) -> RowFileError:
-        near = error.doc[max(0, error.pos - 20) : error.pos + 20]
-        return RowFileError(
-            f"row {self.num_rows} is broken JSON: {error.msg[:1].lower()}{error.msg[1:]} near {near!r} "
-            f"({self._place(error.pos)}).\n"
-            "The rows of a list cannot be told apart after that. Fix it, or write one object a line (JSON lines)"
-        )
-
-    def _stray(self, behind: str) -> RowFileError:
-        text = self.buffer[self.at : self.at + 40]
-        what = f"behind the {behind} of row {max(0, self.num_rows - 1)}, " if behind else ""
-        hint = " (zero bytes: the file was cut off by a crash)" if text.startswith("\x00") else ""
-        return RowFileError(
-            f"{what}{self._place(self.at)} goes on with {text!r}, which is no row{hint}.\n"
-            "Remove it. Rows are objects of one line each, or the elements of lists"
-        )
-
-
-def _skip_blanks(text: str, at: int) -> int:
-    match = _BLANKS.match(text, at)
-    return match.end() if match else at

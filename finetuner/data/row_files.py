@@ -14,7 +14,8 @@ from typing import IO, Any, Literal
 
 from finetuner.data.csv_rows import csv_records, csv_row
 from finetuner.data.file_heads import HEAD_BYTES, require_rows
-from finetuner.data.json_rows import MessageLists, json_records, json_row
+from finetuner.data.json_rows import json_records, json_row
+from finetuner.data.json_values import MessageLists
 from finetuner.data.raw_records import BOM, READ_BYTES, RawRecord, decode_line, decode_utf8
 from finetuner.data.unpacking import is_zip, open_unpacked, open_zip_member, packing_errors, zip_members
 from finetuner.errors import RowFileError

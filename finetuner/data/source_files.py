@@ -16,9 +16,9 @@ from finetuner.data.folder_files import (
     files_of_card,
     matches,
 )
-from finetuner.data.json_rows import MessageLists
+from finetuner.data.json_values import MessageLists
 from finetuner.data.row_files import FileKind, RowFile, local_files
-from finetuner.data.unpacking import is_zip, zip_members
+from finetuner.data.unpacking import head_of, is_zip, zip_members
 from finetuner.errors import DataError, RowFileError
 from finetuner.recipe.rules import PACKING_SUFFIXES, data_suffix, looks_local
 from finetuner.recipe.sections import DatasetEntry
@@ -77,7 +77,7 @@ def _named_files(entry: DatasetEntry, folder: Path, names: list[str]) -> list[Pa
     """Return the files of the entry's `data_files`, in their order."""
     found: list[Path] = []
     for name in names:
-        paths = matches(folder, str(Path(name).expanduser()))
+        paths = matches(folder, str(Path(name).expanduser()) if name.startswith("~/") else name)
         if not paths:
             there = [str(path.relative_to(folder)) for path in data_files_in(folder)] if folder != Path() else []
             holds = f" It holds: {', '.join(there[:5])}{', ...' * (len(there) > 5)}." if there else ""
@@ -200,10 +200,8 @@ def builder_of_name(entry: DatasetEntry, name: str) -> str:
         return _BUILDERS[suffix]
     path = Path(name).expanduser()
     if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
         try:
-            require_rows(head, may_be_page=False)
+            require_rows(head_of(path), may_be_page=False)
         except RowFileError as error:
             raise DataError(f"'{name}': {error}.") from None
     if looks_local(name) or path.is_file():

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+from finetuner.data.file_heads import HEAD_BYTES
 from finetuner.data.raw_records import READ_BYTES
 from finetuner.errors import RowFileError
 from finetuner.recipe.rules import DATA_SUFFIXES, data_suffix
@@ -33,6 +34,13 @@ _HIDDEN = re.compile(r"(?:^|/)[._]")  # files that systems add, such as __MACOSX
 def open_unpacked(path: Path) -> IO[bytes]:
     """Open a file on this disk from its start. Raises RowFileError for a zip archive: see zip_members."""
     return unpacked(path.open("rb", buffering=READ_BYTES))
+
+
+def head_of(path: Path) -> bytes:
+    """Return the first bytes of a file on this disk, unpacked."""
+    with packing_errors(), open_unpacked(path) as file:
+        head: bytes = file.peek(HEAD_BYTES)[:HEAD_BYTES]  # type: ignore[attr-defined]
+        return head
 
 
 def unpacked(file: Any) -> IO[bytes]:
