@@ -99,7 +99,7 @@ def _length_and_packing(rewriting: Rewriting) -> None:
     splits = {"bfd": False, "ffd": False, "bfd_split": True, "bfd-requeue": True}
     if not rewriting.get("packing"):
         splits = dict.fromkeys([*splits, "wrapped"], False)
-    if strategy not in splits:
+    if not isinstance(strategy, str) or strategy not in splits:
         rewriting.refuse(
             "packing_strategy",
             f"packing_strategy: '{strategy}' is not supported yet: rows that are joined and cut wherever a pack ends. "
