@@ -408,6 +408,21 @@ def test_trackers_are_named_by_a_text_or_a_list(tmp_path: Path) -> None:
     assert "this tracker" in refusal(tmp_path, report_to=["comet_ml"])
 
 
+def test_a_tracker_that_report_to_does_not_name_is_not_switched_on_by_its_keys(tmp_path: Path) -> None:
+    keys = {"wandb_project": "p", "wandb_entity": "us", "logging_dir": "logs", "trackio_space_id": "me/space"}
+    made = ours(tmp_path, **keys)
+    assert [made[key] for key in keys] == [None] * 4
+    assert "report_to does not name wandb" in remarks(converted(tmp_path, **keys))
+    made = ours(tmp_path, **keys, report_to=["wandb", "tensorboard", "trackio"])
+    assert [made[key] for key in keys] == [*keys.values()]
+
+
+def test_options_of_the_schedule_may_be_json_and_kernels_of_flash_attention_are_flash_attention(tmp_path: Path) -> None:
+    keys = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}'}
+    assert ours(tmp_path, **keys)["lr_scheduler_kwargs"] == {"min_lr_rate": 0.1}
+    assert ours(tmp_path, attn_implementation="kernels-community/flash-attn2")["attn_implementation"] == "auto"
+
+
 def test_an_earlier_run_is_not_deleted_for_a_key_that_deletes_nothing_there(tmp_path: Path) -> None:
     assert ours(tmp_path, overwrite_output_dir=True)["overwrite_output_dir"] is False
     assert "would delete an earlier run" in remarks(converted(tmp_path, overwrite_output_dir=True))

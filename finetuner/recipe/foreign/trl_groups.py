@@ -21,6 +21,10 @@ _LORA_KEYS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "lora_task_type", "use_rslora", "use_dora",
 )  # fmt: skip
+_FLASH_KERNELS = {
+    "flash_attention_3", "kernels-community/flash-attn", "kernels-community/flash-attn2",
+    "kernels-community/flash-attn3", "kernels-community/vllm-flash-attn3",
+}  # fmt: skip
 _OLDER_KEYS = {
     "max_seq_length", "evaluation_strategy", "use_flash_attention_2", "dataset_mixer", "dataset_splits",
     "num_of_sequences", "chars_per_token", "dataset_batch_size",
@@ -31,6 +35,7 @@ _FOUR_BIT_KEYS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant
 def rewrite_trl(rewriting: Rewriting) -> None:
     """Rewrite all of TRL's keys that depend on one another; those that are left mean something by themselves."""
     _model_arguments(rewriting)
+    _attention(rewriting)
     rewrite_rows(rewriting)
     _template(rewriting)
     _length_and_packing(rewriting)
@@ -46,6 +51,13 @@ def rewrite_trl(rewriting: Rewriting) -> None:
     rewriting.ignore("overwrite_output_dir", reason, loud=True)
     _resume(rewriting)
     _older_keys(rewriting)
+
+
+def _attention(rewriting: Rewriting) -> None:
+    """Rewrite a kernel of flash attention by another name: all of them compute the same attention."""
+    named = rewriting.get("attn_implementation")
+    if isinstance(named, str) and named.partition(":")[0].partition("@")[0] in _FLASH_KERNELS:
+        rewriting.put("attn_implementation", "auto", of="attn_implementation")
 
 
 def _model_arguments(rewriting: Rewriting) -> None:
