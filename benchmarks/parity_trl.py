@@ -3,10 +3,11 @@
     python benchmarks/parity_trl.py PYTHON [--steps 3] [--only CASE] [--folder FOLDER] [--record FILE]
 
 PYTHON is the interpreter of an environment with trl (`pip install trl peft`; 1.16.0 with transformers 5.23 was used
-last). With assistant_only_loss TRL puts templates of its own in the place of some known ones, whose answers begin or end
-with the line break beside them: the case here has a template with {% generation %} marks, which both heed. Each case is a recipe and rows, written into FOLDER, with a two-layer Llama of random weights. In fp32, on the
-CPU, dropout 0, and in our order of rows, since each tool shuffles in its own way. --record writes the rows, tokens and
-labels of TRL as JSON, which tests/recipe/trl_rows.json is.
+last). Each case is a recipe and rows, written into FOLDER, with a two-layer Llama of random weights. In fp32, on the
+CPU, dropout 0, and in our order of rows, since each tool shuffles in its own way. With assistant_only_loss TRL puts
+templates of its own in the place of some known ones, whose answers begin or end with the line break beside them: the
+case here has a template with {% generation %} marks, which both heed. --record writes the first rows' tokens and labels
+of TRL as JSON, which tests/recipe/trl_rows.json is.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from finetuner.training.metrics import read_metrics
 
 WORKER = Path(__file__).with_name("parity_trl_worker.py")
 TOLERANCE = 1e-4
+NUM_RECORDED = 6
 TURN = "{{ '<|im_start|>' + message['role'] + '\n' }}"
 PLAIN = TURN + "{{ message['content'] + '<|im_end|>' + '\n' }}"
 MARKED = (
@@ -114,7 +116,7 @@ CASES: dict[str, Case] = {
     "lora_rslora_named": Case(chats(), {**LORA, "use_rslora": True, "lora_target_modules": ["q_proj", "down_proj"]}),
     "cosine_warmup_decay": Case(
         chats(),
-        {"lr_scheduler_type": "cosine", "warmup_ratio": 0.4, "weight_decay": 0.1, "max_grad_norm": 0.5},
+        {"lr_scheduler_type": "cosine", "warmup_steps": 0.4, "weight_decay": 0.1, "max_grad_norm": 0.5},
     ),
     "constant_with_ignored_warmup": Case(chats(), {"lr_scheduler_type": "constant", "warmup_steps": 2}),
 }
@@ -227,9 +229,10 @@ def main() -> None:
         verdict = "the same" if not differing and compared.worst <= TOLERANCE else "DIFFERENT"
         rows = f"{len(differing)} of {len(compared.rows[0])} rows differ"
         print(f"{name:<30} {rows}, losses by {compared.worst:.1e} over {arguments.steps} steps: {verdict}")
-        record |= {"version": compared.version, name: compared.rows[0][:6]}
+        record |= {"version": compared.version, name: compared.rows[0][:NUM_RECORDED]}
     if arguments.record:
-        arguments.record.write_text(json.dumps(record))
+        arguments.record.write_text("{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in record.items()))
+        arguments.record.open("a").write("\n}\n")
 
 
 if __name__ == "__main__":
