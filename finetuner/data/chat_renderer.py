@@ -4,8 +4,10 @@ A conversation is rendered once, and compared with what the template writes arou
 remembered for conversations of the same shape. One with tool calls has a shape of its own, and is rendered twice.
 """
 
+import itertools
 import json
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from finetuner.data.messages import Conversation
 from finetuner.data.template_outline import Outline, TurnPlan, require_no_role_left_out
 from finetuner.data.template_sandbox import THOUGHT_ENDS, THOUGHT_NAMES, ChatTemplate, compile_template
 from finetuner.data.template_spans import (
+    THOUGHT_BEGINS,
     THOUGHT_KEY,
     StandIns,
     choose_prefix,
@@ -44,6 +47,7 @@ class _Program:
         self.outlines: dict[Hashable, Outline] = {}
         self._writes_date = "strftime_now" in template.text
         self._forms: CallForms | None = None
+        self._switch: str | None = None
 
     def with_calls_as_taken(self, conversation: Conversation) -> Conversation:
         """Return the conversation with its tool calls in the form that the template takes. Raises DataError."""
@@ -70,6 +74,22 @@ class _Program:
         key = self._at_date(json.dumps([stand_ins.messages, conversation.tools], default=repr))
         outline = self.outlines.get(key) or self._add(key, stand_ins, conversation.tools)
         return outline, [stand_ins.texts[piece] for piece in outline.written.pieces]
+
+    def find_switch(self, conversation: Conversation, turn: int) -> str:
+        """Return a variable of the template with which it writes a thought ("enable_thinking: true"); "" if none does.
+
+        Found for the first such conversation.
+        """
+        if self._switch is None:
+            message, template = conversation.messages[turn], self.template
+            thought = message.get(THOUGHT_KEY) or message["content"].split(THOUGHT_ENDS)[0].split(THOUGHT_BEGINS)[-1]
+            self._switch = ""
+            for name, value in itertools.product(_SWITCHES, (False, True)):
+                switched = compile_template(template.text, {**template.variables, name: value})
+                with suppress(DataError):
+                    if thought.strip() in switched.render(conversation.messages, conversation.tools):
+                        self._switch = f"{name}: {str(value).lower()}"
+        return self._switch
 
     def _is_plain(self, conversation: Conversation) -> bool:
         """Return whether messages are a role and a text without a thought in it, and nothing more."""
@@ -155,14 +175,14 @@ class ChatRenderer:
         except DataError:  # the template rewrites messages, which its marks allow, but leaves none out
             require_no_role_left_out(program.template, messages, conversation.tools)
             return Rendered(text, tuple(spans), wraps=False)
-        left_out = self._left_out_thoughts(program.template, conversation, outline)
+        left_out = self._left_out_thoughts(program, conversation, outline)
         return Rendered(text, tuple(spans), wraps=False, contents=contents, left_out_thoughts=left_out)
 
     def _render_unmarked(self, program: _Program, conversation: Conversation) -> Rendered:
         """Find the trained spans: of each answer what stands behind the prompt for it, to the end of its turn."""
         text = program.template.render(conversation.messages, conversation.tools)
         outline, contents = _locate(program, conversation, text)
-        left_out = self._left_out_thoughts(program.template, conversation, outline)
+        left_out = self._left_out_thoughts(program, conversation, outline)
         text, spans = self._trained_spans(conversation.trained, outline.turns, contents, text)
         if not conversation.plain:
             calls = {
@@ -214,7 +234,7 @@ class ChatRenderer:
             raise DataError(f"message {i} is to be trained on, but it is empty and its end is not trained on")
         return turn.ending if is_required and turn.added else "", bodies
 
-    def _left_out_thoughts(self, template: ChatTemplate, conversation: Conversation, outline: Outline) -> int:
+    def _left_out_thoughts(self, program: _Program, conversation: Conversation, outline: Outline) -> int:
         """Return how many thoughts the template leaves out.
 
         Raises DataError if they are those of the trained answers to the last question, and none of these is written.
@@ -226,7 +246,7 @@ class ChatRenderer:
         in_hand = [i for i in outline.left_out if i > question and conversation.trained[i]]
         written = {piece.turn for piece in outline.written.pieces if piece.kind == "t" and piece.turn > question}
         if in_hand and not written:
-            raise DataError(_left_out_message(conversation, in_hand[-1], template))
+            raise DataError(_left_out_message(in_hand[-1], program.find_switch(conversation, in_hand[-1])))
         return len(outline.left_out)
 
 
@@ -256,37 +276,25 @@ def _require_understood(conversation: Conversation, template: ChatTemplate) -> N
     for key in ("tools", "tool_calls"):
         if key in has and key not in template.text:
             raise DataError(f"the chat template does not write {key}, {advice}")
-    if THOUGHT_KEY in has and not template.thought_names:
+    has_thought = any((message.get(THOUGHT_KEY) or "").strip() for message in conversation.messages)
+    if has_thought and not template.thought_names:
         raise DataError(
             f"the chat template does not write the thoughts of messages (it reads none of {', '.join(THOUGHT_NAMES)}), "
             + advice
         )
 
 
-def _left_out_message(conversation: Conversation, turn: int, template: ChatTemplate) -> str:
-    """Return the error for a template that does not write the thought of the answer in hand."""
-    switch = _find_switch(conversation, turn, template)
+def _left_out_message(turn: int, switch: str) -> str:
+    """Return the error for a template that does not write the thought of the answer in hand.
+
+    `switch`: a variable of the template that has it written, with its value; "" if there is none.
+    """
     advice = f"Switch it on (`chat_template_kwargs: {{{switch}}}`), take" if switch else "Take"
     return (
         f"the chat template leaves out the thought of message {turn}, an answer to the last question: the model would "
         f"learn to answer without it. {advice} a template that writes it (`chat_template_jinja: FILE`), or take the "
         "thoughts out of the rows, if answers without them are meant"
     )
-
-
-def _find_switch(conversation: Conversation, turn: int, template: ChatTemplate) -> str:
-    """Return a variable of the template with which it writes a thought ("enable_thinking: true"); "" if none does."""
-    message = conversation.messages[turn]
-    thought = message.get(THOUGHT_KEY) or (message["content"] or "").split(THOUGHT_ENDS)[0].split("<think>")[-1]
-    for name in _SWITCHES:
-        for value in (True, False) if name in template.text else ():
-            switched = compile_template(template.text, {**template.variables, name: value})
-            try:
-                if thought.strip() in switched.render(conversation.messages, conversation.tools):
-                    return f"{name}: {str(value).lower()}"
-            except DataError:
-                continue
-    return ""
 
 
 def build_chat_renderer(

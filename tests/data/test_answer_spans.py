@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from finetuner.data.chat_renderer import build_chat_renderer
 from finetuner.data.formats.base import Rendered
 from finetuner.data.messages import MessageReader
+from finetuner.data.template_sandbox import ChatTemplate
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DatasetEntry
 
@@ -251,7 +252,7 @@ def test_an_answer_begins_where_the_text_that_asks_for_it_ends(
         given = [{**m, "content": m["content"] or ""} for m in messages[:i]]
         is_asked = message["role"] == "assistant" and messages[i - 1]["role"] == "user"
         if is_asked and not (name == "text arguments" and any("tool_calls" in m for m in given)):
-            asked = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
+            asked = str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
             start = one.spans[sum(m["role"] == "assistant" for m in messages[:i])][0]
             if one.text.startswith(asked):
                 assert start == len(asked)
@@ -263,8 +264,6 @@ def test_an_answer_begins_where_the_text_that_asks_for_it_ends(
 def test_a_row_costs_one_rendering_once_its_shape_is_known(
     tokenizer: PreTrainedTokenizerBase, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetuner.data.template_sandbox import ChatTemplate
-
     tokenizer.chat_template = plain(TEMPLATES[name])
     entry = DatasetEntry.model_validate({"path": "rows.jsonl", "type": "chat_template"})
     chat = build_chat_renderer(tokenizer, kwargs={}, eot_tokens=None, train_on_eos="turn", train_on_eot=None)
@@ -272,7 +271,12 @@ def test_a_row_costs_one_rendering_once_its_shape_is_known(
     chat.render(reader.read({"messages": ROUNDS}))
     counted = []
     own = ChatTemplate.render
-    monkeypatch.setattr(ChatTemplate, "render", lambda self, *a, **k: (counted.append(1), own(self, *a, **k))[1])
+
+    def count(self: ChatTemplate, *args: Any, **keys: Any) -> str:
+        counted.append(1)
+        return own(self, *args, **keys)
+
+    monkeypatch.setattr(ChatTemplate, "render", count)
     others = [{**message, "content": message["content"] + "!"} for message in ROUNDS]
     one = chat.render(reader.read({"messages": others}))
     assert len(counted) == 1
@@ -358,6 +362,32 @@ def test_a_call_that_is_left_out_is_refused(tokenizer: PreTrainedTokenizerBase) 
         learned(tokenizer, plain(TEMPLATES["channels"]), SHAPES["two calls"])
     with pytest.raises(DataError, match=r"does not write the text of message 1 \(assistant\) beside its tool calls"):
         learned(tokenizer, plain(TEMPLATES["brackets"]), SHAPES["call beside text"])
+
+
+def test_text_behind_the_results_of_its_calls_is_learned_and_they_are_not(tokenizer: PreTrainedTokenizerBase) -> None:
+    template = (
+        "{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ '<|turn>user\n' + m.content + '<turn|>\n' }}"
+        "{% elif m.role == 'assistant' %}"
+        "{% if loop.previtem.role == 'user' %}{{ '<|turn>model\n' }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}"
+        "<|call>{{ c.function.name }}{{ c.function.arguments | tojson }}<call|>{% endfor %}"
+        "{% if m.tool_calls %}{% for r in messages[loop.index:] if r.role == 'tool' %}<|result>{{ r.content }}<result|>"
+        "{% endfor %}{% endif %}{{ m.content }}"
+        "{% if loop.last or loop.nextitem.role == 'user' or not m.tool_calls %}<turn|>{{ '\n' }}{% endif %}"
+        "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'tool' %}{{ '<|turn>model\n' }}{% endif %}"
+    )
+    messages = [user("1 + 2?"), said("I have it.", {"a": 1}), tool("3"), said("It is 3.")]
+    assert learned(tokenizer, template, messages) == ['<|call>add{"a": 1}<call|>', "I have it.", "It is 3.<turn|>"]
+    messages[1] = said("", {"a": 1})
+    assert learned(tokenizer, template, messages) == ['<|call>add{"a": 1}<call|>', "It is 3.<turn|>"]
+
+
+def test_answers_in_a_row_and_at_the_beginning_are_learned(tokenizer: PreTrainedTokenizerBase) -> None:
+    template = plain(TEMPLATES["opened thought"]).replace("<think>\\n", "")
+    messages = [said("Hello."), *PLAIN, said("The capital."), user("?"), said("!")]
+    assert learned(tokenizer, template, messages)[:3] == ["Hello.<|end|>", "Lima.<|end|>", "The capital.<|end|>"]
 
 
 # --- turns that the next turn's role closes ---
