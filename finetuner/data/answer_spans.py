@@ -204,6 +204,8 @@ class AnswerFinder:
         else:
             found = self._shared_with(shape, upto, literal, behind=turn)
             stop, is_whole = (0, False) if found is None else (found[0], found[0] == len(found[1]))
+            if not is_whole:
+                stop = self._without_opening(literal, begin, stop)
         region = literal[begin:stop]
         has_calls = bool(message.get("tool_calls"))
         if not run.is_final:
@@ -224,6 +226,15 @@ class AnswerFinder:
         following = literal[begin if is_last or stop == len(literal) else stop :]
         return _plan(k, stop, no_ending=self._no_ending(shape, turn, following))
 
+    def _without_opening(self, literal: str, begin: int, stop: int) -> int:
+        """Return `stop`, or where the token stands before it with which the next turn begins.
+
+        What asks for an answer, where a template always does so, may begin with the same token as another turn.
+        """
+        if self._opening and literal[begin:stop].rstrip().endswith(self._opening):
+            return literal.rindex(self._opening, begin, stop)
+        return stop
+
     def _other_end(self, following: str) -> str:
         """Return the token that ends an answer within a conversation, if another one ends the last answer; or "".
 
@@ -240,9 +251,15 @@ class AnswerFinder:
             return False
         if shape.messages[pieces[literal].turn]["role"] == "assistant" and stop == len(literals[literal]):
             return True
+        # A result stands within the model's turn where the template does not ask anew behind it.
         has_token = any(region.rstrip().endswith(token) for token in self.endings.added)
-        next_role = shape.messages[turn + 1]["role"] if turn + 1 < len(shape.messages) else ""
-        return next_role == "tool" and bool(shape.messages[turn].get("tool_calls")) and has_token
+        called = turn + 1
+        while called < len(shape.messages) and shape.messages[called]["role"] == "tool":
+            called += 1
+        if called == turn + 1 or not has_token:
+            return False
+        asked, unasked = (self._shared_with(shape, shape.messages[:called], "", behind=at) for at in (None, called - 1))
+        return asked is not None and unasked is not None and asked[1] == unasked[1]
 
     def _closing_size(self, shape: Shape, literal: str, begin: int) -> int:
         """Characters of the text behind the last answer that end it, without text that asks for another one."""
@@ -257,9 +274,7 @@ class AnswerFinder:
                 eos = self.endings.eos
                 if eos is not None and literal.startswith(eos, shared):
                     shared += len(eos)
-                # the next turn and what asks for an answer may begin with the same token
-                if self._opening and literal[begin:shared].rstrip().endswith(self._opening):
-                    shared = literal.rindex(self._opening, begin, shared)
+                shared = self._without_opening(literal, begin, shared)
                 if self.endings.last(literal[begin:shared], one=True).ending:
                     size = shared
             self._sizes[key] = size - begin

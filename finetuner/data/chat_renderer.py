@@ -4,18 +4,21 @@ A conversation is rendered once, and compared with what the template writes arou
 remembered for conversations of the same shape. One with tool calls has a shape of its own, and is rendered twice.
 """
 
+import itertools
 import json
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from finetuner.data.answer_spans import AnswerFinder
 from finetuner.data.formats.base import Rendered, Span
-from finetuner.data.messages import Conversation, Messages
+from finetuner.data.messages import Conversation
 from finetuner.data.template_outline import Outline, TurnPlan, require_no_role_left_out
 from finetuner.data.template_sandbox import THOUGHT_ENDS, THOUGHT_NAMES, ChatTemplate, compile_template
 from finetuner.data.template_spans import (
+    THOUGHT_BEGINS,
     THOUGHT_KEY,
     StandIns,
     choose_prefix,
@@ -42,33 +45,68 @@ class _Program:
     def __init__(self, template: ChatTemplate, endings: TurnEndings) -> None:
         self.template, self.finder = template, AnswerFinder(template, endings)
         self.outlines: dict[Hashable, Outline] = {}
+        self._writes_date = "strftime_now" in template.text
         self._forms: CallForms | None = None
+        self._switch: str | None = None
 
-    def with_calls_as_taken(self, messages: Messages) -> Messages:
-        """Return the messages with their tool calls in the form that the template takes. Raises DataError."""
-        if not any("tool_calls" in message for message in messages):
-            return messages
+    def with_calls_as_taken(self, conversation: Conversation) -> Conversation:
+        """Return the conversation with its tool calls in the form that the template takes. Raises DataError."""
+        if not any("tool_calls" in message for message in conversation.messages):
+            return conversation
         if self._forms is None:
             self._forms = CallForms.of(self.template)
-        return self._forms.convert(messages)
+        return replace(conversation, messages=self._forms.convert(conversation.messages))
 
-    def outline(self, messages: Messages, tools: list[Any] | None, *, keeps_blank: bool) -> tuple[StandIns, Outline]:
-        """Return stand-ins for messages, and the outline of messages like them. Raises DataError."""
-        stand_ins = put_stand_ins(self.template, messages, choose_prefix(messages), keeps_blank=keeps_blank)
-        if tools is None and all(len(message) == 2 for message in messages):  # a role and a text, as nearly all are
-            key: Hashable = (
-                stand_ins.prefix,
-                *[(message["role"], message["content"]) for message in stand_ins.messages],
-            )
-        else:
-            key = json.dumps([stand_ins.messages, tools], default=repr)
-        if "strftime_now" in self.template.text:
-            key = (key, date.today())
-        if key not in self.outlines:
-            if len(self.outlines) >= MAX_CACHED_OUTLINES:
-                self.outlines.clear()
-            self.outlines[key] = self.finder.find(stand_ins, tools)
-        return stand_ins, self.outlines[key]
+    def outline(self, conversation: Conversation, *, keeps_blank: bool = False) -> tuple[Outline, list[str]]:
+        """Return the outline of conversations like this one, and the texts of its pieces in this one. Raises DataError.
+
+        `keeps_blank`: as in `put_stand_ins`.
+        """
+        messages, prefix = conversation.messages, choose_prefix(conversation.messages)
+        key: Hashable
+        if self._is_plain(conversation) and not keeps_blank:  # as nearly all are: the roles are all that matters
+            key = self._at_date((prefix, *[message["role"] for message in messages]))
+            outline = self.outlines.get(key)
+            if outline is None:
+                outline = self._add(key, put_stand_ins(self.template, messages, prefix), None)
+            return outline, [messages[piece.turn]["content"] for piece in outline.written.pieces]
+        stand_ins = put_stand_ins(self.template, messages, prefix, keeps_blank=keeps_blank)
+        key = self._at_date(json.dumps([stand_ins.messages, conversation.tools], default=repr))
+        outline = self.outlines.get(key) or self._add(key, stand_ins, conversation.tools)
+        return outline, [stand_ins.texts[piece] for piece in outline.written.pieces]
+
+    def find_switch(self, conversation: Conversation, turn: int) -> str:
+        """Return a variable of the template with which it writes a thought ("enable_thinking: true"); "" if none does.
+
+        Found for the first such conversation.
+        """
+        if self._switch is None:
+            message, template = conversation.messages[turn], self.template
+            thought = message.get(THOUGHT_KEY) or message["content"].split(THOUGHT_ENDS)[0].split(THOUGHT_BEGINS)[-1]
+            self._switch = ""
+            for name, value in itertools.product(_SWITCHES, (False, True)):
+                switched = compile_template(template.text, {**template.variables, name: value})
+                with suppress(DataError):
+                    if thought.strip() in switched.render(conversation.messages, conversation.tools):
+                        self._switch = f"{name}: {str(value).lower()}"
+        return self._switch
+
+    def _is_plain(self, conversation: Conversation) -> bool:
+        """Return whether messages are a role and a text without a thought in it, and nothing more."""
+        messages = conversation.messages
+        if conversation.tools is not None or not all(len(message) == 2 for message in messages):
+            return False
+        looks = self.template.looks_for_thoughts_in_text
+        return not looks or not any(THOUGHT_ENDS in message["content"] for message in messages)
+
+    def _at_date(self, key: Hashable) -> Hashable:
+        return (key, date.today()) if self._writes_date else key
+
+    def _add(self, key: Hashable, stand_ins: StandIns, tools: list[Any] | None) -> Outline:
+        if len(self.outlines) >= MAX_CACHED_OUTLINES:
+            self.outlines.clear()
+        self.outlines[key] = self.finder.find(stand_ins, tools)
+        return self.outlines[key]
 
 
 @dataclass(frozen=True)
@@ -92,8 +130,9 @@ class ChatRenderer:
         text is the template's and which is a message's.
         """
         program = self._program(conversation.tools)
-        _require_understood(conversation, program.template)
-        conversation = replace(conversation, messages=program.with_calls_as_taken(conversation.messages))
+        if not conversation.plain or conversation.tools:
+            _require_understood(conversation, program.template)
+            conversation = program.with_calls_as_taken(conversation)
         is_by_role = all(
             is_trained == (message["role"] == "assistant")
             for is_trained, message in zip(conversation.trained, conversation.messages, strict=True)
@@ -136,14 +175,14 @@ class ChatRenderer:
         except DataError:  # the template rewrites messages, which its marks allow, but leaves none out
             require_no_role_left_out(program.template, messages, conversation.tools)
             return Rendered(text, tuple(spans), wraps=False)
-        left_out = self._left_out_thoughts(program.template, conversation, outline)
+        left_out = self._left_out_thoughts(program, conversation, outline)
         return Rendered(text, tuple(spans), wraps=False, contents=contents, left_out_thoughts=left_out)
 
     def _render_unmarked(self, program: _Program, conversation: Conversation) -> Rendered:
         """Find the trained spans: of each answer what stands behind the prompt for it, to the end of its turn."""
         text = program.template.render(conversation.messages, conversation.tools)
         outline, contents = _locate(program, conversation, text)
-        left_out = self._left_out_thoughts(program.template, conversation, outline)
+        left_out = self._left_out_thoughts(program, conversation, outline)
         text, spans = self._trained_spans(conversation.trained, outline.turns, contents, text)
         if not conversation.plain:
             calls = {
@@ -166,29 +205,36 @@ class ChatRenderer:
         trained turn has no ending although its ending is to be trained on, or has nothing in it.
         """
         last = max((i for i, is_trained in enumerate(trained) if is_trained), default=-1)
+        all_ends = "all" in (self.endings.of_text, self.endings.of_turn)
         spans: list[Span] = []
         for i, turn in enumerate(turns):
-            if trained[i] and turn.problem:
-                raise DataError(turn.problem)
-            if not turn.segments:
-                continue
-            is_required = self.endings.is_required(turn.ending, is_trained=trained[i], is_last=i == last)
-            if is_required and turn.no_ending:
-                raise DataError(turn.no_ending)
-            bodies = [(start.place(pieces), stop.place(pieces)) for start, stop in turn.segments]
-            stop = bodies[-1][1]
-            if not trained[i]:
-                bodies = [(stop, stop)]
-            if is_required or (self.endings.policy(turn.ending) == "all" and not turn.added):
-                text += turn.ending if turn.added else ""
-                bodies[-1] = bodies[-1][0], stop + len(turn.ending)
-            bodies = [(a, b) for a, b in bodies if a < b]
-            if trained[i] and not bodies:
-                raise DataError(f"message {i} is to be trained on, but it is empty and its end is not trained on")
-            spans += bodies
+            if trained[i]:
+                added, bodies = self._trained_span(i, turn, pieces, is_last=i == last)
+                text += added
+                spans += bodies
+            elif all_ends and turn.ending and not turn.added and self.endings.policy(turn.ending) == "all":
+                stop = turn.segments[-1][1].place(pieces)
+                spans.append((stop, stop + len(turn.ending)))
         return text, tuple(sorted(spans))
 
-    def _left_out_thoughts(self, template: ChatTemplate, conversation: Conversation, outline: Outline) -> int:
+    def _trained_span(
+        self, i: int, turn: TurnPlan, pieces: tuple[Span, ...], *, is_last: bool
+    ) -> tuple[str, list[Span]]:
+        """Return what is added to the text for a turn, and its trained spans. Raises DataError as `_trained_spans`."""
+        if turn.problem:
+            raise DataError(turn.problem)
+        is_required = self.endings.is_required(turn.ending, is_trained=True, is_last=is_last)
+        if is_required and turn.no_ending:
+            raise DataError(turn.no_ending)
+        bodies = [(start.place(pieces), stop.place(pieces)) for start, stop in turn.segments]
+        if is_required and turn.ending:
+            bodies[-1] = bodies[-1][0], bodies[-1][1] + len(turn.ending)
+        bodies = [(start, stop) for start, stop in bodies if start < stop]
+        if not bodies:
+            raise DataError(f"message {i} is to be trained on, but it is empty and its end is not trained on")
+        return turn.ending if is_required and turn.added else "", bodies
+
+    def _left_out_thoughts(self, program: _Program, conversation: Conversation, outline: Outline) -> int:
         """Return how many thoughts the template leaves out.
 
         Raises DataError if they are those of the trained answers to the last question, and none of these is written.
@@ -200,7 +246,7 @@ class ChatRenderer:
         in_hand = [i for i in outline.left_out if i > question and conversation.trained[i]]
         written = {piece.turn for piece in outline.written.pieces if piece.kind == "t" and piece.turn > question}
         if in_hand and not written:
-            raise DataError(_left_out_message(conversation, in_hand[-1], template))
+            raise DataError(_left_out_message(in_hand[-1], program.find_switch(conversation, in_hand[-1])))
         return len(outline.left_out)
 
 
@@ -209,16 +255,15 @@ def _locate(program: _Program, conversation: Conversation, text: str) -> tuple[O
 
     Raises DataError if the template leaves a message out or changes it.
     """
-    messages, tools = conversation.messages, conversation.tools
     try:
-        stand_ins, outline = program.outline(messages, tools, keeps_blank=False)
-        return outline, locate_texts(text, outline.written, stand_ins.texts)
+        outline, texts = program.outline(conversation)
+        return outline, locate_texts(text, outline.written, texts)
     except DataError:
-        if all((message["content"] or "").strip() for message in messages):
+        if all((message["content"] or "").strip() for message in conversation.messages):
             raise
     # a template may write less around an empty text than around another
-    stand_ins, outline = program.outline(messages, tools, keeps_blank=True)
-    return outline, locate_texts(text, outline.written, stand_ins.texts)
+    outline, texts = program.outline(conversation, keeps_blank=True)
+    return outline, locate_texts(text, outline.written, texts)
 
 
 def _require_understood(conversation: Conversation, template: ChatTemplate) -> None:
@@ -231,37 +276,25 @@ def _require_understood(conversation: Conversation, template: ChatTemplate) -> N
     for key in ("tools", "tool_calls"):
         if key in has and key not in template.text:
             raise DataError(f"the chat template does not write {key}, {advice}")
-    if THOUGHT_KEY in has and not template.thought_names:
+    has_thought = any((message.get(THOUGHT_KEY) or "").strip() for message in conversation.messages)
+    if has_thought and not template.thought_names:
         raise DataError(
             f"the chat template does not write the thoughts of messages (it reads none of {', '.join(THOUGHT_NAMES)}), "
             + advice
         )
 
 
-def _left_out_message(conversation: Conversation, turn: int, template: ChatTemplate) -> str:
-    """Return the error for a template that does not write the thought of the answer in hand."""
-    switch = _find_switch(conversation, turn, template)
+def _left_out_message(turn: int, switch: str) -> str:
+    """Return the error for a template that does not write the thought of the answer in hand.
+
+    `switch`: a variable of the template that has it written, with its value; "" if there is none.
+    """
     advice = f"Switch it on (`chat_template_kwargs: {{{switch}}}`), take" if switch else "Take"
     return (
         f"the chat template leaves out the thought of message {turn}, an answer to the last question: the model would "
         f"learn to answer without it. {advice} a template that writes it (`chat_template_jinja: FILE`), or take the "
         "thoughts out of the rows, if answers without them are meant"
     )
-
-
-def _find_switch(conversation: Conversation, turn: int, template: ChatTemplate) -> str:
-    """Return a variable of the template with which it writes a thought ("enable_thinking: true"); "" if none does."""
-    message = conversation.messages[turn]
-    thought = message.get(THOUGHT_KEY) or (message["content"] or "").split(THOUGHT_ENDS)[0].split("<think>")[-1]
-    for name in _SWITCHES:
-        for value in (True, False) if name in template.text else ():
-            switched = compile_template(template.text, {**template.variables, name: value})
-            try:
-                if thought.strip() in switched.render(conversation.messages, conversation.tools):
-                    return f"{name}: {str(value).lower()}"
-            except DataError:
-                continue
-    return ""
 
 
 def build_chat_renderer(

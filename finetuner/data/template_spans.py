@@ -126,14 +126,14 @@ def write_stand_ins(
     return Written(tuple(pieces), tuple(split[::3]))
 
 
-def locate_texts(text: str, written: Written, texts: Mapping[Piece, str]) -> tuple[Span, ...]:
-    """Return the span of each piece in the rendered text, between the literals.
+def locate_texts(text: str, written: Written, texts: Sequence[str]) -> tuple[Span, ...]:
+    """Return the span of each piece in the rendered text, between the literals. `texts`: the row's, of each piece.
 
     Raises DataError if the template changed a piece by more than trimming or JSON quoting.
     """
     pieces, literals = written
     expected = [""] * (2 * len(pieces) + 1)
-    expected[::2], expected[1::2] = literals, [texts[piece] for piece in pieces]
+    expected[::2], expected[1::2] = literals, texts
     if "".join(expected) == text:  # nearly all conversations: written as they are
         ends = list(accumulate(map(len, expected)))
         return tuple(zip(ends[::2], ends[1::2], strict=False))
@@ -141,7 +141,7 @@ def locate_texts(text: str, written: Written, texts: Mapping[Piece, str]) -> tup
     at = 0
     for i, piece in enumerate(pieces):
         start = at + len(literals[i])
-        stop = _piece_end(text, start, texts[piece], literals[i + 1])
+        stop = _piece_end(text, start, texts[i], literals[i + 1])
         if not text.startswith(literals[i], at) or stop is None:
             raise DataError(rewritten_message(piece.turn))
         spans.append((start, stop))

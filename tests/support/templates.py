@@ -16,6 +16,52 @@ from support.rows import write_rows
 
 EOS, BOS = "<|endoftext|>", "<|bos|>"
 
+# name -> what an answer begins with that is not in the prompt, what ends it, whether contents are trimmed
+NAMED: dict[str, tuple[str, str, bool]] = {
+    "alpaca": ("", EOS, False),
+    "aya": ("", "<|END_OF_TURN_TOKEN|>", True),
+    "chatml": ("", "<|im_end|>", False),
+    "cohere": ("", "<|END_OF_TURN_TOKEN|>", True),
+    "command_a": ("", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", False),
+    "deepseek_v2": ("", EOS, False),
+    "deepseek_v3": ("", EOS, False),
+    "exaone": ("", "[|endofturn|]", False),
+    "exaone4": ("", "[|endofturn|]", False),
+    "falcon_h1": ("", "<|im_end|>", False),
+    "gemma": ("", "<end_of_turn>", True),
+    "gemma3": ("", "<end_of_turn>", True),
+    "gemma3n": ("", "<end_of_turn>", True),
+    "gemma4": ("", "<turn|>", True),
+    "granite": ("", "<|end_of_text|>", False),
+    "jamba": (" ", "<|eom|>", False),
+    "llama3": ("", "<|eot_id|>", True),
+    "llama3_2_vision": ("", "<|eot_id|>", True),
+    "llama4": ("", "<|eot|>", False),
+    "metharme": ("", EOS, True),
+    "mistral_v1": (" ", EOS, False),
+    "mistral_v2v3": (" ", EOS, False),
+    "mistral_v3_tekken": ("", EOS, False),
+    "mistral_v7_tekken": ("", EOS, False),
+    "olmo": ("", EOS, False),
+    "phi_3": ("", "<|end|>", False),
+    "phi_35": ("", "<|end|>", False),
+    "phi_4": ("", "<|im_end|>", False),
+    "qwen2_vl": ("", "<|im_end|>", False),
+    "qwen3": ("", "<|im_end|>", False),
+    "qwen3_5": ("", "<|im_end|>", False),
+    "qwen_25": ("", "<|im_end|>", False),
+    "smollm": ("", "<|im_end|>", False),
+    "tulu": ("", EOS, False),
+    "zephyr": ("", EOS, False),
+}
+# The model has to write that it does not think: it stands behind the prompt, in the answer to the last question.
+UNTHOUGHT = {"qwen3": "<think>\n\n</think>\n\n", "qwen3_5": "\n</think>\n\n"}
+# Begin-of-text is the family's to write, and these write none, or write it as a word of their own.
+WITHOUT_BOS = {
+    "chatml", "exaone", "exaone4", "granite", "jamba", "phi_3", "phi_35", "phi_4", "qwen2_vl", "qwen3", "qwen3_5",
+    "qwen_25", "smollm", "tulu", "zephyr",
+}  # fmt: skip
+ENDS = sorted({end for _, end, _ in NAMED.values()} - {EOS, "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"})
 
 CONTENTS = [
     "plain",
