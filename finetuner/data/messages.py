@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetuner.data.formats.base import cell_of, kind_of
+from finetuner.data.message_edits import MessageEdits
 from finetuner.data.row_files import Row
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DatasetEntry
@@ -40,6 +41,7 @@ class MessageReader:
     training_key: str | None
     roles: Mapping[str, str]  # a row's name of a role -> the template's
     roles_to_train: frozenset[str]
+    edits: MessageEdits
 
     @classmethod
     def of(cls, entry: DatasetEntry) -> "MessageReader":
@@ -54,6 +56,7 @@ class MessageReader:
             training_key=entry.message_field_training,
             roles=roles,
             roles_to_train=frozenset(roles.get(role, role) for role in entry.roles_to_train),
+            edits=MessageEdits.of(entry),
         )
 
     def read(self, row: Row) -> Conversation:
@@ -64,9 +67,17 @@ class MessageReader:
         messages: Messages = []
         trained = []
         for i, given in enumerate(cell):
+            if self.edits.names and isinstance(given, dict):
+                given = self.edits.renamed(given)
             message, is_trained = self._message(i, given)
-            messages.append(message)
+            messages.append(self.edits.split(message))
             trained.append(message["role"] in self.roles_to_train if is_trained is None else is_trained)
+        first = self.edits.first_kept(messages)
+        messages, trained = messages[first:], trained[first:]
+        if not messages:
+            raise DataError(
+                f"column '{self.column}' holds a system message alone, which drop_system_message leaves out"
+            )
         plain = set().union(*messages) <= {"role", "content", "name"}
         return Conversation(messages, tuple(trained), self._tools(row.get(self.tools_column)), plain)
 

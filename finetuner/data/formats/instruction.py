@@ -18,7 +18,7 @@ def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTo
     assert isinstance(form, InstructionFormat)
 
     def render(row: Row) -> Rendered:
-        own = row.get(form.field_system)
+        own = row.get(form.field_system) if form.field_system else None
         return render_instruction(row, form, form.system_prompt if own is None else text_of(row, form.field_system))
 
     return render
@@ -30,8 +30,8 @@ def render_instruction(row: Row, form: InstructionFormat, system: str) -> Render
     A system text stands before the rest as system_format writes it, unless the format has a place for it.
     """
     cells = {"instruction": text_of(row, form.field_instruction), "system": system}
-    answer = text_of(row, form.field_output)
-    given = row.get(form.field_input)
+    answer = form.output_format.replace("{output}", text_of(row, form.field_output))
+    given = row.get(form.field_input) if form.field_input else None
     cells["input"] = "" if given is None else text_of(row, form.field_input)
     pattern = form.format if cells["input"] else form.no_input_format
     if system and "{system}" not in pattern:

@@ -1,11 +1,14 @@
 """Rewrites a document with another tool's keys into one with ours, with a note or a problem for each."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from finetuner.recipe.foreign.axolotl import AXOLOTL, DATASET, PLUGINS, UNSUPPORTED_ROW_TYPES, UNSUPPORTED_VALUES
+from finetuner.recipe.foreign.axolotl import AXOLOTL, PLUGINS, UNSUPPORTED_VALUES
+from finetuner.recipe.foreign.axolotl_defaults import unlike_ours
 from finetuner.recipe.foreign.base import Foreign, blocked, renamed
+from finetuner.recipe.foreign.entries import translate_entries
 from finetuner.recipe.problems import KeyPath, Note, Problem, did_you_mean
 from finetuner.recipe.schema import FACTS, KEYS, NOT_YET
 from finetuner.recipe.yaml_document import YamlDocument
@@ -30,12 +33,28 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
     },
     "lr_scheduler": {"constant_with_warmup": "constant"},
     "bf16": {"full": True},
-    "attn_implementation": {"xformers": "sdpa", "flash_attention": "flash_attention_2"},
+    "attn_implementation": {
+        "xformers": "sdpa",
+        "flash_attention": "flash_attention_2",
+        # the same attention by other kernels
+        **dict.fromkeys(
+            (
+                "flex_attention",
+                "flash_attention_3",
+                "flash_attention_4",
+                "kernels-community/flash-attn2",
+                "kernels-community/flash-attn3",
+                "kernels-community/vllm-flash-attn3",
+            ),
+            "auto",
+        ),
+    },
     "evals_per_epoch": {0: None},
     "saves_per_epoch": {0: None},
     "eval_steps": {0: None},
     "save_steps": {0: None},
     "early_stopping_patience": {0: None},
+    "tf32": {"auto": True},
 }
 
 
@@ -44,42 +63,54 @@ MOVED_INTO = {
     key: ("bnb_config_kwargs", key)
     for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 }
-_CHATS = {  # ShareGPT's rows: what `type: sharegpt` stood for
-    "type": "chat_template",
-    "field_messages": "conversations",
-    "message_property_mappings": {"role": "from", "content": "value"},
-}
+_SIGNS = 4  # of so many keys that are only Axolotl's, a recipe is one of Axolotl's
+_OFF_WHEN_EMPTY = (
+    "adapter",
+    "chat_template",
+    "deepspeed",
+    "fsdp",
+    "fsdp_config",
+    "hub_model_id",
+    "pretraining_dataset",
+)
+_AS_IT_IS = ("deepspeed",)  # the contents of another program's file, where null may say something
 
 
 def translate(document: YamlDocument, meanings: Mapping[str, Foreign] = MEANINGS) -> list[Note]:
     """Rewrite the document's values in place, so that only our keys and unknown ones are left; return the notes."""
     translation = Translation(document)
+    drop_empty_values(document.values)
+    translation.other_defaults(meanings)
     translation.blocks()
+    translation.total_batch()
+    translation.epochs_of_a_stream()
     for key in list(document.values):
         if key == "plugins":
             translation.plugins()
         elif key in meanings:
             translation.key((), key, meanings[key])
-    for name in ("datasets", "test_datasets"):
-        entries = document.values.get(name)
-        for i, entry in enumerate(entries if isinstance(entries, list) else ()):
-            for key in [k for k in entry if k in DATASET] if isinstance(entry, dict) else ():
-                translation.key((name, i), key, DATASET[key])
-            if isinstance(entry, dict):
-                translation.message_properties((name, i), entry)
-        translation.row_types(name)
+    translate_entries(translation)
     translation.fsdp1()
     translation.values()
+    translation.lora_on_4_bits()
     return translation.notes
 
 
-def _unsupported_rows(kind: str) -> str | None:
-    """The capability that a row type of Axolotl's stands for, if it is not one of ours."""
-    for start, capability in UNSUPPORTED_ROW_TYPES.items():
-        if kind.startswith(start):
-            return capability
-    module = kind != "chat_template.default" and len(kind.split(".")) > 1 and kind.replace(".", "_").isidentifier()
-    return "rows made by a Python module" if module else None
+def drop_empty_values(values: dict[str, Any]) -> None:
+    """Let `key:` with nothing behind it mean the default inside blocks too, and an engine's empty block no engine."""
+    for key, value in values.items():
+        if key not in _AS_IT_IS:
+            _drop_nulls(value)
+    for key in _OFF_WHEN_EMPTY:
+        if values.get(key) in ("", [], {}):
+            values[key] = None
+
+
+def _drop_nulls(value: Any) -> None:
+    for key in [key for key in value if value[key] is None] if isinstance(value, dict) else ():
+        del value[key]
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _drop_nulls(inner)
 
 
 class Translation:
@@ -104,11 +135,11 @@ class Translation:
             loud = meaning.loud and not meaning.is_off(value)
             self.notes.append(Note((key,), f"without effect: {meaning.without_effect}", origin, quiet=not loud))
         elif meaning.becomes is not None:
-            self._move(path, (*block, meaning.becomes))
+            self.move(path, (*block, meaning.becomes))
             return
         elif value is not None and meaning.translate is not None:
             try:
-                self._replace(path, meaning.translate(value))
+                self.replace(path, meaning.translate(value))
             except (AttributeError, KeyError, TypeError):  # a number where the other tool has text, or the like
                 self.document.problems.append(Problem(f"'{key}' has a value that its tool would not take.", origin))
         del values[key]
@@ -146,38 +177,6 @@ class Translation:
             meant = "the default" if spellings[value] is None else f"'{spellings[value]}'"
             self.notes.append(Note((key,), f"'{value}' is read as {meant}", self.document.origin((key,))))
 
-    def row_types(self, name: str) -> None:
-        """Rewrite or refuse `type` of the entries of datasets or test_datasets."""
-        entries = self.document.values.get(name)
-        for i, entry in enumerate(entries if isinstance(entries, list) else ()):
-            kind = entry.get("type") if isinstance(entry, dict) else None
-            if kind == "chat_template.default":
-                entry["type"] = "chat_template"
-            if isinstance(kind, str) and kind.startswith("sharegpt"):
-                self.chats(entry, kind, (name, i, "type"))
-                continue
-            capability = _unsupported_rows(kind) if isinstance(kind, str) else None
-            if capability is not None:
-                message = f"{name}.{i}.type: '{kind}' is not supported yet: {capability}."
-                self.document.problems.append(Problem(message, self.document.origin((name, i, "type"))))
-                entry["type"] = "alpaca"  # so that it is said once
-
-    def chats(self, entry: dict[Any, Any], kind: str, where: KeyPath) -> None:
-        """Rewrite `type: sharegpt`: messages as {"from": ..., "value": ...} in the column `conversations`."""
-        for key, value in _CHATS.items():
-            if key == "type" or entry.get(key) is None:
-                entry[key] = value
-        meant = "chat_template of the column `conversations`, with the keys `from` and `value`"
-        self.notes.append(Note(("type",), f"'{kind}' is read as {meant}", self.document.origin(where)))
-
-    def message_properties(self, where: KeyPath, entry: dict[Any, Any]) -> None:
-        """Move message_field_role and _content, Axolotl's older spellings, into message_property_mappings."""
-        for name in ("role", "content"):
-            key, block = f"message_field_{name}", entry.get("message_property_mappings")
-            if key in entry and (block is None or isinstance(block, dict)):
-                entry["message_property_mappings"] = {} if block is None else block
-                self._move((*where, key), (*where, "message_property_mappings", name))
-
     def blocks(self) -> None:
         """Move keys that older recipes have at the top level, or in another block."""
         self._tokens_with_a_role()
@@ -185,12 +184,12 @@ class Translation:
         arguments = values.get("optim_args")
         for key, ours in (("eps", "adam_epsilon"), ("weight_decay", "weight_decay")):
             if isinstance(arguments, dict) and key in arguments:
-                self._move(("optim_args", key), (ours,))
+                self.move(("optim_args", key), (ours,))
         for key, target in MOVED_INTO.items():
             block = values.get(target[0])
             if key in values and (block is None or isinstance(block, dict)):
                 values[target[0]] = {} if block is None else block
-                self._move((key,), target)
+                self.move((key,), target)
 
     def _tokens_with_a_role(self) -> None:
         """`tokens: {pad_token: ...}` -> special_tokens."""
@@ -199,8 +198,48 @@ class Translation:
         if isinstance(tokens, dict) and (special is None or isinstance(special, dict)):
             values["special_tokens"] = {} if special is None else special
             for key in list(tokens):
-                self._move(("tokens", key), ("special_tokens", key))
+                self.move(("tokens", key), ("special_tokens", key))
             del values["tokens"]
+
+    def other_defaults(self, meanings: Mapping[str, Foreign]) -> None:
+        """Note what a recipe of Axolotl's leaves to a default that is another one there."""
+        theirs = [key for key in self.document.values if key in AXOLOTL]
+        if meanings is MEANINGS and len(theirs) >= _SIGNS:
+            self.notes += [Note((key,), message) for key, message in unlike_ours(self.document.values)]
+
+    def epochs_of_a_stream(self) -> None:
+        """Rewrite saves and evaluations per epoch of a pretraining_dataset as Axolotl does: an epoch is max_steps."""
+        values = self.document.values
+        steps, epochs = values.get("max_steps"), values.get("num_epochs") or 1
+        if not values.get("pretraining_dataset") or not isinstance(steps, int) or not isinstance(epochs, int | float):
+            return
+        for key, ours in (("saves_per_epoch", "save_steps"), ("evals_per_epoch", "eval_steps")):
+            times = values.get(key)
+            if isinstance(times, int) and times > 0 and (ours == "save_steps" or values.get("test_datasets")):
+                self.replace((key,), {ours: max(1, math.ceil(steps / (times * epochs)))})
+                del values[key]
+
+    def total_batch(self) -> None:
+        """Rewrite batch_size, which Axolotl divides by micro_batch_size, whatever the number of ranks.
+
+        (utils/config normalize_config.) One that cannot be divided is left to the table, which refuses it.
+        """
+        values = self.document.values
+        total, micro = values.get("batch_size"), values.get("micro_batch_size")
+        if not isinstance(total, int) or not isinstance(micro, int) or min(total, micro) < 1 or total % micro:
+            return
+        steps, given = total // micro, values.get("gradient_accumulation_steps")
+        if given in (None, steps):
+            self.replace(("batch_size",), {"gradient_accumulation_steps": steps} if given is None else {})
+            del values["batch_size"]
+
+    def lora_on_4_bits(self) -> None:
+        """Write QLoRA for LoRA on a 4-bit base, which Axolotl and others say in two keys."""
+        values = self.document.values
+        if values.get("load_in_4bit") is True and values.get("adapter") == "lora":
+            values["adapter"] = "qlora"
+            message = "'lora' is read as 'qlora': load_in_4bit is true"
+            self.notes.append(Note(("adapter",), message, self.document.origin(("adapter",))))
 
     def fsdp1(self) -> None:
         """Leave out what FSDP1 let people switch off, and FSDP2 always does."""
@@ -216,7 +255,7 @@ class Translation:
         values = self.document.values
         warmup = values.get("warmup_steps")
         if isinstance(warmup, float) and 0 < warmup < 1 and values.get("warmup_ratio") is None:
-            self._move(("warmup_steps",), ("warmup_ratio",))
+            self.move(("warmup_steps",), ("warmup_ratio",))
         instead_of = {"eval_steps": "evals_per_epoch", "save_steps": "saves_per_epoch", "logging_steps": "a number"}
         for key, instead in instead_of.items():
             value = values.get(key)
@@ -231,7 +270,8 @@ class Translation:
             block = block[part]
         return block
 
-    def _move(self, path: KeyPath, target: KeyPath) -> None:
+    def move(self, path: KeyPath, target: KeyPath) -> None:
+        """Give a key another name or place. One that is given under both is a problem."""
         values, block, key, ours = self._block(path[:-1]), self._block(target[:-1]), path[-1], target[-1]
         origin = self.document.origin(path, of_key=True)
         if block.get(ours) is not None:
@@ -248,19 +288,24 @@ class Translation:
         if block[ours] is not None:
             self.notes.append(Note((str(key),), f"is read as {'.'.join(map(str, target))}", origin))
 
-    def _replace(self, path: KeyPath, meant: Mapping[str, Any]) -> None:
+    def replace(self, path: KeyPath, meant: Mapping[str, Any]) -> None:
         """Put our keys in the place of a foreign one (`flash_attention: true` -> attn_implementation).
 
-        A key of ours that is given as well decides.
+        A key of ours that is given as well decides, unless both say what to train on.
         """
         origin = self.document.origin(path, of_key=True)
-        assert origin is not None
         for key, value in meant.items():
             given = self.document.values.get(key)
+            if key == "datasets" and given is not None:
+                also = self.document.origin((key,), of_key=True)
+                message = f"'{path[-1]}' and '{key}' both say what to train on. Remove one; here it is called {key}."
+                self.document.problems.append(Problem(message, origin, (also,) if also else ()))
+                return
             said = f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
             if given is not None:
                 self.notes.append(Note((str(path[-1]),), f"without effect: {key} is given", origin))
                 continue
             self.document.values[key] = value
-            self.document.keys[(key,)] = self.document.places[(key,)] = origin
+            if origin is not None:
+                self.document.keys[(key,)] = self.document.places[(key,)] = origin
             self.notes.append(Note((str(path[-1]),), f"is read as `{said}`", origin))

@@ -39,6 +39,7 @@ ROW_TYPES: dict[str, RowTypeFacts] = {
         keys=(
             "field_messages", "field_tools", "message_property_mappings", "message_field_training", "roles",
             "roles_to_train", "train_on_eos", "train_on_eot", "chat_template", "chat_template_jinja",
+            "drop_system_message", "split_thinking",
         ),
     ),
     "input_output": RowTypeFacts("segments of text with a label", ("segments",)),
@@ -64,19 +65,24 @@ class InstructionFormat(Section):
 
     system_prompt: str = Field("", description="System text of rows that have none of their own.")
     system_format: str = Field("{system}", description="How a system text is written, before the rest.")
-    field_system: str = Field("system", min_length=1, description="Column of the system text; may be missing.")
+    field_system: str = Field("system", description='Column of the system text; may be missing. "": there is none.')
     field_instruction: str = Field("instruction", min_length=1, description="Column of the question or order.")
-    field_input: str = Field("input", min_length=1, description="Column of a text to work on; may be missing.")
+    field_input: str = Field("input", description='Column of a text to work on; may be missing. "": there is none.')
     field_output: str = Field("output", min_length=1, description="Column of the answer, which is trained on.")
     format: str = Field("{instruction} {input} ", description="The prompt of a row that has an input.")
     no_input_format: str = Field("{instruction} ", description="The prompt of a row that has none.")
+    output_format: str = Field("{output}", description="How the answer is written. {output} stands for its cell.")
 
 
 class MessageProperties(Section):
-    """Names of the keys of a message."""
+    """Names of the keys of a message. Those that are left out have these names themselves."""
 
     role: str = Field("role", min_length=1, description="Who speaks.")
     content: str = Field("content", min_length=1, description="What is said.")
+    reasoning_content: str | None = Field(None, min_length=1, description="What was thought before it.")
+    tool_calls: str | None = Field(None, min_length=1, description="The tools that are called.")
+    tool_call_id: str | None = Field(None, min_length=1, description="Which call a tool answers.")
+    name: str | None = Field(None, min_length=1, description="The name of who speaks, such as a tool's.")
 
 
 def _is_block(value: Any) -> str:
@@ -130,6 +136,12 @@ class DatasetEntry(Section):
     message_field_training: str | None = Field(
         None,
         description="Key of a message that says whether it is trained on (true, false, 1 or 0), whatever its role.",
+    )
+    drop_system_message: bool = Field(False, description="Leave out a system message that begins a conversation.")
+    split_thinking: bool = Field(
+        False,
+        description="Take a thought that an answer's text begins with, in <think>, <reasoning> or "
+        "<|begin_of_thought|>, for its reasoning_content.",
     )
     roles: Roles = Field({}, description="Role of the chat template -> names that the rows give it.")
     roles_to_train: Names = Field(("assistant",), description="Roles whose messages are trained on.")
