@@ -8,6 +8,7 @@ to 2026.
 from collections.abc import Mapping
 from typing import Any
 
+from finetuner.recipe.foreign.axolotl_kernels import KERNELS, RARE
 from finetuner.recipe.foreign.base import Foreign, blocked, ignored, same, translated
 from finetuner.redaction import SECRET_KEYS
 
@@ -54,6 +55,8 @@ def _plain_precision(key: str) -> Foreign:
 
 
 AXOLOTL: dict[str, Foreign] = {
+    **KERNELS,
+    **RARE,
     "auto_resume_from_checkpoints": translated(lambda on: {"resume_from_checkpoint": True} if on else {}),
     "metric_for_best_model": blocked("a metric other than eval_loss", says_nothing=("eval_loss", "loss")),
     "greater_is_better": blocked("a metric other than eval_loss, which is better when lower"),
@@ -158,7 +161,6 @@ AXOLOTL: dict[str, Foreign] = {
         ignored("batches are cut from a token store in memory: there are no workers to tune"),
     ),
     "dataloader_drop_last": blocked("dropping an epoch's last rows", "Remove it: every row is seen once an epoch."),
-    "flash_optimum": blocked("BetterTransformer"),
     "s2_attention": blocked("shifted sparse attention", "Write attn_implementation: auto."),
     # generation while training
     **same(
@@ -283,8 +285,8 @@ AXOLOTL: dict[str, Foreign] = {
         ignored("it is counted from the rows"),
     ),
     **same(
-        "fused_attn_kernel use_dsv4_kernels use_glm_dsa_kernels gemma4_hybrid_attn_impl dsv4_fp4_grouped_mode "
-        "use_eaft eaft_alpha eaft_k tiled_mlp tiled_mlp_num_shards ple_cpu_offload nvfp4_merge_aware llmcompressor "
+        "use_dsv4_kernels use_glm_dsa_kernels dsv4_fp4_grouped_mode use_eaft eaft_alpha eaft_k ple_cpu_offload "
+        "nvfp4_merge_aware llmcompressor "
         "use_onebitllms reinit_weights",
         blocked("this way of training or computing"),
     ),
@@ -297,7 +299,6 @@ AXOLOTL: dict[str, Foreign] = {
         blocked("this tracker", "Remove it; metrics.jsonl has every figure."),
     ),
     "eval_table_max_new_tokens": blocked("generating during evaluation", says_nothing=(0, 128)),
-    "flex_attn_compile_kwargs": ignored("attention is computed by other kernels, with the same result"),
 }
 
 # Axolotl's keys for datasets[], as above. `type` and the like are ours; entries.py reads those of chats.
@@ -366,9 +367,6 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
     },
     "lr_scheduler": dict.fromkeys(
         ("one_cycle", "rex", "reduce_lr_on_plateau", "greedy"), "this schedule. Write cosine"
-    ),
-    "torch_compile_mode": dict.fromkeys(
-        ("reduce-overhead", "max-autotune"), "CUDA graphs. Write default or max-autotune-no-cudagraphs"
     ),
     "hub_strategy": dict.fromkeys(
         ("every_save", "checkpoint", "all_checkpoints"), "uploading while training. Write end"

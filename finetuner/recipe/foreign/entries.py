@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from finetuner.recipe.foreign.axolotl import DATASET, UNSUPPORTED_ROW_TYPES
 from finetuner.recipe.foreign.prompt_styles import STYLES, refusal_of, style_of
 from finetuner.recipe.problems import KeyPath, Note, Problem
+from finetuner.recipe.sections.datasets import CHAT_TEMPLATES
 
 if TYPE_CHECKING:
     from finetuner.recipe.foreign.translate import Translation
@@ -57,8 +58,11 @@ class _Entry:
         origin = self.translation.document.origin((*self.where, key), of_key=True)
         self.translation.notes.append(Note((key,), message, origin, quiet=quiet))
 
-    def move(self, path: KeyPath, target: KeyPath) -> None:
+    def move(self, path: KeyPath, target: KeyPath, *, silently: bool = False) -> None:
+        notes = list(self.translation.notes)
         self.translation.move((*self.where, *path), (*self.where, *target))
+        if silently:
+            self.translation.notes[:] = notes
 
     def refuse(self, key: str, message: str) -> None:
         origin = self.translation.document.origin((*self.where, key))
@@ -141,14 +145,12 @@ class _Entry:
         is_chat = isinstance(kind, str) and (kind.startswith("sharegpt") or kind == "chat_template")
         template = self.entry.get("chat_template")
         if given == "chatml" and is_chat and template in (None, "chatml"):
-            self.move(("conversation",), ("chat_template",))
-            self.note("conversation", _CHATML_SYSTEM)
+            self.note("conversation", _CHATML)
+            self.move(("conversation",), ("chat_template",), silently=True)
             return
         del self.entry["conversation"]
-        message = (
-            f"'conversation' is not supported yet: conversation templates by FastChat's names ('{given}'). "
-            "Write chat_template: llama3, or another of the names that `finetuner explain chat_template` leads to."
-        )
+        instead = f"Write chat_template: {', '.join(CHAT_TEMPLATES)}" if is_chat else "Remove it: it belongs to chats"
+        message = f"'conversation' is not supported yet: FastChat's conversation '{given}'. {instead}."
         self.refuse("conversation", message)
 
     def older_message_keys(self) -> None:
@@ -186,9 +188,9 @@ class _Entry:
 _NO_CONVERSATION = (
     "; the words around them are the chat template's (versions of 2023 took Vicuna's where no `conversation` was given)"
 )
-_CHATML_SYSTEM = (
-    "names the words alone: no system text is made up for conversations without one, where versions of 2023 and 2024 "
-    "wrote 'You are a helpful assistant.'"
+_CHATML = (
+    "is read as `chat_template: chatml`, without a system text for conversations that have none: versions of 2023 and "
+    "2024 wrote 'You are a helpful assistant.' there"
 )
 
 

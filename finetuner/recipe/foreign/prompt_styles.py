@@ -172,7 +172,7 @@ _BLOCK = "Write a `type` block of field_* keys and format"
 OTHERS: dict[str, tuple[str, str]] = {
     "metharme": (
         "three end-of-text tokens behind an answer",
-        'With one: `type: {field_instruction: prompt, field_output: generation, field_input: "", '
+        'To learn one, write `type: {field_instruction: prompt, field_output: generation, field_input: "", '
         'no_input_format: "{instruction}"}`',
     ),
     "pygmalion": (

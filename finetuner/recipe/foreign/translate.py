@@ -1,14 +1,13 @@
 """Rewrites a document with another tool's keys into one with ours, with a note or a problem for each."""
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from finetuner.recipe.foreign.axolotl import AXOLOTL, PLUGINS, UNSUPPORTED_VALUES
-from finetuner.recipe.foreign.axolotl_defaults import unlike_ours
 from finetuner.recipe.foreign.base import Foreign, blocked, renamed
 from finetuner.recipe.foreign.entries import translate_entries
+from finetuner.recipe.foreign.rewordings import reword_after, reword_before
 from finetuner.recipe.problems import KeyPath, Note, Problem, did_you_mean
 from finetuner.recipe.schema import FACTS, KEYS, NOT_YET
 from finetuner.recipe.yaml_document import YamlDocument
@@ -49,12 +48,13 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
             "auto",
         ),
     },
-    "evals_per_epoch": {0: None},
     "saves_per_epoch": {0: None},
     "eval_steps": {0: None},
     "save_steps": {0: None},
     "early_stopping_patience": {0: None},
     "tf32": {"auto": True},
+    # without CUDA graphs, which change the speed alone
+    "torch_compile_mode": {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"},
 }
 
 
@@ -62,28 +62,14 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
 MOVED_INTO = {
     key: ("bnb_config_kwargs", key)
     for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
-}
-_SIGNS = 4  # of so many keys that are only Axolotl's, a recipe is one of Axolotl's
-_OFF_WHEN_EMPTY = (
-    "adapter",
-    "chat_template",
-    "deepspeed",
-    "fsdp",
-    "fsdp_config",
-    "hub_model_id",
-    "pretraining_dataset",
-)
-_AS_IT_IS = ("deepspeed",)  # the contents of another program's file, where null may say something
+} | {"fsdp_final_state_dict_type": ("fsdp_config", "final_state_dict_type")}
 
 
 def translate(document: YamlDocument, meanings: Mapping[str, Foreign] = MEANINGS) -> list[Note]:
     """Rewrite the document's values in place, so that only our keys and unknown ones are left; return the notes."""
     translation = Translation(document)
-    drop_empty_values(document.values)
-    translation.other_defaults(meanings)
+    reword_before(translation, AXOLOTL if meanings is MEANINGS else None)
     translation.blocks()
-    translation.total_batch()
-    translation.epochs_of_a_stream()
     for key in list(document.values):
         if key == "plugins":
             translation.plugins()
@@ -92,25 +78,8 @@ def translate(document: YamlDocument, meanings: Mapping[str, Foreign] = MEANINGS
     translate_entries(translation)
     translation.fsdp1()
     translation.values()
-    translation.lora_on_4_bits()
+    reword_after(translation)
     return translation.notes
-
-
-def drop_empty_values(values: dict[str, Any]) -> None:
-    """Let `key:` with nothing behind it mean the default inside blocks too, and an engine's empty block no engine."""
-    for key, value in values.items():
-        if key not in _AS_IT_IS:
-            _drop_nulls(value)
-    for key in _OFF_WHEN_EMPTY:
-        if values.get(key) in ("", [], {}):
-            values[key] = None
-
-
-def _drop_nulls(value: Any) -> None:
-    for key in [key for key in value if value[key] is None] if isinstance(value, dict) else ():
-        del value[key]
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _drop_nulls(inner)
 
 
 class Translation:
@@ -200,46 +169,6 @@ class Translation:
             for key in list(tokens):
                 self.move(("tokens", key), ("special_tokens", key))
             del values["tokens"]
-
-    def other_defaults(self, meanings: Mapping[str, Foreign]) -> None:
-        """Note what a recipe of Axolotl's leaves to a default that is another one there."""
-        theirs = [key for key in self.document.values if key in AXOLOTL]
-        if meanings is MEANINGS and len(theirs) >= _SIGNS:
-            self.notes += [Note((key,), message) for key, message in unlike_ours(self.document.values)]
-
-    def epochs_of_a_stream(self) -> None:
-        """Rewrite saves and evaluations per epoch of a pretraining_dataset as Axolotl does: an epoch is max_steps."""
-        values = self.document.values
-        steps, epochs = values.get("max_steps"), values.get("num_epochs") or 1
-        if not values.get("pretraining_dataset") or not isinstance(steps, int) or not isinstance(epochs, int | float):
-            return
-        for key, ours in (("saves_per_epoch", "save_steps"), ("evals_per_epoch", "eval_steps")):
-            times = values.get(key)
-            if isinstance(times, int) and times > 0 and (ours == "save_steps" or values.get("test_datasets")):
-                self.replace((key,), {ours: max(1, math.ceil(steps / (times * epochs)))})
-                del values[key]
-
-    def total_batch(self) -> None:
-        """Rewrite batch_size, which Axolotl divides by micro_batch_size, whatever the number of ranks.
-
-        (utils/config normalize_config.) One that cannot be divided is left to the table, which refuses it.
-        """
-        values = self.document.values
-        total, micro = values.get("batch_size"), values.get("micro_batch_size")
-        if not isinstance(total, int) or not isinstance(micro, int) or min(total, micro) < 1 or total % micro:
-            return
-        steps, given = total // micro, values.get("gradient_accumulation_steps")
-        if given in (None, steps):
-            self.replace(("batch_size",), {"gradient_accumulation_steps": steps} if given is None else {})
-            del values["batch_size"]
-
-    def lora_on_4_bits(self) -> None:
-        """Write QLoRA for LoRA on a 4-bit base, which Axolotl and others say in two keys."""
-        values = self.document.values
-        if values.get("load_in_4bit") is True and values.get("adapter") == "lora":
-            values["adapter"] = "qlora"
-            message = "'lora' is read as 'qlora': load_in_4bit is true"
-            self.notes.append(Note(("adapter",), message, self.document.origin(("adapter",))))
 
     def fsdp1(self) -> None:
         """Leave out what FSDP1 let people switch off, and FSDP2 always does."""
