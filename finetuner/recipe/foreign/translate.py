@@ -59,10 +59,10 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
 
 
 # Keys of older recipes that stand in a block now: key -> (block, the block's key).
-MOVED_INTO = {
+MOVED_INTO = {"fsdp_final_state_dict_type": ("fsdp_config", "final_state_dict_type")} | {
     key: ("bnb_config_kwargs", key)
     for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
-} | {"fsdp_final_state_dict_type": ("fsdp_config", "final_state_dict_type")}
+}
 
 
 def translate(document: YamlDocument, meanings: Mapping[str, Foreign] = MEANINGS) -> list[Note]:
@@ -104,11 +104,11 @@ class Translation:
             loud = meaning.loud and not meaning.is_off(value)
             self.notes.append(Note((key,), f"without effect: {meaning.without_effect}", origin, quiet=not loud))
         elif meaning.becomes is not None:
-            self.move(path, (*block, meaning.becomes))
+            self._move(path, (*block, meaning.becomes))
             return
         elif value is not None and meaning.translate is not None:
             try:
-                self.replace(path, meaning.translate(value))
+                self._replace(path, meaning.translate(value))
             except (AttributeError, KeyError, TypeError):  # a number where the other tool has text, or the like
                 self.document.problems.append(Problem(f"'{key}' has a value that its tool would not take.", origin))
         del values[key]
@@ -153,12 +153,12 @@ class Translation:
         arguments = values.get("optim_args")
         for key, ours in (("eps", "adam_epsilon"), ("weight_decay", "weight_decay")):
             if isinstance(arguments, dict) and key in arguments:
-                self.move(("optim_args", key), (ours,))
+                self._move(("optim_args", key), (ours,))
         for key, target in MOVED_INTO.items():
             block = values.get(target[0])
             if key in values and (block is None or isinstance(block, dict)):
                 values[target[0]] = {} if block is None else block
-                self.move((key,), target)
+                self._move((key,), target)
 
     def _tokens_with_a_role(self) -> None:
         """`tokens: {pad_token: ...}` -> special_tokens."""
@@ -167,7 +167,7 @@ class Translation:
         if isinstance(tokens, dict) and (special is None or isinstance(special, dict)):
             values["special_tokens"] = {} if special is None else special
             for key in list(tokens):
-                self.move(("tokens", key), ("special_tokens", key))
+                self._move(("tokens", key), ("special_tokens", key))
             del values["tokens"]
 
     def fsdp1(self) -> None:
@@ -184,7 +184,7 @@ class Translation:
         values = self.document.values
         warmup = values.get("warmup_steps")
         if isinstance(warmup, float) and 0 < warmup < 1 and values.get("warmup_ratio") is None:
-            self.move(("warmup_steps",), ("warmup_ratio",))
+            self._move(("warmup_steps",), ("warmup_ratio",))
         instead_of = {"eval_steps": "evals_per_epoch", "save_steps": "saves_per_epoch", "logging_steps": "a number"}
         for key, instead in instead_of.items():
             value = values.get(key)
@@ -201,6 +201,13 @@ class Translation:
 
     def move(self, path: KeyPath, target: KeyPath) -> None:
         """Give a key another name or place. One that is given under both is a problem."""
+        self._move(path, target)
+
+    def replace(self, path: KeyPath, meant: Mapping[str, Any]) -> None:
+        """Put keys of ours in the place of the one at `path`, which stays to be deleted."""
+        self._replace(path, meant)
+
+    def _move(self, path: KeyPath, target: KeyPath) -> None:
         values, block, key, ours = self._block(path[:-1]), self._block(target[:-1]), path[-1], target[-1]
         origin = self.document.origin(path, of_key=True)
         if block.get(ours) is not None:
@@ -217,7 +224,7 @@ class Translation:
         if block[ours] is not None:
             self.notes.append(Note((str(key),), f"is read as {'.'.join(map(str, target))}", origin))
 
-    def replace(self, path: KeyPath, meant: Mapping[str, Any]) -> None:
+    def _replace(self, path: KeyPath, meant: Mapping[str, Any]) -> None:
         """Put our keys in the place of a foreign one (`flash_attention: true` -> attn_implementation).
 
         A key of ours that is given as well decides, unless both say what to train on.
