@@ -7,9 +7,10 @@ kind: those are listed with their first line, since each is either a mistake in 
 
 --text-sft counts recipes for full or adapter fine-tuning of a language model on text by the next token. Left out, and
 counted by reason, are those that ask for what has issues of its own: preference and reward models (and distillation,
-energy-based and diffusion training), pictures and sound, and options of mixtures of experts (a mixture trained without
-such an option counts). Precision, kernels, several GPUs for one sequence and the like count, and are refused. The
-reason is judged from the keys alone, whatever else is wrong with the file; one that cannot be read counts.
+energy-based and diffusion training), pictures and sound, and options of mixtures of experts: how their weights are
+stored, quantized, adapted or spread, and the loss of their router (a mixture trained without such an option counts).
+Precision, kernels, several GPUs for one sequence and the like count, and are refused. The reason is judged from the
+keys alone, whatever else is wrong with the file; one that cannot be read counts.
 
 --sample N prints N accepted recipes, the same for the same N, each with all its notes, to be read by hand for a changed
 meaning. --from FOLDER reads as if started there, for recipes that name files by relative paths.
@@ -46,7 +47,7 @@ PICTURES = ("mllm", "llava", "rlhf_v")  # parts of LLaMA-Factory's names of data
 EXPERTS = (
     "lora_target_parameters", "llama4_linearized_experts", "quantize_moe_experts", "use_scattermoe", "use_sonicmoe",
     "experts_implementation", "expert_parallel_size", "moe_kernels", "router_aux_loss_coef", "moe_aux_loss_coef",
-    "use_kt",
+    "use_kt", "model_quantization_config",  # MXFP4, in which gpt-oss stores its experts
 )  # fmt: skip
 TRL_SFT = "sft"  # a part of the path of TRL-style recipes for supervised fine-tuning: no key says it
 
@@ -94,7 +95,8 @@ def left_out(path: Path, values: dict[str, Any]) -> str | None:
         return "preference and reward"
     if any(values.get(key) for key in NOT_TEXT) or any(part in str(values.get("dataset")) for part in PICTURES):
         return "pictures and sound"
-    if any(values.get(key) for key in EXPERTS):
+    changed = values.get("model_config") or values.get("overrides_of_model_config") or {}
+    if any(values.get(key) for key in EXPERTS) or "output_router_logits" in changed:
         return "options of mixtures of experts"
     return None
 

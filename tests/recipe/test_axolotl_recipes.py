@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
 from finetuner.errors import RecipeError
 from finetuner.recipe import KEYS, Loaded, Recipe, load
 from finetuner.recipe.convert import convert
+from finetuner.recipe.foreign.axolotl import DATASET
 from finetuner.recipe.foreign.axolotl_defaults import DEFAULTS
+from finetuner.recipe.foreign.translate import MEANINGS
+from finetuner.recipe.sections import DatasetEntry
 
 HEAD = "base_model: org/model\nlearning_rate: 2e-4\nsequence_len: 64\nwarmup_steps: 0\n"
 ALPACA = HEAD + "datasets:\n  - path: org/data\n    type: alpaca\n"
@@ -227,8 +233,9 @@ def test_sharegpts_row_types_have_the_column_and_keys_that_axolotl_read(read, ki
 def test_keys_of_the_recipe_stand_above_sharegpts_own(read) -> None:
     entry = entry_of(read(chats("type: sharegpt\n    field_messages: turns\n    roles:\n      input: [ask]")))
     assert (entry.field_messages, entry.roles) == ("turns", {"user": ("ask",)})
-    entry = entry_of(read(chats("type: sharegpt\n    field_human: usr\n    field_model: bot")))
-    assert entry.roles == {"user": ("usr",), "assistant": ("bot",)}
+    spoken = "field_human: usr\n    field_model: bot\n    roles: {input: [ask], user: [me]}"
+    entry = entry_of(read(chats(f"type: sharegpt\n    {spoken}")))
+    assert entry.roles == {"user": ("ask", "me", "usr"), "assistant": ("bot",)}
 
 
 @pytest.mark.parametrize("kind", ["sharegpt.load_glaive", "sharegpt_jokes"])
@@ -292,6 +299,7 @@ def test_an_edit_of_messages_belongs_to_chats(read, refusal, key: str) -> None:
         ("skip: 100", "leaving out the first rows of a stream"),
         ("input_transform: mod.fn", "code in a recipe"),
         ("trust_remote_code: true", "dataset scripts"),
+        ("train_on_inputs: true", "learning the prompts of one dataset alone"),
     ],
 )
 def test_what_an_entry_asks_for_that_is_not_there_is_refused_by_name(refusal, line: str, said: str) -> None:
@@ -319,6 +327,36 @@ def test_an_override_by_another_tools_key_is_taken_or_is_told_ours(read, refusal
 def test_two_keys_that_say_what_to_train_on_are_an_error_that_names_ours(refusal) -> None:
     said = refusal(ALPACA + "pretraining_dataset: x.txt\n")
     assert "'pretraining_dataset' and 'datasets' both say what to train on" in said and "called datasets" in said
+
+
+simple = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+nested = st.recursive(simple, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3))
+words = st.sampled_from(
+    ["sharegpt", "alpaca_chat", "chat_template", "jeopardy", "a.b", "metharme", "chatml", "thinking"]
+)
+in_entries = sorted(
+    {*DATASET, *DatasetEntry.model_fields}
+    | {"conversation", "field_human", "field_model", "field_thinking", "template_thinking_key"}
+)
+in_recipes = sorted(
+    {*MEANINGS, "tokens", "special_tokens", "unfrozen_parameters", "load_in_4bit", "adapter", "plugins"}
+)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(
+    entry=st.dictionaries(st.sampled_from(in_entries), words | nested, max_size=6),
+    keys=st.dictionaries(st.sampled_from(in_recipes), words | nested, max_size=5),
+)
+def test_no_value_of_axolotls_keys_leads_to_a_traceback(entry, keys, tmp_path_factory) -> None:
+    path = tmp_path_factory.mktemp("axolotl") / "r.yml"
+    values = {"base_model": "org/model", "learning_rate": 1e-4, "datasets": [{"path": "org/rows", **entry}], **keys}
+    with path.open("w") as file:
+        YAML(typ="safe", pure=True).dump(values, file)
+    try:
+        load(path, check_files=False)
+    except RecipeError as error:
+        assert str(error)
 
 
 # ---- whole recipes

@@ -271,8 +271,13 @@ AXOLOTL: dict[str, Foreign] = {
     "activation_offloading": blocked("activations in host memory", "Write gradient_checkpointing: true."),
     "layer_offloading": blocked("layers in host memory", "fsdp_config: {offload_params: true} does that for shards."),
     "shrink_embeddings": blocked("cutting the embeddings down", "Remove it."),
-    "dataset_shard_num": blocked("training on a part of all datasets", "Use `shards` or a split slice of a dataset."),
-    "dataset_shard_idx": blocked("training on a part of all datasets", "Use `shards` or a split slice of a dataset."),
+    **same(
+        "dataset_shard_num dataset_shard_idx",
+        blocked(
+            "a part of all datasets, cut after they are shuffled together",
+            "Write shards and shards_idx in each dataset: the same share of it, in other rows.",
+        ),
+    ),
     "skip_prepare_dataset": blocked("rows that are rendered while training"),
     **same(
         "gptq_groupsize gptq_model_v1", blocked("GPTQ and AWQ bases", "Take the unquantized base and adapter: qlora.")
@@ -308,6 +313,7 @@ DATASET: dict[str, Foreign] = {
     "input_format": blocked("FastChat prompts"),
     "preprocess_shards": ignored("rows are read in batches"),
     "strict": ignored("rows are always read strictly; `on_bad_row: skip` leaves those out that cannot be read"),
+    "train_on_inputs": blocked("learning the prompts of one dataset alone", "Write it for the recipe, not a dataset."),
     "skip": blocked("leaving out the first rows of a stream", "Remove it, or cut the file.", says_nothing=(0,)),
     "message_field_training_detail": blocked(
         "training on parts of a message", "Remove it, or make rows of `type: input_output`."
@@ -376,6 +382,9 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
         "sage": "SageAttention",
         "s2": "shifted sparse attention",
     },
+    "peft_init_lora_weights": dict.fromkeys(
+        ("pissa", "olora", "eva", "corda", "orthogonal", "loftq"), "this start of an adapter. Write true or gaussian"
+    ),
     "adapter": {
         "llama-adapter": "this adapter. Write lora",
         "mora": "this adapter. Write lora",

@@ -117,9 +117,7 @@ class _Entry:
             entry["field_messages"] = column
         if entry.get("message_property_mappings") is None:
             entry["message_property_mappings"] = {"role": role, "content": content}
-        if isinstance(entry.get("roles"), dict):
-            entry["roles"] = {_ROLES_OF_SHAREGPT.get(key, key): names for key, names in entry["roles"].items()}
-        elif roles:
+        if roles and entry.get("roles") is None:
             entry["roles"] = dict(roles)
         self.names_of_speakers()
         meant = f"chat_template of the column `{entry['field_messages']}`, with the keys `{role}` and `{content}`"
@@ -128,13 +126,21 @@ class _Entry:
         self.conversation(kind)
 
     def names_of_speakers(self) -> None:
-        """`field_human: user_name` -> roles: {user: [user_name]}."""
+        """`roles: {input: [ask]}` and `field_human: ask` -> roles: {user: [ask]}."""
+        given = self.entry.get("roles")
+        roles: dict[Any, Any] = {}
+        for key, names in given.items() if isinstance(given, dict) else ():
+            role = _ROLES_OF_SHAREGPT.get(key, key)
+            both = isinstance(names, list) and isinstance(roles.get(role), list)
+            roles[role] = [*roles[role], *names] if both else names
         for key, role in (("field_human", "user"), ("field_model", "assistant")):
-            given = self.entry.pop(key, None)
-            roles = self.entry.get("roles") or {}
-            if isinstance(given, str) and isinstance(roles, dict):
-                self.entry["roles"] = {**roles, role: [*(roles.get(role) or ()), given]}
-                self.note(key, f"is read as roles.{role}: [{given}]")
+            name = self.entry.get(key)
+            if isinstance(name, str) and isinstance(roles.get(role, []), list):
+                roles[role] = [*roles.get(role, []), name]
+                self.note(key, f"is read as roles.{role}: [{name}]")
+                del self.entry[key]
+        if roles:
+            self.entry["roles"] = roles
 
     def conversation(self, kind: Any) -> None:
         """Read FastChat's name of a conversation's words: chatml is the chat template of that name."""

@@ -118,8 +118,8 @@ class Translation:
         named = self.document.values.pop("plugins")
         origin = self.document.origin(("plugins",), of_key=True)
         for i, name in enumerate(named if isinstance(named, list) else [named] if named else []):
-            if name in PLUGINS:
-                self.notes.append(Note((str(name).rpartition(".")[2],), f"without effect: {PLUGINS[name]}", origin))
+            if str(name) in PLUGINS:
+                self.notes.append(Note((str(name).rpartition(".")[2],), f"without effect: {PLUGINS[str(name)]}", origin))
             else:
                 message = (
                     f"the plugin '{name}' is not supported yet: plugins of other tools are not run here. Remove it."
