@@ -6,6 +6,7 @@ from typing import Any
 
 from finetuner.data.formats.base import cell_of, kind_of
 from finetuner.data.media import EDGES, NOT_YET, find_placeholder, is_media, placeholder_message
+from finetuner.data.message_edits import MessageEdits
 from finetuner.data.roles import CALL_ROLES, RoleNames, unknown_role, words_in_quotes
 from finetuner.data.row_files import Row
 from finetuner.data.tool_calls import call_list, calls_in_text, calls_of_function_call, require_inert, tool_list
@@ -66,6 +67,7 @@ class MessageReader:
     roles: RoleNames
     roles_to_train: frozenset[str]
     trains_all: bool
+    edits: MessageEdits
 
     @classmethod
     def of(cls, entry: DatasetEntry, template: str = "", *, trains_all: bool = False) -> "MessageReader":
@@ -74,7 +76,7 @@ class MessageReader:
         names = entry.message_property_mappings
         left_out = frozenset(entry.unused_names)
         own_flag = (entry.message_field_training,) if entry.message_field_training is not None else ()
-        mapped = {"reasoning_content": names.reasoning_content, "tool_calls": names.tool_calls}
+        mapped = {key: dict(names)[key] for key in ("reasoning_content", "tool_calls", "tool_call_id", "name")}
 
         def unless_left_out(column: str) -> str | None:
             return None if column in left_out else column
@@ -93,6 +95,7 @@ class MessageReader:
             roles=roles,
             roles_to_train=frozenset(roles.find(role) or role for role in entry.roles_to_train),
             trains_all=trains_all,
+            edits=MessageEdits.of(entry),
         )
 
     def read(self, row: Row) -> Conversation:
@@ -108,12 +111,16 @@ class MessageReader:
         trained: list[bool] = []
         for i, one in enumerate(given):
             message, is_trained = self._message(i, one, given)
-            messages.append(message)
+            messages.append(self.edits.split(message) if self.edits.splits_thoughts else message)
             if is_trained is None:
                 is_trained = message["role"] in self.roles_to_train and i >= num_untrained
             trained.append(is_trained)
         if self.system_column is not None and row.get(self.system_column):
             self._put_system_text(row, messages, trained)
+        if self.edits.drops_system and messages[0]["role"] == "system":
+            messages, trained = messages[1:], trained[1:]
+            if not messages:
+                raise DataError("the system message, which drop_system_message leaves out, is all that it has")
         keys = set().union(*messages)
         ignored: tuple[str, ...] = ()
         if self.left_out:

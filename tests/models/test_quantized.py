@@ -193,7 +193,6 @@ def test_products_are_in_the_compute_dtype_and_come_back_in_the_inputs():
     ("keys", "message"),
     [
         ({"adapter": "qlora", "load_in_4bit": False}, "adapter: qlora trains on a 4-bit base"),
-        ({"adapter": "lora", "load_in_4bit": True}, "is written `adapter: qlora`"),
         ({"load_in_4bit": True}, "Add `adapter: qlora`"),
         ({"load_in_8bit": True}, "Add `adapter: lora`"),
         ({"adapter": "qlora", "load_in_8bit": True}, "Write `adapter: lora` for 8 bits"),

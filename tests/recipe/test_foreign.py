@@ -26,6 +26,8 @@ strict: false
 rl:
 gptq: false
 local_rank:
+sequence_len: 64
+warmup_steps: 0
 """
 
 LLAMA_FACTORY = """model_name_or_path: org/model
@@ -225,7 +227,8 @@ def test_a_corpus_to_pretrain_on_is_streamed_as_plain_text(
 
 
 def test_an_axolotl_recipe_converts_to_the_recipe_it_is_read_as(recipe, tmp_path: Path) -> None:
-    path = recipe(BASE + BOILERPLATE + "sequence_length: 512\nflash_attention: true\n")
+    boilerplate = BOILERPLATE.replace("sequence_len: 64\n", "")
+    path = recipe(BASE + boilerplate + "sequence_length: 512\nflash_attention: true\n")
     result = convert(path)
     (tmp_path / "ours.yml").write_text(result.text)
     made = load(tmp_path / "ours.yml")
@@ -324,7 +327,7 @@ def test_sharegpt_rows_are_read_as_chats_with_its_column_and_keys(recipe) -> Non
     assert [note.origin.line for note in loaded.notes if note.origin] == [5]
 
 
-@pytest.mark.parametrize("kind", ["alpaca_chat.load_qa", "jeopardy", "my_rows.transform", "context_qa.load_v2"])
+@pytest.mark.parametrize("kind", ["alpaca:vicuna", "metharme", "my_rows.transform", "context_qa.load_404"])
 def test_row_types_of_axolotls_that_are_not_ours_are_refused_by_name(recipe, kind: str) -> None:
     assert f"type: '{kind}' is not supported yet: " in refusal(recipe(BASE.replace("alpaca", kind)))
 

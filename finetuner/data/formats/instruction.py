@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from finetuner.data.formats.base import Rendered, Renderer, Span, answered, kind_of, text_of
+from finetuner.data.formats.base import Rendered, Renderer, Span, kind_of, text_of
 from finetuner.data.media import find_placeholder, placeholder_message
 from finetuner.data.row_files import Row
 from finetuner.errors import DataError
@@ -43,7 +43,11 @@ def render_instruction(row: Row, form: InstructionFormat, system: str, left_out:
     if system and "{system}" not in pattern:
         pattern = form.system_format + pattern
     prompt, contents = fill(pattern, cells)
-    return answered(prompt, answer, tuple(contents))
+    before, _, after = form.output_format.partition("{output}")
+    start = len(prompt) + len(before)
+    contents.append((start, start + len(answer)))
+    text = prompt + before + answer + after
+    return Rendered(text, ((len(prompt), len(text)),), wraps=True, contents=tuple(contents))
 
 
 def _input_text(row: Row, form: InstructionFormat, left_out: frozenset[str]) -> str:

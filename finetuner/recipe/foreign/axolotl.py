@@ -8,6 +8,7 @@ to 2026.
 from collections.abc import Mapping
 from typing import Any
 
+from finetuner.recipe.foreign.axolotl_kernels import KERNELS, RARE
 from finetuner.recipe.foreign.base import Foreign, blocked, ignored, same, translated
 from finetuner.redaction import SECRET_KEYS
 
@@ -36,6 +37,8 @@ def _flash(on: Any) -> Mapping[str, Any]:
 
 def _pretraining(given: Any) -> Mapping[str, Any]:
     """Streamed datasets for pretraining_dataset: one entry, a list of them, or a path alone."""
+    if given in ("", [], {}):
+        return {}
     entries: list[Any] = []
     for entry in given if isinstance(given, list) else [given]:
         values = {"path": entry} if isinstance(entry, str) else entry
@@ -52,6 +55,8 @@ def _plain_precision(key: str) -> Foreign:
 
 
 AXOLOTL: dict[str, Foreign] = {
+    **KERNELS,
+    **RARE,
     "auto_resume_from_checkpoints": translated(lambda on: {"resume_from_checkpoint": True} if on else {}),
     "metric_for_best_model": blocked("a metric other than eval_loss", says_nothing=("eval_loss", "loss")),
     "greater_is_better": blocked("a metric other than eval_loss, which is better when lower"),
@@ -78,7 +83,7 @@ AXOLOTL: dict[str, Foreign] = {
     "flash_attention": translated(_flash),
     "sdp_attention": _attention("sdpa"),
     "eager_attention": _attention("eager"),
-    "flex_attention": _attention("flex_attention"),
+    "flex_attention": translated(lambda on: {"attn_implementation": "auto"} if on else {}),
     "xformers_attention": translated(lambda on: {"attn_implementation": "sdpa"} if on else {}),
     # number formats without autocast
     "bfloat16": _plain_precision("bf16"),
@@ -128,7 +133,7 @@ AXOLOTL: dict[str, Foreign] = {
     "debug": ignored("finetuner check -v and metrics.jsonl say what a run does"),
     "inference": ignored("generating is not part of a training recipe"),
     "default_system_message": blocked("a system message for every template", "Put it into the rows or the template."),
-    "split_thinking": blocked("splitting the reasoning off", "Put it into the rows."),
+    "split_thinking": blocked("splitting thoughts off for all datasets", "Write it in each entry of datasets."),
     "telemetry": ignored("nothing is reported to anyone"),
     **same(
         " ".join(SECRET_KEYS),
@@ -156,7 +161,6 @@ AXOLOTL: dict[str, Foreign] = {
         ignored("batches are cut from a token store in memory: there are no workers to tune"),
     ),
     "dataloader_drop_last": blocked("dropping an epoch's last rows", "Remove it: every row is seen once an epoch."),
-    "flash_optimum": blocked("BetterTransformer"),
     "s2_attention": blocked("shifted sparse attention", "Write attn_implementation: auto."),
     # generation while training
     **same(
@@ -236,7 +240,7 @@ AXOLOTL: dict[str, Foreign] = {
     "dion_lr": blocked("the Dion optimizer"),
     "batch_size": Foreign(
         unsupported="a total batch size",
-        instead="Set gradient_accumulation_steps = batch_size / micro_batch_size / number of ranks.",
+        instead="Set gradient_accumulation_steps = batch_size / micro_batch_size, which must be a whole number.",
     ),
     "max_packed_sequence_len": Foreign(unsupported="a packed length of its own", instead="Set sequence_len."),
     "rope_scaling": Foreign(unsupported="rope_scaling at the top level", instead="Change the model's config.json."),
@@ -267,8 +271,13 @@ AXOLOTL: dict[str, Foreign] = {
     "activation_offloading": blocked("activations in host memory", "Write gradient_checkpointing: true."),
     "layer_offloading": blocked("layers in host memory", "fsdp_config: {offload_params: true} does that for shards."),
     "shrink_embeddings": blocked("cutting the embeddings down", "Remove it."),
-    "dataset_shard_num": blocked("training on a part of all datasets", "Use `shards` or a split slice of a dataset."),
-    "dataset_shard_idx": blocked("training on a part of all datasets", "Use `shards` or a split slice of a dataset."),
+    **same(
+        "dataset_shard_num dataset_shard_idx",
+        blocked(
+            "a part of all datasets, cut after they are shuffled together",
+            "Write shards and shards_idx in each dataset: the same share of it, in other rows.",
+        ),
+    ),
     "skip_prepare_dataset": blocked("rows that are rendered while training"),
     **same(
         "gptq_groupsize gptq_model_v1", blocked("GPTQ and AWQ bases", "Take the unquantized base and adapter: qlora.")
@@ -281,8 +290,8 @@ AXOLOTL: dict[str, Foreign] = {
         ignored("it is counted from the rows"),
     ),
     **same(
-        "fused_attn_kernel use_dsv4_kernels use_glm_dsa_kernels gemma4_hybrid_attn_impl dsv4_fp4_grouped_mode "
-        "use_eaft eaft_alpha eaft_k tiled_mlp tiled_mlp_num_shards ple_cpu_offload nvfp4_merge_aware llmcompressor "
+        "use_dsv4_kernels use_glm_dsa_kernels dsv4_fp4_grouped_mode use_eaft eaft_alpha eaft_k ple_cpu_offload "
+        "nvfp4_merge_aware llmcompressor "
         "use_onebitllms reinit_weights",
         blocked("this way of training or computing"),
     ),
@@ -295,42 +304,35 @@ AXOLOTL: dict[str, Foreign] = {
         blocked("this tracker", "Remove it; metrics.jsonl has every figure."),
     ),
     "eval_table_max_new_tokens": blocked("generating during evaluation", says_nothing=(0, 128)),
-    "flex_attn_compile_kwargs": blocked("settings of flex attention's compiler"),
 }
 
-# Axolotl's keys for datasets[], as above. `type` and the like are ours.
+# Axolotl's keys for datasets[], as above. `type` and the like are ours; entries.py reads those of chats.
 DATASET: dict[str, Foreign] = {
-    **same(
-        "template_thinking_key field_thinking", blocked("reasoning in a column of its own", "Put it into the messages.")
-    ),
     **same("field_chosen field_rejected field_prompt chosen_format rejected_format prompt_format", blocked(_RL)),
-    "conversation": blocked(
-        "conversation templates by FastChat's names", "Write chat_template: chatml, or another name."
-    ),
     "input_transform": blocked("code in a recipe"),
     "input_format": blocked("FastChat prompts"),
     "preprocess_shards": ignored("rows are read in batches"),
+    "strict": ignored("rows are always read strictly; `on_bad_row: skip` leaves those out that cannot be read"),
+    "train_on_inputs": blocked("learning the prompts of one dataset alone", "Write it for the recipe, not a dataset."),
+    "skip": blocked("leaving out the first rows of a stream", "Remove it, or cut the file.", says_nothing=(0,)),
+    "message_field_training_detail": blocked(
+        "training on parts of a message", "Remove it, or make rows of `type: input_output`."
+    ),
     **same("step_separator max_completion_length train_on_last_step_only", blocked(_RL)),
-    "drop_system_message": blocked("leaving out system messages", "Take them out of the rows."),
     "logprobs_field": blocked("distillation"),
     "temperature": blocked("distillation"),
     "trust_remote_code": blocked("dataset scripts", "Convert the dataset to parquet or jsonl."),
 }
 
 _AO = "torchao's optimizers. Write adamw_bnb_8bit"
-_KERNEL_HUB = "attention kernels from the hub. Write flash_attention_2"
 
 # Axolotl's row types that are not ours, by how they begin.
 UNSUPPORTED_ROW_TYPES: dict[str, str] = {
     **dict.fromkeys(
         ("ebft", "bradley_terry", "stepwise_supervised", "chatml.", "llama3.", "user_defined.", "orpo.", "gsm8k",
-         "chat_template.argilla", "passthrough"), _RL),
-    **dict.fromkeys(("alpaca:", "alpaca_"), "a style of Alpaca rows"),
-    "oasst": "rows of conversation trees", "pretrain": "streaming corpora",
-    **dict.fromkeys(
-        ("concisechoice", "context_qa", "creative_acr", "explainchoice", "gpteacher",
-         "jeopardy", "metharme", "orcamini", "pygmalion", "reflection", "summarizetldr"),
-        "rows of this shape. Say how they read, with a block of field_instruction, field_output and format"),
+         "chat_template.argilla", "passthrough", "zephyr."), _RL),
+    "pretrain": "streaming corpora below datasets. Write pretraining_dataset, or `type: completion`",
+    "messages": "messages in parts. Write `type: chat_template`",
 }  # fmt: skip
 
 # Values of our keys that other tools know and that cannot be done here yet.
@@ -372,22 +374,17 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
     "lr_scheduler": dict.fromkeys(
         ("one_cycle", "rex", "reduce_lr_on_plateau", "greedy"), "this schedule. Write cosine"
     ),
-    "torch_compile_mode": dict.fromkeys(
-        ("reduce-overhead", "max-autotune"), "CUDA graphs. Write default or max-autotune-no-cudagraphs"
-    ),
     "hub_strategy": dict.fromkeys(
         ("every_save", "checkpoint", "all_checkpoints"), "uploading while training. Write end"
     ),
     "attn_implementation": {
-        "kernels-community/vllm-flash-attn3": _KERNEL_HUB,
-        "kernels-community/flash-attn2": _KERNEL_HUB,
-        "kernels-community/flash-attn3": _KERNEL_HUB,
         "fp8": "attention in 8-bit floats",
         "sage": "SageAttention",
-        "flex_attention": "flex attention. Write sdpa",
         "s2": "shifted sparse attention",
-        "flash_attention_4": "this attention",
     },
+    "peft_init_lora_weights": dict.fromkeys(
+        ("pissa", "olora", "eva", "corda", "orthogonal", "loftq"), "this start of an adapter. Write true or gaussian"
+    ),
     "adapter": {
         "llama-adapter": "this adapter. Write lora",
         "mora": "this adapter. Write lora",

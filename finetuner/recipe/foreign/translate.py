@@ -4,8 +4,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from finetuner.recipe.foreign.axolotl import AXOLOTL, DATASET, PLUGINS, UNSUPPORTED_ROW_TYPES, UNSUPPORTED_VALUES
+from finetuner.recipe.foreign.axolotl import AXOLOTL, PLUGINS, UNSUPPORTED_VALUES
 from finetuner.recipe.foreign.base import Foreign, blocked, renamed
+from finetuner.recipe.foreign.entries import translate_entries
+from finetuner.recipe.foreign.rewordings import reword_after, reword_before
 from finetuner.recipe.problems import KeyPath, Note, Problem, did_you_mean
 from finetuner.recipe.schema import FACTS, KEYS, NOT_YET
 from finetuner.recipe.yaml_document import YamlDocument
@@ -30,56 +32,54 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
     },
     "lr_scheduler": {"constant_with_warmup": "constant"},
     "bf16": {"full": True},
-    "attn_implementation": {"xformers": "sdpa", "flash_attention": "flash_attention_2"},
-    "evals_per_epoch": {0: None},
+    "attn_implementation": {
+        "xformers": "sdpa",
+        "flash_attention": "flash_attention_2",
+        # the same attention by other kernels
+        **dict.fromkeys(
+            (
+                "flex_attention",
+                "flash_attention_3",
+                "flash_attention_4",
+                "kernels-community/flash-attn2",
+                "kernels-community/flash-attn3",
+                "kernels-community/vllm-flash-attn3",
+            ),
+            "auto",
+        ),
+    },
     "saves_per_epoch": {0: None},
     "eval_steps": {0: None},
     "save_steps": {0: None},
     "early_stopping_patience": {0: None},
+    "tf32": {"auto": True},
+    # without CUDA graphs, which change the speed alone
+    "torch_compile_mode": {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"},
 }
 
 
 # Keys of older recipes that stand in a block now: key -> (block, the block's key).
-MOVED_INTO = {
+MOVED_INTO = {"fsdp_final_state_dict_type": ("fsdp_config", "final_state_dict_type")} | {
     key: ("bnb_config_kwargs", key)
     for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
-}
-_CHATS = {  # ShareGPT's rows: what `type: sharegpt` stood for
-    "type": "chat_template",
-    "field_messages": "conversations",
-    "message_property_mappings": {"role": "from", "content": "value"},
 }
 
 
 def translate(document: YamlDocument, meanings: Mapping[str, Foreign] = MEANINGS) -> list[Note]:
     """Rewrite the document's values in place, so that only our keys and unknown ones are left; return the notes."""
     translation = Translation(document)
+    reword_before(translation, AXOLOTL if meanings is MEANINGS else None)
     translation.blocks()
     for key in list(document.values):
         if key == "plugins":
             translation.plugins()
         elif key in meanings:
             translation.key((), key, meanings[key])
-    for name in ("datasets", "test_datasets"):
-        entries = document.values.get(name)
-        for i, entry in enumerate(entries if isinstance(entries, list) else ()):
-            for key in [k for k in entry if k in DATASET] if isinstance(entry, dict) else ():
-                translation.key((name, i), key, DATASET[key])
-            if isinstance(entry, dict):
-                translation.message_properties((name, i), entry)
-        translation.row_types(name)
+    translate_entries(translation)
     translation.fsdp1()
     translation.values()
+    reword_after(translation)
     return translation.notes
-
-
-def _unsupported_rows(kind: str) -> str | None:
-    """The capability that a row type of Axolotl's stands for, if it is not one of ours."""
-    for start, capability in UNSUPPORTED_ROW_TYPES.items():
-        if kind.startswith(start):
-            return capability
-    module = kind != "chat_template.default" and len(kind.split(".")) > 1 and kind.replace(".", "_").isidentifier()
-    return "rows made by a Python module" if module else None
 
 
 class Translation:
@@ -122,8 +122,10 @@ class Translation:
         named = self.document.values.pop("plugins")
         origin = self.document.origin(("plugins",), of_key=True)
         for i, name in enumerate(named if isinstance(named, list) else [named] if named else []):
-            if name in PLUGINS:
-                self.notes.append(Note((str(name).rpartition(".")[2],), f"without effect: {PLUGINS[name]}", origin))
+            if str(name) in PLUGINS:
+                self.notes.append(
+                    Note((str(name).rpartition(".")[2],), f"without effect: {PLUGINS[str(name)]}", origin)
+                )
             else:
                 message = (
                     f"the plugin '{name}' is not supported yet: plugins of other tools are not run here. Remove it."
@@ -149,38 +151,6 @@ class Translation:
             self.document.values[key] = spellings[value]
             meant = "the default" if spellings[value] is None else f"'{spellings[value]}'"
             self.notes.append(Note((key,), f"'{value}' is read as {meant}", self.document.origin((key,))))
-
-    def row_types(self, name: str) -> None:
-        """Rewrite or refuse `type` of the entries of datasets or test_datasets."""
-        entries = self.document.values.get(name)
-        for i, entry in enumerate(entries if isinstance(entries, list) else ()):
-            kind = entry.get("type") if isinstance(entry, dict) else None
-            if kind == "chat_template.default":
-                entry["type"] = "chat_template"
-            if isinstance(kind, str) and kind.startswith("sharegpt"):
-                self.chats(entry, kind, (name, i, "type"))
-                continue
-            capability = _unsupported_rows(kind) if isinstance(kind, str) else None
-            if capability is not None:
-                message = f"{name}.{i}.type: '{kind}' is not supported yet: {capability}."
-                self.document.problems.append(Problem(message, self.document.origin((name, i, "type"))))
-                entry["type"] = "alpaca"  # so that it is said once
-
-    def chats(self, entry: dict[Any, Any], kind: str, where: KeyPath) -> None:
-        """Rewrite `type: sharegpt`: messages as {"from": ..., "value": ...} in the column `conversations`."""
-        for key, value in _CHATS.items():
-            if key == "type" or entry.get(key) is None:
-                entry[key] = value
-        meant = "chat_template of the column `conversations`, with the keys `from` and `value`"
-        self.notes.append(Note(("type",), f"'{kind}' is read as {meant}", self.document.origin(where)))
-
-    def message_properties(self, where: KeyPath, entry: dict[Any, Any]) -> None:
-        """Move message_field_role and _content, Axolotl's older spellings, into message_property_mappings."""
-        for name in ("role", "content"):
-            key, block = f"message_field_{name}", entry.get("message_property_mappings")
-            if key in entry and (block is None or isinstance(block, dict)):
-                entry["message_property_mappings"] = {} if block is None else block
-                self._move((*where, key), (*where, "message_property_mappings", name))
 
     def blocks(self) -> None:
         """Move keys that older recipes have at the top level, or in another block."""
@@ -235,6 +205,14 @@ class Translation:
             block = block[part]
         return block
 
+    def move(self, path: KeyPath, target: KeyPath) -> None:
+        """Give a key another name or place. One that is given under both is a problem."""
+        self._move(path, target)
+
+    def replace(self, path: KeyPath, meant: Mapping[str, Any]) -> None:
+        """Put keys of ours in the place of the one at `path`, which stays to be deleted."""
+        self._replace(path, meant)
+
     def _move(self, path: KeyPath, target: KeyPath) -> None:
         values, block, key, ours = self._block(path[:-1]), self._block(target[:-1]), path[-1], target[-1]
         origin = self.document.origin(path, of_key=True)
@@ -255,16 +233,21 @@ class Translation:
     def _replace(self, path: KeyPath, meant: Mapping[str, Any]) -> None:
         """Put our keys in the place of a foreign one (`flash_attention: true` -> attn_implementation).
 
-        A key of ours that is given as well decides.
+        A key of ours that is given as well decides, unless both say what to train on.
         """
         origin = self.document.origin(path, of_key=True)
-        assert origin is not None
         for key, value in meant.items():
             given = self.document.values.get(key)
+            if key == "datasets" and given is not None:
+                also = self.document.origin((key,), of_key=True)
+                message = f"'{path[-1]}' and '{key}' both say what to train on. Remove one; here it is called {key}."
+                self.document.problems.append(Problem(message, origin, (also,) if also else ()))
+                return
             said = f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
             if given is not None:
                 self.notes.append(Note((str(path[-1]),), f"without effect: {key} is given", origin))
                 continue
             self.document.values[key] = value
-            self.document.keys[(key,)] = self.document.places[(key,)] = origin
+            if origin is not None:
+                self.document.keys[(key,)] = self.document.places[(key,)] = origin
             self.notes.append(Note((str(path[-1]),), f"is read as `{said}`", origin))

@@ -18,6 +18,23 @@ def _one_way_to_name_targets(values: Values) -> Iterator[Finding]:
         )
 
 
+_TABLES = frozenset({"lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "wpe", "word_embeddings"})
+
+
+def _linear_layers_alone(values: Values) -> Iterator[Finding]:
+    """lora_target_linear stands above names, of which those of linear layers are among it already."""
+    named = values["lora_target_modules"]
+    if not values["lora_target_linear"] or not isinstance(named, tuple):
+        return
+    for i, name in enumerate(named):
+        if name.rpartition(".")[2] in _TABLES:
+            message = (
+                f"lora_target_linear adapts every linear layer but the head, so '{name}' would be left out. Train it "
+                f"in full (lora_modules_to_save: [{name}]), or remove lora_target_linear and name every layer."
+            )
+            yield Finding(("lora_target_modules", i), message, (("lora_target_linear",),))
+
+
 def _one_way_to_choose_blocks(values: Values) -> Iterator[Finding]:
     blocks, targets = values["peft_layers_to_transform"], values["lora_target_modules"]
     if blocks == ():
@@ -58,6 +75,7 @@ def _unfrozen_parameters_without_an_adapter(values: Values) -> Iterator[Finding]
 
 RULES: tuple[Rule, ...] = (
     (("lora_target_linear", "lora_target_modules"), _one_way_to_name_targets),
+    (("lora_target_linear", "lora_target_modules"), _linear_layers_alone),
     (("peft_layers_to_transform", "peft_layers_pattern", "lora_target_modules"), _one_way_to_choose_blocks),
     (("lora_target_modules", "unfrozen_parameters"), _expressions_compile),
     (("adapter", "unfrozen_parameters"), _unfrozen_parameters_without_an_adapter),

@@ -81,6 +81,7 @@ _PLACEHOLDERS_OF = {
     "format": ("instruction", "input", "system"),
     "no_input_format": ("instruction", "system"),
     "system_format": ("system",),
+    "output_format": ("output",),
 }
 
 

@@ -17,7 +17,11 @@ class AdapterSection(Section):
 
     adapter: Annotated[
         Literal["lora", "qlora"] | None,
-        KeyFacts(resume="must_match", axolotl="there qlora needs load_in_4bit as well; here it says it by itself"),
+        KeyFacts(
+            resume="must_match",
+            axolotl="there qlora needs load_in_4bit as well; here it says it by itself, and lora with load_in_4bit is "
+            "read as qlora",
+        ),
     ] = Field(None, description="lora; qlora: the same on a base in 4 bits; leave out to train every weight.")
     lora_r: Annotated[Count, KeyFacts(resume="must_match", needs="lora", known_as=("r", "rank"))] = Field(
         16, description="Rank of the update."

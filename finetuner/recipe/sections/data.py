@@ -67,9 +67,10 @@ class DataSection(Section):
     chat_template_kwargs: Annotated[dict[str, str | bool | int | float], MUST_MATCH] = Field(
         {}, description="Values that the chat template asks for, such as enable_thinking."
     )
-    eot_tokens: Annotated[Names | None, MUST_MATCH] = Field(
-        None, description="Tokens that end a turn; default: the token that the template writes after it."
-    )
+    eot_tokens: Annotated[
+        Names | None,
+        KeyFacts(resume="must_match", axolotl="there end-of-text alone, if left out, even if turns end otherwise"),
+    ] = Field(None, description="Tokens that end a turn; default: the token that the template writes after it.")
     dataset_prepared_path: Annotated[DiskName, KeyFacts(resume="free", prepared_rows=False)] = Field(
         ".finetuner/prepared", min_length=1, description="Folder in which tokens are cached for later starts."
     )

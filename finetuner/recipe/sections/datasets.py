@@ -36,6 +36,7 @@ class RowTypeFacts:
 _CHAT_KEYS = (
     "field_tools", "field_system", "message_property_mappings", "message_field_training", "roles", "roles_to_train",
     "train_on_last_turn", "train_on_eos", "train_on_eot", "chat_template", "chat_template_jinja",
+    "drop_system_message", "split_thinking",
 )  # fmt: skip
 ROW_TYPES: dict[str, RowTypeFacts] = {
     "alpaca": RowTypeFacts("instruction, input (may be missing), output", ("instruction", "output")),
@@ -51,7 +52,7 @@ ROW_TYPES: dict[str, RowTypeFacts] = {
         "instruction, input, output, system and history as messages of the chat template",
         keys=(
             "instruction_columns", "roles_to_train", "train_on_last_turn", "train_on_eos", "train_on_eot",
-            "chat_template", "chat_template_jinja",
+            "chat_template", "chat_template_jinja", "drop_system_message", "split_thinking",
         ),
     ),
 }  # fmt: skip
@@ -80,22 +81,24 @@ class InstructionFormat(Section):
 
     system_prompt: str = Field("", description="System text of rows that have none of their own.")
     system_format: str = Field("{system}", description="How a system text is written, before the rest.")
-    field_system: str = Field("system", min_length=1, description="Column of the system text; may be missing.")
+    field_system: str = Field("system", description='Column of the system text; may be missing. "": there is none.')
     field_instruction: str = Field("instruction", min_length=1, description="Column of the question or order.")
-    field_input: str = Field("input", min_length=1, description="Column of a text to work on; may be missing.")
+    field_input: str = Field("input", description='Column of a text to work on; may be missing. "": there is none.')
     field_output: str = Field("output", min_length=1, description="Column of the answer, which is trained on.")
     format: str = Field("{instruction} {input} ", description="The prompt of a row that has an input.")
     no_input_format: str = Field("{instruction} ", description="The prompt of a row that has none.")
+    output_format: str = Field("{output}", description="How the answer is written. {output} stands for its cell.")
 
     @property
     def input_column(self) -> str | None:
-        """Column of the input; None if the default name of it is the instruction's or the answer's column."""
-        return None if self.field_input in (self.field_instruction, self.field_output) else self.field_input
+        """Column of the input; None if there is none, or its default name is another text's column."""
+        others = ("", self.field_instruction, self.field_output)
+        return None if self.field_input in others else self.field_input
 
     @property
     def system_column(self) -> str | None:
         """Column of the system text; None if the default name of it is another text's column."""
-        others = (self.field_instruction, self.field_input, self.field_output)
+        others = ("", self.field_instruction, self.field_input, self.field_output)
         return None if self.field_system in others else self.field_system
 
 
@@ -111,12 +114,14 @@ class InstructionColumns(Section):
 
 
 class MessageProperties(Section):
-    """Names of the keys of a message."""
+    """Names of the keys of a message. Those that are left out have these names themselves."""
 
     role: str = Field("role", min_length=1, description="Who speaks.")
     content: str = Field("content", min_length=1, description="What is said.")
     reasoning_content: str | None = Field(None, min_length=1, description="What was thought before it.")
     tool_calls: str | None = Field(None, min_length=1, description="The tools that are called.")
+    tool_call_id: str | None = Field(None, min_length=1, description="Which call a tool answers.")
+    name: str | None = Field(None, min_length=1, description="The name of who speaks, such as a tool's.")
 
 
 def _is_block(value: Any) -> str:
@@ -177,6 +182,12 @@ class DatasetEntry(Section):
         None,
         description="Key of a message that says whether it is trained on (true, false, 1 or 0), whatever its role; "
         "beside train, weight, loss, loss_mask, loss_weight and trainable, which are read in any case.",
+    )
+    drop_system_message: bool = Field(False, description="Leave out a system message that begins a conversation.")
+    split_thinking: bool = Field(
+        False,
+        description="Take a thought that an answer's text begins with, in <think>, <reasoning> or "
+        "<|begin_of_thought|>, for its reasoning_content.",
     )
     roles: Roles = Field({}, description="Role of the chat template -> names that the rows give it.")
     roles_to_train: Names = Field(("assistant",), description="Roles whose messages are trained on.")
