@@ -230,7 +230,6 @@ AXOLOTL: dict[str, Foreign] = {
     ),
     "optim_target_modules": blocked("GaLore and its kin", "Choose another optimizer."),
     **same("adam_beta3 adam_epsilon2", blocked("optimizers with a third moment")),
-    "lr_quadratic_warmup": blocked("a quadratic warmup", "Remove it: the warmup is linear."),
     "lr_div_factor": blocked("the one-cycle schedule", "Write lr_scheduler: cosine."),
     "torchdistx_path": blocked("the AnyPrecision optimizer"),
     "dion_lr": blocked("the Dion optimizer"),
@@ -273,7 +272,6 @@ AXOLOTL: dict[str, Foreign] = {
     **same(
         "gptq_groupsize gptq_model_v1", blocked("GPTQ and AWQ bases", "Take the unquantized base and adapter: qlora.")
     ),
-    "eta_min": blocked("the schedule's end as a rate", "Write cosine_min_lr_ratio, as a fraction of learning_rate."),
     "torch_dtype": ignored("bf16 and fp16 say what is computed in"),
     **same(
         "sample_packing_eff_est sample_packing_seq_len_multiplier total_num_tokens total_supervised_tokens "
@@ -369,9 +367,10 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
             "this optimizer. Write adamw_torch",
         ),
     },
-    "lr_scheduler": dict.fromkeys(
-        ("one_cycle", "rex", "reduce_lr_on_plateau", "greedy"), "this schedule. Write cosine"
-    ),
+    "lr_scheduler": {
+        "one_cycle": "the one-cycle schedule, which moves Adam's beta1 too. Write cosine",
+        **dict.fromkeys(("reduce_lr_on_plateau", "greedy"), "this schedule. Write cosine"),
+    },
     "torch_compile_mode": dict.fromkeys(
         ("reduce-overhead", "max-autotune"), "CUDA graphs. Write default or max-autotune-no-cudagraphs"
     ),

@@ -212,18 +212,11 @@ class Translation:
                 self.notes.append(Note((f"fsdp_config.{key}",), "without effect: FSDP2 always does this", where))
 
     def fractions(self) -> None:
-        """Rewrite or refuse steps below 1, which transformers reads as a fraction of all steps."""
+        """Rewrite warmup_steps below 1, which transformers reads as a fraction of all steps."""
         values = self.document.values
         warmup = values.get("warmup_steps")
         if isinstance(warmup, float) and 0 < warmup < 1 and values.get("warmup_ratio") is None:
             self._move(("warmup_steps",), ("warmup_ratio",))
-        instead_of = {"eval_steps": "evals_per_epoch", "save_steps": "saves_per_epoch", "logging_steps": "a number"}
-        for key, instead in instead_of.items():
-            value = values.get(key)
-            if isinstance(value, float) and 0 < value < 1:
-                message = f"{key}: {value} is not supported yet: a fraction of all steps. Write {instead}."
-                self.document.problems.append(Problem(message, self.document.origin((key,))))
-                del values[key]
 
     def _block(self, path: KeyPath) -> dict[Any, Any]:
         block: Any = self.document.values
