@@ -14,6 +14,7 @@ from finetuner.export.model_card import write_card
 from finetuner.parallel.launch import use_threads_and_matmuls
 from finetuner.plan.run import Plan
 from finetuner.recipe import Recipe
+from finetuner.training.optimizer import require_optimizer
 from finetuner.training.trackers import require_trackers
 from finetuner.world import World
 
@@ -56,6 +57,7 @@ def open_session(recipe: Recipe, file: str | None, notes: Iterable[str]) -> Iter
         screen.line(f"note: {note}")
     plan = Plan.from_recipe(recipe, world)
     require_trackers(recipe.tracking)
+    require_optimizer(recipe.optimizer.optimizer)
     require_hub(recipe.output.hub_model_id)
     for plan_note in plan.notes:
         screen.line(f"note: {plan_note}")

@@ -315,7 +315,6 @@ DATASET: dict[str, Foreign] = {
     "trust_remote_code": blocked("dataset scripts", "Convert the dataset to parquet or jsonl."),
 }
 
-_AO = "torchao's optimizers. Write adamw_bnb_8bit"
 _KERNEL_HUB = "attention kernels from the hub. Write flash_attention_2"
 
 # Axolotl's row types that are not ours, by how they begin.
@@ -334,17 +333,6 @@ UNSUPPORTED_ROW_TYPES: dict[str, str] = {
 # Values of our keys that other tools know and that cannot be done here yet.
 UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
     "optimizer": {
-        **dict.fromkeys(
-            (
-                "adamw_torch_4bit",
-                "adamw_torch_8bit",
-                "adamw_torch_fp8",
-                "ao_adamw_4bit",
-                "ao_adamw_8bit",
-                "ao_adamw_fp8",
-            ),
-            _AO,
-        ),
         **dict.fromkeys(
             (
                 "optimi_adamw",

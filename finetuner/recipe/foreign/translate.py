@@ -23,6 +23,9 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
     "optimizer": {
         "adamw_hf": "adamw_torch",
         "adamw_8bit": "adamw_bnb_8bit",
+        "ao_adamw_8bit": "adamw_torch_8bit",
+        "ao_adamw_4bit": "adamw_torch_4bit",
+        "adamw_torch_fp8": "ao_adamw_fp8",
         "paged_adamw": "paged_adamw_32bit",
         "lion_pytorch": "lion_32bit",
         "lion": "lion_32bit",
