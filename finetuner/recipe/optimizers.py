@@ -158,7 +158,7 @@ def _torchao(class_name: str, bits: int) -> OptimizerRow:
         "torchao",
         _torchao_bytes(bits),
         class_name=class_name,
-        arguments={"block_size": int},
+        arguments={"block_size": int, "bf16_stochastic_round": bool},
         not_sharded={"deepspeed": "its blocks would lie across parameters, in tensors that DeepSpeed cannot store"},
         instead={"deepspeed": "adamw_bnb_8bit"},
     )

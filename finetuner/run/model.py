@@ -10,6 +10,7 @@ from torch import nn
 from finetuner.checkpoint.shards import is_sharded, read_shards
 from finetuner.data.tokenizer import Vocabulary
 from finetuner.models.activation_checkpointing import recompute_activations
+from finetuner.models.activation_offloading import HostedActivations
 from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
 from finetuner.models.adapter_folder import require_same_base
 from finetuner.models.compilation import compile_layers, wants_compilation
@@ -61,7 +62,8 @@ def build_model(
     recipe, screen = session.recipe, session.screen
     model, lazy = _load_base(session, inputs, start, report)
     adapted = _prepare_to_train(model, session, inputs, start, lazy)
-    loss = LossModule(adapted, build_objective(recipe))
+    activations = HostedActivations() if recipe.precision.activation_offloading else None
+    loss = LossModule(adapted, build_objective(recipe), activations=activations)
     longest = inputs.longest_document or recipe.data.sequence_len
     for note in length_notes(loss.unwrapped, longest):
         screen.line(f"note: {note}")

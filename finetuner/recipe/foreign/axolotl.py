@@ -263,7 +263,6 @@ AXOLOTL: dict[str, Foreign] = {
     "hub_revision": blocked("uploading to a branch"),
     "dynamic_checkpoint": blocked("saving when a file appears"),
     "diffusion": blocked("diffusion language models"),
-    "activation_offloading": blocked("activations in host memory", "Write gradient_checkpointing: true."),
     "layer_offloading": blocked("layers in host memory", "fsdp_config: {offload_params: true} does that for shards."),
     "shrink_embeddings": blocked("cutting the embeddings down", "Remove it."),
     "dataset_shard_num": blocked("training on a part of all datasets", "Use `shards` or a split slice of a dataset."),
@@ -381,10 +380,9 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
         "ia3": "this adapter. Write lora",
     },
     "gradient_checkpointing": {
-        "offload": "activations in host memory. Write true",
-        "unsloth": "activations in host memory. Write true",
-        "offload_disk": "activations on disk. Write true",
+        "offload_disk": "activations on disk. Write true, and `activation_offloading: true` for host memory",
     },
+    "activation_offloading": {"disk": "activations on disk. Write true: they are in host memory then"},
 }
 
 PLUGINS = {

@@ -34,6 +34,7 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
     "lr_scheduler": {"constant_with_warmup": "constant"},
     "bf16": {"full": True},
     "attn_implementation": {"xformers": "sdpa", "flash_attention": "flash_attention_2"},
+    "activation_offloading": {"legacy": True, "hidden_states": True},
     "evals_per_epoch": {0: None},
     "saves_per_epoch": {0: None},
     "eval_steps": {0: None},
@@ -141,12 +142,14 @@ class Translation:
                 if key == "optimizer":
                     self.document.values.pop("optim_args", None)  # they are that optimizer's
         self.fractions()
+        self.offloading()
         for key, spellings in VALUES.items():
             value = self.document.values.get(key)
             if isinstance(value, bool | list | dict) or value not in spellings:
                 continue
             self.document.values[key] = spellings[value]
-            meant = "the default" if spellings[value] is None else f"'{spellings[value]}'"
+            said = str(spellings[value]).lower() if isinstance(spellings[value], bool) else f"'{spellings[value]}'"
+            meant = "the default" if spellings[value] is None else said
             self.notes.append(Note((key,), f"'{value}' is read as {meant}", self.document.origin((key,))))
 
     def row_types(self, name: str) -> None:
@@ -220,6 +223,15 @@ class Translation:
         warmup = values.get("warmup_steps")
         if isinstance(warmup, float) and 0 < warmup < 1 and values.get("warmup_ratio") is None:
             self._move(("warmup_steps",), ("warmup_ratio",))
+
+    def offloading(self) -> None:
+        """Rewrite `gradient_checkpointing: offload`, the older spelling of what two keys say."""
+        values, given = self.document.values, self.document.values.get("gradient_checkpointing")
+        if given in ("offload", "unsloth"):
+            where = ("gradient_checkpointing",)
+            values["gradient_checkpointing"] = True
+            self.notes.append(Note(where, f"'{given}' is read as true", self.document.origin(where)))
+            self._replace(where, {"activation_offloading": True})
 
     def _block(self, path: KeyPath) -> dict[Any, Any]:
         block: Any = self.document.values

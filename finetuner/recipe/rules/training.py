@@ -102,6 +102,16 @@ def _compiled_how(values: Values) -> Iterator[Finding]:
             yield Finding((key,), f"{key} has no effect without `torch_compile: true`. Add that, or remove this line.")
 
 
+def _offloaded_are_recomputed(values: Values) -> Iterator[Finding]:
+    fsdp = values["fsdp_config"]
+    recomputes = values["gradient_checkpointing"] or (fsdp is not None and fsdp.activation_checkpointing)
+    if values["activation_offloading"] and not recomputes:
+        message = (
+            "activation_offloading moves the inputs of layers that are recomputed. Add `gradient_checkpointing: true`."
+        )
+        yield Finding(("activation_offloading",), message)
+
+
 def _private_where(values: Values) -> Iterator[Finding]:
     if not values["hub_private_repo"] and values["hub_model_id"] is None:
         message = "hub_private_repo has no effect without hub_model_id. Add that, or remove this line."
@@ -129,5 +139,6 @@ RULES: tuple[Rule, ...] = (
     (("generate_samples", "generate_prompt", "fsdp", "fsdp_config", "deepspeed"), _samples_need_the_full_model),
     (("torch_compile", "torch_compile_backend", "torch_compile_mode"), _compiled_how),
     (("hub_model_id", "hub_private_repo"), _private_where),
+    (("activation_offloading", "gradient_checkpointing", "fsdp_config"), _offloaded_are_recomputed),
     (("overwrite_output_dir", "resume_from_checkpoint"), _fresh_or_resumed),
 )

@@ -191,3 +191,9 @@ class PrecisionSection(Section):
     gradient_checkpointing: Annotated[bool, KeyFacts(resume="noted", aliases=("gradient_checkpoint",))] = Field(
         False, description="Recompute activations: less memory, more time."
     )
+    activation_offloading: Annotated[
+        bool, KeyFacts(resume="noted", axolotl="there also whole activations of adapters; here the layers' inputs")
+    ] = Field(
+        False,
+        description="Where activations are recomputed, keep the layers' inputs in host memory until the backward.",
+    )
