@@ -13,9 +13,9 @@ from finetuner.errors import ModelError
 from finetuner.evaluation.compared_models import ADAPTER_CONFIG
 from finetuner.models.adapter_folder import read_config
 from finetuner.models.attention import choose_attention
+from finetuner.models.config_overrides import prepared_base
 from finetuner.models.embeddings import grow_embeddings
 from finetuner.models.load import load_model
-from finetuner.models.pickled_weights import safetensors_base
 from finetuner.plan.precision import Precision
 from finetuner.recipe import load
 from finetuner.recipe.sections import TokenizerSection
@@ -89,7 +89,7 @@ def _trained_by(recipe_name: str, overrides: list[str]) -> _Source:
     recipe = load(recipe_name, overrides, check_files=False).recipe  # the rows may be elsewhere by now
     folder = Path(recipe.output.output_dir)
     base = (
-        safetensors_base(recipe.model, recipe.data.dataset_prepared_path, World())
+        prepared_base(recipe.model, recipe.data.dataset_prepared_path, World())
         if recipe.adapter.adapter is not None
         else None
     )

@@ -714,6 +714,16 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"cosine_min_lr_ratio": 0.1, "lr_scheduler": "linear"},
         {"cosine_min_lr_ratio": 0.1, "lr_scheduler": "cosine"},
     ),
+    (
+        "dtype",
+        {"overrides_of_model_config": {"dtype": "bfloat16"}},
+        {"overrides_of_model_config": {"rope_theta": 1e6}},
+    ),
+    (
+        "activation_offloading",
+        {"activation_offloading": True},
+        {"activation_offloading": True, "gradient_checkpointing": True},
+    ),
     ("cosine_min_lr", {"cosine_min_lr": 2.0, "learning_rate": 1.0}, {"cosine_min_lr": 0.5, "learning_rate": 1.0}),
     ("lr_quadratic_warmup", {"lr_quadratic_warmup": True, "cosine_min_lr_ratio": 0.1}, {"lr_quadratic_warmup": True}),
     (

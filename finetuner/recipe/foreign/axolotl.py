@@ -63,7 +63,6 @@ AXOLOTL: dict[str, Foreign] = {
     # trackers and uploads
     "push_to_hub": ignored("the result is uploaded if hub_model_id is given", loud=True),
     **same("revision_of_model model_revision", blocked("a revision of the model", "Give its downloaded folder.")),
-    **same("overrides_of_model_config model_config", blocked("changing the model's config", "Change config.json.")),
     **same("resize_token_embeddings_to_32x", blocked("a vocabulary of a multiple of 32", "Remove it.")),
     "gradient_checkpointing_kwargs": ignored("recomputing is never reentrant: the gradient is the same either way"),
     **same(
@@ -238,7 +237,6 @@ AXOLOTL: dict[str, Foreign] = {
         instead="Set gradient_accumulation_steps = batch_size / micro_batch_size / number of ranks.",
     ),
     "max_packed_sequence_len": Foreign(unsupported="a packed length of its own", instead="Set sequence_len."),
-    "rope_scaling": Foreign(unsupported="rope_scaling at the top level", instead="Change the model's config.json."),
     **same(
         "max_memory gpu_memory_limit",
         blocked("one rank's model on several devices", "Use fsdp or deepspeed to shard it."),

@@ -47,7 +47,7 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
 MOVED_INTO = {
     key: ("bnb_config_kwargs", key)
     for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
-}
+} | {key: ("overrides_of_model_config", key) for key in ("rope_scaling", "rope_theta")}
 _CHATS = {  # ShareGPT's rows: what `type: sharegpt` stood for
     "type": "chat_template",
     "field_messages": "conversations",
@@ -192,6 +192,8 @@ class Translation:
         for key, ours in (("eps", "adam_epsilon"), ("weight_decay", "weight_decay")):
             if isinstance(arguments, dict) and key in arguments:
                 self._move(("optim_args", key), (ours,))
+        if "model_config" in values and any(values.get(key) is not None for key in ("rope_scaling", "rope_theta")):
+            self._move(("model_config",), ("overrides_of_model_config",))  # their block, by its other name
         for key, target in MOVED_INTO.items():
             block = values.get(target[0])
             if key in values and (block is None or isinstance(block, dict)):
