@@ -14,7 +14,7 @@ from finetuner.evaluation.compared_models import ADAPTER_CONFIG
 from finetuner.models.adapter_folder import read_config
 from finetuner.models.attention import choose_attention
 from finetuner.models.config_overrides import prepared_base
-from finetuner.models.embeddings import grow_embeddings
+from finetuner.models.embeddings import grow_for_adapter
 from finetuner.models.load import load_model
 from finetuner.plan.precision import Precision
 from finetuner.recipe import load
@@ -80,7 +80,7 @@ def load_text_model(source: str, overrides: list[str]) -> TextModel:
     if base is not None:
         from peft import PeftModel  # behind quiet_libraries: it imports bitsandbytes, which warns
 
-        grow_embeddings(model, len(tokenizer))
+        grow_for_adapter(model, folder, len(tokenizer))
         model = PeftModel.from_pretrained(model, found.name)
     return TextModel(model.to(world.device).eval(), tokenizer, found.template_values)
 

@@ -724,6 +724,7 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"activation_offloading": True},
         {"activation_offloading": True, "gradient_checkpointing": True},
     ),
+    ("resize_token_embeddings_to_32x", SCRATCH | {"resize_token_embeddings_to_32x": True}, SCRATCH),
     ("cosine_min_lr", {"cosine_min_lr": 2.0, "learning_rate": 1.0}, {"cosine_min_lr": 0.5, "learning_rate": 1.0}),
     ("lr_quadratic_warmup", {"lr_quadratic_warmup": True, "cosine_min_lr_ratio": 0.1}, {"lr_quadratic_warmup": True}),
     (

@@ -63,7 +63,6 @@ AXOLOTL: dict[str, Foreign] = {
     # trackers and uploads
     "push_to_hub": ignored("the result is uploaded if hub_model_id is given", loud=True),
     **same("revision_of_model model_revision", blocked("a revision of the model", "Give its downloaded folder.")),
-    **same("resize_token_embeddings_to_32x", blocked("a vocabulary of a multiple of 32", "Remove it.")),
     "gradient_checkpointing_kwargs": ignored("recomputing is never reentrant: the gradient is the same either way"),
     **same(
         "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers",

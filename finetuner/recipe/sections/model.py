@@ -120,3 +120,6 @@ class TokenizerSection(Section):
         SpecialTokens(), description="Tokens with a role, by role."
     )
     tokens: Annotated[Names, MUST_MATCH] = Field((), description="Tokens added to the vocabulary.")
+    resize_token_embeddings_to_32x: Annotated[bool, MUST_MATCH] = Field(
+        False, description="Grow embedding and head to the next multiple of 32 rows above the tokenizer's tokens."
+    )
