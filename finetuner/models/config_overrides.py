@@ -122,7 +122,7 @@ def _set(config: Any, key: str, value: Any, name: str) -> None:
     if isinstance(old, bool) != isinstance(value, bool) and old is not None and value is not None:
         raise ModelError(message)
     try:
-        setattr(config, key, value)
+        config.update({key: value})
     except Exception as error:  # transformers checks the types of what it knows, and has errors of its own for it
         raise ModelError(f"{message}\n{str(error).strip().splitlines()[-1].strip()}") from error
 

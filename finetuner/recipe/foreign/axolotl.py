@@ -359,7 +359,7 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
         ("reduce-overhead", "max-autotune"), "CUDA graphs. Write default or max-autotune-no-cudagraphs"
     ),
     "hub_strategy": dict.fromkeys(
-        ("every_save", "checkpoint", "all_checkpoints"), "uploading while training. Write end"
+        ("checkpoint", "all_checkpoints"), "uploading the optimizer's state. Write every_save, for the weights alone"
     ),
     "attn_implementation": {
         "kernels-community/vllm-flash-attn3": _KERNEL_HUB,

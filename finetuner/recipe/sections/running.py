@@ -67,8 +67,10 @@ class OutputSection(Section):
     hub_model_id: Annotated[str | None, FREE] = Field(
         None, min_length=1, description="Repository on the hub that the result is uploaded to, such as you/my-model."
     )
-    hub_strategy: Annotated[Literal["end"], FREE] = Field(
-        "end", description="The upload is of the result, when the run is done."
+    hub_strategy: Annotated[Literal["end", "every_save"], FREE] = Field(
+        "end",
+        description="end: the result, when the run is done; every_save: also the weights of each checkpoint, beside "
+        "the training, which a failing network does not stop.",
     )
     hub_private_repo: Annotated[bool, KeyFacts(resume="free", axolotl=ONLY_HERE)] = Field(
         True, description="Whether a repository that is made for it is private."
