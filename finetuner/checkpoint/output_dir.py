@@ -41,10 +41,17 @@ class OutputFile:
         found = []
         for name in self.names:
             parent, _, last = name.rpartition("/")
-            pattern = re.compile(re.sub(r"\d{5,}", r"\\d{5,}", re.escape(last)).replace("NAME", ".+"))
             if (folder / parent).is_dir():
-                found += [path for path in (folder / parent).iterdir() if pattern.fullmatch(path.name)]
+                found += [path for path in (folder / parent).iterdir() if _is_named(path.name, last)]
         return found
+
+    def has_name(self, path: str) -> bool:
+        """Whether a path, relative to the folder, has one of the names."""
+        return any(_is_named(path, name) for name in self.names)
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    return re.fullmatch(re.sub(r"\d{5,}", r"\\d{5,}", re.escape(pattern)).replace("NAME", ".+"), name) is not None
 
 
 def _has_card_mark(path: Path) -> bool:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from finetuner.errors import CheckpointError
 from finetuner.parallel.engine import local_shard
+from finetuner.parallel.optimizer_state import OF_SHARDS
 
 PATTERN = "part-*.safetensors"
 MODEL_PART, OPTIMIZER_PART = "model/", "optimizer/"  # prefixes of names in a file
@@ -36,7 +37,7 @@ def write_shard(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             writes = all(c == 0 for c in coordinate[:-1])
             rows_per_rank = -(-tensor.shape[0] // tensor.device_mesh.shape[-1])  # as torch.chunk divides
             first_row[name] = min(tensor.shape[0], index * rows_per_rank)
-        elif torch.distributed.get_rank() != 0:
+        elif torch.distributed.get_rank() != 0 and not name.startswith(OPTIMIZER_PART + OF_SHARDS):
             continue
         mine[name] = local_shard(tensor).detach().cpu().contiguous()
     if writes:

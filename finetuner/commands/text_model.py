@@ -13,9 +13,9 @@ from finetuner.errors import ModelError
 from finetuner.evaluation.compared_models import ADAPTER_CONFIG
 from finetuner.models.adapter_folder import read_config
 from finetuner.models.attention import choose_attention
-from finetuner.models.embeddings import grow_embeddings
+from finetuner.models.config_overrides import prepared_base
+from finetuner.models.embeddings import grow_for_adapter
 from finetuner.models.load import load_model
-from finetuner.models.pickled_weights import safetensors_base
 from finetuner.plan.precision import Precision
 from finetuner.recipe import load
 from finetuner.recipe.sections import TokenizerSection
@@ -80,7 +80,7 @@ def load_text_model(source: str, overrides: list[str]) -> TextModel:
     if base is not None:
         from peft import PeftModel  # behind quiet_libraries: it imports bitsandbytes, which warns
 
-        grow_embeddings(model, len(tokenizer))
+        grow_for_adapter(model, folder, len(tokenizer))
         model = PeftModel.from_pretrained(model, found.name)
     return TextModel(model.to(world.device).eval(), tokenizer, found.template_values)
 
@@ -89,7 +89,7 @@ def _trained_by(recipe_name: str, overrides: list[str]) -> _Source:
     recipe = load(recipe_name, overrides, check_files=False).recipe  # the rows may be elsewhere by now
     folder = Path(recipe.output.output_dir)
     base = (
-        safetensors_base(recipe.model, recipe.data.dataset_prepared_path, World())
+        prepared_base(recipe.model, recipe.data.dataset_prepared_path, World())
         if recipe.adapter.adapter is not None
         else None
     )

@@ -12,7 +12,7 @@ import torch
 from finetuner.errors import ModelError
 from finetuner.export.merge_writer import MERGE_FILE
 from finetuner.models.adapter_folder import read_config
-from finetuner.models.embeddings import grow_embeddings
+from finetuner.models.embeddings import grow_embeddings, grow_for_adapter
 from finetuner.models.load import load_model
 from finetuner.models.quant_format import QuantFormat, choose_quant_format
 from finetuner.models.quant_record import read_record
@@ -132,7 +132,10 @@ def loadable_models(
     def base() -> "PreTrainedModel":
         assert models.base is not None
         model = read(models.base, models.base_format)
-        grow_embeddings(model, vocab_size)
+        if models.adapter is not None:
+            grow_for_adapter(model, models.adapter, vocab_size)
+        else:
+            grow_embeddings(model, vocab_size)
         return model
 
     def adapted() -> "PreTrainedModel":

@@ -28,7 +28,7 @@ from finetuner.evaluation.options import EvaluationOptions
 from finetuner.evaluation.question_answering import HeldOutQuestion, answer_questions, find_questions
 from finetuner.evaluation.settings import EvaluationSettings, recipe_of_model, recipe_of_run, settings_of
 from finetuner.evaluation.tables import ModelScores, markdown, write_results
-from finetuner.models.pickled_weights import safetensors_base
+from finetuner.models.config_overrides import prepared_base
 from finetuner.objectives.text_score import TextScore
 from finetuner.recipe import Recipe
 from finetuner.recipe.sections import TokenizerSection
@@ -92,7 +92,7 @@ def inputs_of_run(recipe: Recipe, options: EvaluationOptions, world: World, scre
     settings, output_dir = settings_of(recipe, world), Path(recipe.output.output_dir)
     models = models_of_run(
         output_dir,
-        safetensors_base(recipe.model, recipe.data.dataset_prepared_path, world),
+        prepared_base(recipe.model, recipe.data.dataset_prepared_path, world),
         adapter=recipe.adapter.adapter,
         quantization=recipe.quantization,
         dtype=settings.dtype,

@@ -1,11 +1,16 @@
 """Upload of a run's result to the hub. The token is huggingface_hub's own: `hf auth login` or HF_TOKEN."""
 
 import json
+from collections.abc import Container, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from finetuner.checkpoint.output_dir import OUTPUT_FILES
+from finetuner.checkpoint.output_dir import ADAPTER, MODEL, OUTPUT_FILES
 from finetuner.errors import PlanError, TrainingError
 from finetuner.models.files import INDEX
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 
 def require_hub(repo_id: str | None) -> None:
@@ -40,9 +45,24 @@ def result_files(folder: Path) -> list[str]:
     return sorted(path.name for path in found if path.is_file())
 
 
-def upload_result(folder: Path, repo_id: str, *, private: bool) -> str:
+def files_in_repository(api: "HfApi", repo_id: str) -> list[str]:
+    """Return the paths of all files of a repository of a model."""
+    return [file.rfilename for file in api.model_info(repo_id).siblings or ()]
+
+
+def stale_weights(in_repository: Iterable[str], uploaded: Container[str]) -> list[str]:
+    """Return the files of a model's weights in a repository that an upload does not replace: a loader may prefer them.
+
+    A checkpoint in fp32 has more files than its result in bf16, and an index that names them.
+    """
+    weights = (name for kind in (ADAPTER, MODEL) for name in in_repository if kind.has_name(name))
+    return sorted(name for name in weights if name not in uploaded and (".safetensors" in name))
+
+
+def upload_result(folder: Path, repo_id: str, *, private: bool, replaces: bool = False) -> str:
     """Upload the `result_files` of `folder` alone, and return the repository's address.
 
+    `replaces`: weights of an earlier save there, which these files do not overwrite, are deleted.
     Raises TrainingError if that fails; nothing on this disk is lost by it.
     """
     from huggingface_hub import HfApi
@@ -50,11 +70,14 @@ def upload_result(folder: Path, repo_id: str, *, private: bool) -> str:
     try:
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
+        files = result_files(folder)
+        old = stale_weights(files_in_repository(api, repo_id), files) if replaces else []
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=result_files(folder),
+            allow_patterns=files,
             ignore_patterns=["*/*"],  # a pattern's star takes slashes too
+            delete_patterns=old or None,
             commit_message="Trained with finetuner",
         )
     except Exception as error:  # of its network library, of its own, of the disk: all mean the same here

@@ -21,8 +21,8 @@ from finetuner.export.quantized_base import quantization_settings
 from finetuner.export.verify_logits import LogitAgreement, memory_shortage, verify_logits
 from finetuner.export.verify_tensors import TensorAgreement, verify_tensors
 from finetuner.models.adapter_folder import read_config, require_same_base
+from finetuner.models.config_overrides import prepared_base
 from finetuner.models.files import find_base
-from finetuner.models.pickled_weights import safetensors_base
 from finetuner.models.quant_record import read_record
 from finetuner.recipe import Recipe
 from finetuner.recipe.sections import DataSection, PackingSection
@@ -210,7 +210,7 @@ def source_of_recipe(recipe: Recipe, recipe_name: str) -> MergeSource:
             f"there is no trained adapter in {output_dir}. Train it first:\n"
             f"  accelerate launch -m finetuner.train {recipe_name}"
         )
-    base = safetensors_base(recipe.model, recipe.data.dataset_prepared_path, World())
+    base = prepared_base(recipe.model, recipe.data.dataset_prepared_path, World())
     require_same_base(output_dir, base)
     from transformers import AutoTokenizer
 

@@ -1,9 +1,12 @@
 """Embedding and head of a model: the tables with a row for each token."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from finetuner.storage.safetensors_stream import read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +28,20 @@ def grow_embeddings(model: "PreTrainedModel", vocab_size: int) -> int:
         with torch.no_grad():
             _weight(module)[old:] = mean
     return vocab_size - old
+
+
+def rows_for_tokens(num_tokens: int, *, to_32x: bool) -> int:
+    """Count the rows that a table of so many tokens has at least: with `to_32x` up to the next multiple of 32."""
+    return -(-num_tokens // 32) * 32 if to_32x else num_tokens
+
+
+def grow_for_adapter(model: "PreTrainedModel", adapter: Path, num_tokens: int) -> None:
+    """Grow a base to the rows that an adapter was trained on: of its tokens, or of the tables that it has in full."""
+    tables = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    names = tuple(f".{name}.weight" for name, m in model.named_modules() if any(m is table for table in tables))
+    weights = adapter / "adapter_model.safetensors"
+    in_full = read_header(weights) if weights.exists() else {}
+    grow_embeddings(model, max([num_tokens, *(info.shape[0] for key, info in in_full.items() if key.endswith(names))]))
 
 
 def embedding_rows(model: "PreTrainedModel") -> int:

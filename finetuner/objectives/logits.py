@@ -5,6 +5,7 @@ are kept, and the head's logits are taken in chunks that are recomputed in the b
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,12 +26,19 @@ ChunkSums = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 def sum_over_logits(
-    model: "PreTrainedModel", batch: BatchTensors, chunk_sums: ChunkSums, *, composed: bool
+    model: "PreTrainedModel",
+    batch: BatchTensors,
+    chunk_sums: ChunkSums,
+    *,
+    composed: bool,
+    activations: AbstractContextManager[None] | None = None,
 ) -> torch.Tensor:
     """Return `chunk_sums` summed over the trained positions of a batch, in the shape that it gives.
 
     `composed`: what head_is_composable says of the model; if not, the model's own forward makes all its logits.
+    `activations`: the context of the decoder's forward.
     """
+    context = activations or nullcontext()
     positions = batch["positions"]
     assert positions is not None
     inputs: dict[str, Any] = {
@@ -39,9 +47,12 @@ def sum_over_logits(
     if batch["position_ids"] is not None:  # some models have no such argument
         inputs["position_ids"] = batch["position_ids"]
     if not composed:
-        logits = model(**inputs).logits
+        with context:
+            logits = model(**inputs).logits
         return chunk_sums(logits.flatten(0, 1)[positions].float(), slice(0, len(positions)))
-    hidden = decoder_of(model)(**inputs)[0].flatten(0, 1)[positions]
+    with context:
+        states = decoder_of(model)(**inputs)[0]
+    hidden = states.flatten(0, 1)[positions]
     head, soft_cap = model.get_output_embeddings(), _soft_cap(model)
 
     def of_chunk(chunk: torch.Tensor, where: slice) -> torch.Tensor:

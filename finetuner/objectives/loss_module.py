@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from finetuner.data.batches import BatchTensors
+from finetuner.models.activation_offloading import HostedActivations
 from finetuner.models.document_isolation import require_isolation
 from finetuner.objectives.base import Objective
 from finetuner.objectives.logits import ChunkSums, head_is_composable, sum_over_logits
@@ -26,9 +27,20 @@ class LossModule(nn.Module):
     included. `unwrapped`: the transformers model without PEFT's wrapper.
     """
 
-    def __init__(self, model: "PreTrainedModel | PeftModel", objective: Objective, *, composed: bool = False) -> None:
-        """`composed`: whether the head can be called by itself. `probe_head` finds out when the weights are loaded."""
+    def __init__(
+        self,
+        model: "PreTrainedModel | PeftModel",
+        objective: Objective,
+        *,
+        composed: bool = False,
+        activations: HostedActivations | None = None,
+    ) -> None:
+        """`composed`: whether the head can be called by itself. `probe_head` finds out when the weights are loaded.
+
+        `activations`: where those of the decoder wait for the backward, if not on the device.
+        """
         super().__init__()
+        self.activations = activations
         self.model = model  # optimizer states in checkpoints are named by this attribute
         self.objective = objective
         self.composed = composed
@@ -49,7 +61,7 @@ class LossModule(nn.Module):
 
     def sum_over_logits(self, batch: BatchTensors, chunk_sums: ChunkSums) -> torch.Tensor:
         """Return `chunk_sums` summed over the trained positions of a batch, in the shape that it gives."""
-        return sum_over_logits(self.unwrapped, batch, chunk_sums, composed=self.composed)
+        return sum_over_logits(self.unwrapped, batch, chunk_sums, composed=self.composed, activations=self.activations)
 
     @torch.no_grad()
     def probe_head(self, *, packs: bool) -> bool:

@@ -26,7 +26,12 @@ from finetuner.models.transformers_internals import layer_class_names
 from finetuner.objectives.loss_module import LossModule, Question
 from finetuner.parallel.engine import EngineRequest, RankMemory, Tensors, memory_of
 from finetuner.parallel.gradient_norm import clip_factor, scale_, sum_of_squares
-from finetuner.parallel.optimizer_state import load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from finetuner.parallel.optimizer_state import (
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+    torchao_part,
+)
 from finetuner.plan.parallel import FsdpOptions, ParallelPlan
 
 if TYPE_CHECKING:
@@ -218,9 +223,17 @@ class FsdpEngine:
         return on_device.full_tensor()
 
     def gather_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> Tensors:
-        return self.gather(optimizer_tensors(self.optimizer, parameters, on_cpu=False))
+        if torchao_part(self.optimizer) is None:
+            return self.gather(optimizer_tensors(self.optimizer, parameters, on_cpu=False))
+        mine = optimizer_tensors(self.optimizer, parameters)  # by the ranks that hold them; of several copies the last
+        of_ranks: list[Any] | None = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
+        distributed.gather_object(mine, of_ranks)
+        return {name: tensor for its in of_ranks or () for name, tensor in its.items()}
 
     def load_optimizer(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+        if torchao_part(self.optimizer) is not None:
+            load_optimizer_tensors(self.optimizer, parameters, tensors)
+            return
         shards: Tensors = {}
         for key, tensor in tensors.items():
             parameter = parameters[key.rpartition("::")[0]]

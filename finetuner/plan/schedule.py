@@ -21,6 +21,16 @@ def ceil_of(share: float, count: int) -> int:
     return math.ceil(Fraction(str(share)) * count)
 
 
+def steps_between(every: float | None, total: int) -> int | None:
+    """Return the steps from one event to the next: `every` itself, or that part of `total` if it is below 1.
+
+    In floats and rounded up, as transformers has it: an event may not move against another tool's curve by a step.
+    """
+    if every is None:
+        return None
+    return math.ceil(total * every) if every < 1 else int(every)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The schedule of one run, as pure functions of a step.
@@ -48,6 +58,7 @@ class Schedule:
     save_first_step: bool = False
     settles_at: float = 1.0
     shape_options: Mapping[str, Any] = field(default_factory=dict)
+    quadratic_warmup: bool = False
     ramp: Ramp = NO_RAMP
 
     @classmethod
@@ -92,18 +103,19 @@ class Schedule:
             warmup_steps=warmup,
             peak_lr=section.learning_rate,
             shape=section.lr_scheduler,
-            min_lr_ratio=section.cosine_min_lr_ratio,
-            logging_steps=output.logging_steps,
-            eval_steps=evaluation.eval_steps,
+            min_lr_ratio=section.lowest_rate,
+            logging_steps=steps_between(output.logging_steps, total) or 1,
+            eval_steps=steps_between(evaluation.eval_steps, total),
             evals_per_epoch=evaluation.evals_per_epoch,
             eval_on_start=evaluation.eval_on_start,
-            save_steps=output.save_steps,
+            save_steps=steps_between(output.save_steps, total),
             saves_per_epoch=output.saves_per_epoch,
             eval_strategy=evaluation.eval_strategy,
             save_strategy=output.save_strategy,
             save_first_step=output.save_first_step,
             settles_at=1.0 if section.cosine_constant_lr_ratio is None else section.cosine_constant_lr_ratio,
             shape_options=section.lr_scheduler_kwargs,
+            quadratic_warmup=section.lr_quadratic_warmup,
             ramp=ramp,
         )
 
@@ -127,6 +139,7 @@ class Schedule:
             floor=self.min_lr_ratio,
             settles=self.settles_at,
             options=self.shape_options,
+            quadratic_warmup=self.quadratic_warmup,
         )
 
     def rows_at(self, step: int) -> tuple[int, int, int]:

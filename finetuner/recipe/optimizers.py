@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 OptimizerName = Literal[
-    "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "ao_adamw_fp8",
+    "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
     "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "adafactor", "muon", "sgd", "rmsprop", "adagrad",
 ]  # fmt: skip
 
@@ -45,6 +46,7 @@ class OptimizerRow:
     state_kind: optimizers of one kind keep the same state, so that a run can go on with the other; default: its name.
     arguments: what optim_args may name -> its type. uses_betas: adam_beta1 and adam_beta2 mean something.
     not_sharded: engine ("fsdp", "deepspeed") -> why it cannot shard this optimizer's state.
+    instead: engine -> the nearest optimizer whose state it can shard; default: adamw_torch.
     is_paged: on a GPU the state is in unified memory, which the driver moves to the node's RAM where the GPU is short.
     """
 
@@ -54,6 +56,7 @@ class OptimizerRow:
     state_kind: str = ""
     arguments: Mapping[str, type] = field(default_factory=dict)
     not_sharded: Mapping[str, str] = field(default_factory=dict)
+    instead: Mapping[str, str] = field(default_factory=dict)
     uses_betas: bool = True
     uses_epsilon: bool = True
     is_paged: bool = False
@@ -108,6 +111,21 @@ def _muon_bytes(tensor: TrainedTensor, arguments: Arguments) -> int:
     return FLOAT_BYTES * count * tensor.num_elements
 
 
+def _torchao_bytes(bits: int) -> StateBytes:
+    """`bits` an element and moment, and an fp32 scale a block; fp32 for tensors that are small or no whole blocks.
+
+    Under FSDP2 the tensor is a rank's shard, so that a few more may stay fp32.
+    """
+
+    def state_bytes(tensor: TrainedTensor, arguments: Arguments) -> int:
+        count, block = tensor.num_elements, arguments.get("block_size", BLOCK_SIZE)
+        if count < MIN_8BIT_SIZE or count % block:
+            return FLOAT_BYTES * 2 * count
+        return 2 * (count * bits // 8 + FLOAT_BYTES * count // block)
+
+    return state_bytes
+
+
 # bitsandbytes' kernels know no DTensor, which is what FSDP2 makes of a parameter.
 _KERNELS = {"fsdp": "its kernels cannot work on FSDP's shards"}
 _BLOCK_STATE = {"fsdp": "it keeps a state that FSDP cannot shard"}
@@ -129,14 +147,29 @@ def _bitsandbytes(class_name: str, state_kind: str = "", *, is_paged: bool = Fal
         state_kind=state_kind,
         arguments=_BLOCK_ARGUMENTS if in_blocks else {},
         not_sharded=_BLOCK_STATE if in_blocks else _KERNELS,
+        instead={"fsdp": "adamw_torch_8bit"} if class_name == "AdamW8bit" else {},
         uses_epsilon=moments == 2,
         is_paged=is_paged,
+    )
+
+
+def _torchao(class_name: str, bits: int) -> OptimizerRow:
+    return OptimizerRow(
+        "torchao",
+        _torchao_bytes(bits),
+        class_name=class_name,
+        arguments={"block_size": int, "bf16_stochastic_round": bool},
+        not_sharded={"deepspeed": "its blocks would lie across parameters, in tensors that DeepSpeed cannot store"},
+        instead={"deepspeed": "adamw_bnb_8bit"},
     )
 
 
 OPTIMIZERS: dict[str, OptimizerRow] = {
     "adamw_torch": _torch_adamw(),
     "adamw_torch_fused": _torch_adamw(),
+    "adamw_torch_8bit": _torchao("AdamW8bit", 8),
+    "adamw_torch_4bit": _torchao("AdamW4bit", 4),
+    "ao_adamw_fp8": _torchao("AdamWFp8", 8),
     "adamw_bnb_8bit": _bitsandbytes("AdamW8bit"),
     "paged_adamw_8bit": _bitsandbytes("AdamW8bit", "adamw_bnb_8bit", is_paged=True),
     "paged_adamw_32bit": _bitsandbytes("AdamW32bit", "adamw_32bit", is_paged=True),
@@ -185,6 +218,8 @@ assert tuple(OPTIMIZERS) == get_args(OptimizerName)
 OPTIMIZERS_IN_WORDS = (  # in the reference and in `finetuner explain optimizer`
     "adamw_: AdamW (arXiv:1711.05101), by PyTorch's fused kernel where there is one. lion_: Lion (arXiv:2302.06675). "
     "8bit: with a state in 8 bits (arXiv:2110.02861); paged_: moved to the CPU's memory when a GPU's is short. "
+    "adamw_torch_8bit, adamw_torch_4bit and ao_adamw_fp8 are torchao's, which FSDP can shard; a variance may round "
+    "to 0 in them, which moves a rare token's embedding far: they are for adapters. "
     "adafactor: arXiv:1804.04235, as transformers has it. muon: Muon for hidden matrices, AdamW for the rest."
 )
 

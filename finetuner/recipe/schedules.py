@@ -1,6 +1,7 @@
 """The learning-rate schedules, one row each: the options of lr_scheduler_kwargs, and the rate as a pure function.
 
-Names and values are those of transformers' get_scheduler, so that curves of other tools can be laid over ours.
+Names and values are those of transformers' get_scheduler, and of Axolotl's schedulers.py for rex and the quadratic
+warmup, so that curves of other tools can be laid over ours.
 A further schedule is a row of SCHEDULES and its name in ScheduleShape.
 """
 
@@ -10,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 ScheduleShape = Literal[
-    "constant", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "inverse_sqrt",
-    "warmup_stable_decay",
+    "constant", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+    "polynomial", "inverse_sqrt", "warmup_stable_decay", "rex",
 ]  # fmt: skip
 
 Options = Mapping[str, Any]  # lr_scheduler_kwargs
@@ -64,25 +65,29 @@ def multiplier(
     floor: float,
     settles: float,
     options: Options,
+    quadratic_warmup: bool = False,
 ) -> float:
     """Return the learning rate of the update after `step` updates, as a multiple of `peak`.
 
-    Linear from 0 over the warmup (so that the first warmup step does not move the weights), then with
-    t = (step - warmup) / (total - warmup):
+    Linear from 0 over the warmup (so that the first warmup step does not move the weights), or the square of that, then
+    with t = (step - warmup) / (total - warmup):
 
         constant               1
         linear                 1 - t
         cosine                 m + (1 - m) (1 + cos(2 pi c t)) / 2, m = `floor`, c = num_cycles (1/2);
                                t = 1 from `settles` of all steps on
         cosine_with_min_lr     the same, with m = min_lr_rate or min_lr / peak
+        cosine_warmup_with_min_lr   the same, one step ahead in warmup and cosine; the warmup begins at
+                               warmup_lr_rate, or at 1 / warmup
         cosine_with_restarts   (1 + cos(pi frac(n t))) / 2, n = num_cycles, 0 at the end
         polynomial             e + (1 - e) (1 - t)^power, e = lr_end / peak
         inverse_sqrt           1 / sqrt((step - warmup + s) / s), s = timescale or warmup or 10,000
         warmup_stable_decay    1 until num_decay_steps before the end, then down to min_lr_ratio
+        rex                    m + (1 - m) z / (0.1 + 0.9 z), z = 1 - t one step ahead, m = `floor`, as its warmup is
     """
     row = SCHEDULES[shape]
     if step < warmup and not row.own_warmup:
-        return step / warmup
+        return (step / warmup) ** (2 if quadratic_warmup else 1)
     return row.rate(SchedulePoint(step, total, warmup, peak, floor, settles, options))
 
 
@@ -118,8 +123,32 @@ def _cosine_with_min_lr(at: SchedulePoint) -> float:
 
 def _one_lowest_rate(options: Options, peak: float) -> Mistakes:
     if ("min_lr" in options) == ("min_lr_rate" in options):
-        return {"": "cosine_with_min_lr needs min_lr or min_lr_rate in lr_scheduler_kwargs, one of them."}
+        return {"": "this schedule needs min_lr or min_lr_rate in lr_scheduler_kwargs, one of them."}
     return {}
+
+
+def _cosine_warmup_with_min_lr(at: SchedulePoint) -> float:
+    options = at.options
+    floor = options["min_lr_rate"] if "min_lr_rate" in options else options["min_lr"] / at.peak
+    if at.step < at.warmup:
+        first = options.get("warmup_lr_rate")
+        if first is None:
+            return (at.step + 1) / at.warmup
+        return first + (1.0 - first) * at.step / max(1, at.warmup - 1)
+    t = (at.step - at.warmup + 1) / max(1, at.total - at.warmup)
+    wave = 0.5 * (1.0 + math.cos(2.0 * math.pi * options.get("num_cycles", 0.5) * t))
+    return floor + (1.0 - floor) * wave
+
+
+def _rex(at: SchedulePoint) -> float:
+    """Chen et al., arXiv:2107.04197. Axolotl's begins at its step 1, so that the last update has the lowest rate."""
+    done = at.step + 1
+    if done <= at.warmup:
+        return done / at.warmup
+    if done >= at.total:
+        return at.floor
+    z = (at.total - done) / (at.total - at.warmup)
+    return at.floor + (1.0 - at.floor) * z / (0.1 + 0.9 * z)
 
 
 def _cosine_with_restarts(at: SchedulePoint) -> float:
@@ -195,6 +224,12 @@ SCHEDULES: dict[str, ScheduleRow] = {
     "cosine_with_min_lr": ScheduleRow(
         _cosine_with_min_lr, {"min_lr": float, "min_lr_rate": float, "num_cycles": float}, _one_lowest_rate
     ),
+    "cosine_warmup_with_min_lr": ScheduleRow(
+        _cosine_warmup_with_min_lr,
+        {"min_lr": float, "min_lr_rate": float, "num_cycles": float, "warmup_lr_rate": float},
+        _one_lowest_rate,
+        own_warmup=True,
+    ),
     "polynomial": ScheduleRow(_polynomial, {"lr_end": float, "power": float}, _falls_from_the_peak),
     "inverse_sqrt": ScheduleRow(_inverse_sqrt, {"timescale": int}),
     "warmup_stable_decay": ScheduleRow(
@@ -206,5 +241,6 @@ SCHEDULES: dict[str, ScheduleRow] = {
         _decays_in_a_known_way,
         own_warmup=True,
     ),
+    "rex": ScheduleRow(_rex, own_warmup=True),
 }  # fmt: skip
 assert tuple(SCHEDULES) == get_args(ScheduleShape)

@@ -16,6 +16,7 @@ from finetuner.checkpoint.contents import (
 )
 from finetuner.checkpoint.folder import checkpoint_folder, explain_full_disk, prune, staged_checkpoint
 from finetuner.data.train_loader import TrainLoader
+from finetuner.export.step_uploads import StepUploads
 from finetuner.parallel.launch import by_every_rank, by_main_rank
 from finetuner.recipe.sections import OutputSection
 from finetuner.training.observers import Observer
@@ -33,6 +34,7 @@ class Checkpointer:
     loader: TrainLoader
     facts: dict[str, Any]
     observers: tuple[Observer, ...]
+    uploads: StepUploads | None = None
 
     def save(self, state: TrainState, stops: bool) -> None:
         """Write the checkpoint of `state`. Called by all ranks together; `stops`: the run was asked to stop."""
@@ -59,6 +61,8 @@ class Checkpointer:
                 )
 
             by_main_rank(accelerator, finish)
+        if self.uploads is not None and not stops:  # a run that is asked to stop has no time for it
+            self.uploads.start(folder, state.step)
         self._announce()
 
     def _write_share(self, folder: Path, staging: Path, *, model_only: bool) -> None:

@@ -9,12 +9,14 @@ from torch import nn
 
 from finetuner.checkpoint.shards import is_sharded, read_shards
 from finetuner.data.tokenizer import Vocabulary
+from finetuner.errors import ModelError
 from finetuner.models.activation_checkpointing import recompute_activations
+from finetuner.models.activation_offloading import HostedActivations
 from finetuner.models.adapter import add_lora, read_adapter, start_from_adapter
 from finetuner.models.adapter_folder import require_same_base
 from finetuner.models.compilation import compile_layers, wants_compilation
 from finetuner.models.context_length import length_notes
-from finetuner.models.embeddings import embedding_rows, grow_embeddings, vocabulary_parameters
+from finetuner.models.embeddings import embedding_rows, grow_embeddings, rows_for_tokens, vocabulary_parameters
 from finetuner.models.lazy_weights import LazyWeights, ReportBytes
 from finetuner.models.loading_plan import choose_loading, load_base
 from finetuner.models.model_flops import training_flops
@@ -61,7 +63,8 @@ def build_model(
     recipe, screen = session.recipe, session.screen
     model, lazy = _load_base(session, inputs, start, report)
     adapted = _prepare_to_train(model, session, inputs, start, lazy)
-    loss = LossModule(adapted, build_objective(recipe))
+    activations = HostedActivations() if recipe.precision.activation_offloading else None
+    loss = LossModule(adapted, build_objective(recipe), activations=activations)
     longest = inputs.longest_document or recipe.data.sequence_len
     for note in length_notes(loss.unwrapped, longest):
         screen.line(f"note: {note}")
@@ -82,7 +85,7 @@ def _prepare_to_train(
     """Grow the vocabulary, add the adapter or freeze what is not trained, and take over saved weights."""
     recipe, plan, checkpoint = session.recipe, session.plan, start.checkpoint
     new_ids = ids_to_train(model, inputs.vocabulary)
-    vocab_size = len(inputs.vocabulary.tokenizer)
+    vocab_size = rows_of_tables(model, session, inputs)
     if lazy is not None:
         lazy.materialize(parameters_read_early(model, recipe.adapter, vocab_size), torch.device("cpu"))
     grow_embeddings(model, vocab_size)
@@ -100,6 +103,20 @@ def _prepare_to_train(
         adapted = model
     _compile(recipe.compilation, plan, model, start.accelerator.device)
     return adapted
+
+
+def rows_of_tables(model: "PreTrainedModel", session: Session, inputs: Inputs) -> int:
+    """Count the rows that embedding and head have at least. Raises ModelError for rows that an adapter would lose."""
+    section, num_tokens = session.recipe.adapter, len(inputs.vocabulary.tokenizer)
+    rows = rows_for_tokens(num_tokens, to_32x=session.recipe.tokenizer.resize_token_embeddings_to_32x)
+    unused = rows - max(num_tokens, embedding_rows(model))
+    if unused > 0 and section.adapter is not None and not section.lora_modules_to_save:
+        raise ModelError(
+            f"resize_token_embeddings_to_32x would add {unused} rows that no token has, and an adapter does not carry "
+            "them: the merged model would not be the trained one.\nRemove it, or save the tables beside the adapter: "
+            "`lora_modules_to_save: [embed_tokens, lm_head]`."
+        )
+    return rows
 
 
 def _adapted(

@@ -7,6 +7,7 @@ from finetuner.checkpoint.contents import checkpoint_bytes, result_mark, write_b
 from finetuner.checkpoint.folder import abandon_checkpoints_after
 from finetuner.checkpoint.output_dir import remove_run_files, require_space
 from finetuner.models.dtypes import DTYPES
+from finetuner.models.embeddings import rows_for_tokens
 from finetuner.models.model_folder import portability_notes
 from finetuner.parallel.launch import by_main_rank
 from finetuner.recipe import dump_recipe
@@ -51,7 +52,8 @@ def write_final_result(session: Session, inputs: Inputs, ready: ReadyToTrain, st
     if session.is_adapter:
         screen.line(f"done: the adapter is in {output_dir}")
         if inputs.vocabulary.new_ids:
-            rows = len(inputs.vocabulary.tokenizer)
+            to_32x = recipe.tokenizer.resize_token_embeddings_to_32x
+            rows = rows_for_tokens(len(inputs.vocabulary.tokenizer), to_32x=to_32x)
             screen.line(f"note: to load it with peft, call resize_token_embeddings({rows}) on the base first")
         screen.line(f"merge it into the base: python -m finetuner.merge {session.name}")
     else:

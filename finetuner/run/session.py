@@ -11,9 +11,11 @@ from finetuner.console import Screen, quiet_libraries
 from finetuner.errors import FinetunerError, LostConnectionError, PreemptedError
 from finetuner.export.hub import require_hub, upload_result
 from finetuner.export.model_card import write_card
+from finetuner.export.step_uploads import require_whole_checkpoints
 from finetuner.parallel.launch import use_threads_and_matmuls
 from finetuner.plan.run import Plan
 from finetuner.recipe import Recipe
+from finetuner.training.optimizer import require_optimizer
 from finetuner.training.trackers import require_trackers
 from finetuner.world import World
 
@@ -56,7 +58,9 @@ def open_session(recipe: Recipe, file: str | None, notes: Iterable[str]) -> Iter
         screen.line(f"note: {note}")
     plan = Plan.from_recipe(recipe, world)
     require_trackers(recipe.tracking)
+    require_optimizer(recipe.optimizer.optimizer)
     require_hub(recipe.output.hub_model_id)
+    require_whole_checkpoints(recipe.output, sharded=plan.parallel.sharded_checkpoints)
     for plan_note in plan.notes:
         screen.line(f"note: {plan_note}")
     quiet_libraries(screen)
@@ -84,7 +88,9 @@ def _publish(session: Session) -> None:
     output, folder = session.recipe.output, session.output_dir
     what = "An adapter" if session.is_adapter else "A model"
     write_card(folder, folder, session.recipe.model.base_model, what)
-    if output.hub_model_id is not None and output.hub_strategy == "end":
+    if output.hub_model_id is not None:
         session.screen.line(f"uploading {folder} to {output.hub_model_id}")
-        address = upload_result(folder, output.hub_model_id, private=output.hub_private_repo)
+        address = upload_result(
+            folder, output.hub_model_id, private=output.hub_private_repo, replaces=output.hub_strategy != "end"
+        )
         session.screen.line(f"done: the result is at {address}")

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from finetuner.checkpoint.contents import read_optimizer
 from finetuner.data.dropped_rows import LISTED
 from finetuner.data.train_loader import TrainLoader, build_train_loader, prefetching
+from finetuner.export.step_uploads import step_uploads
 from finetuner.models.freed_memory import returning_freed_memory
 from finetuner.parallel.launch import by_main_rank, leave_ranks
 from finetuner.recipe import Recipe
@@ -72,6 +73,7 @@ def fit(session: Session, inputs: Inputs, start: Start, ready: ReadyToTrain) -> 
             stop_requests(screen.line) as request,
             open_observers(session, ready, state.step) as observers,
             ahead as batches,
+            step_uploads(recipe.output, is_main=session.world.is_main, say=screen.line) as uploads,
         ):
             for line in loader.first_rows_at_a_glance(state.step):
                 screen.line(line)
@@ -83,6 +85,7 @@ def fit(session: Session, inputs: Inputs, start: Start, ready: ReadyToTrain) -> 
                 loader=loader,
                 facts=start.facts,
                 observers=tuple(observers),
+                uploads=uploads,
             ).save
             state = train_loop(run, batches, state, Hooks(observers, save, stop_requested=lambda: bool(request)))
     finally:

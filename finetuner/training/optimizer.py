@@ -1,5 +1,6 @@
 """Builds the optimizer that a recipe names over the trained parameters, in groups of one decay and learning rate."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from torch import nn
 
 from finetuner.errors import ModelError, PlanError
 from finetuner.parallel.optimizer_state import CombinedOptimizer
-from finetuner.recipe.optimizers import OPTIMIZERS, is_hidden_matrix, read_arguments
+from finetuner.recipe.optimizers import BLOCK_SIZE, OPTIMIZERS, is_hidden_matrix, read_arguments
 from finetuner.recipe.sections import OptimizerSection, RatesSection
 
 Groups = list[dict[str, Any]]
@@ -52,9 +53,25 @@ def build_optimizer(
     The learning rate is set by the loop before each step. `device`: where the update is computed. `rates`: see
     own_rates. `vocabulary`: names of the parameters with a row for each token.
     """
+    require_optimizer(section.optimizer)
     arguments = read_arguments(section.optim_args)
     request = OptimizerRequest(parameters, section, arguments, rates or {}, vocabulary, device)
     return BUILDERS[OPTIMIZERS[section.optimizer].builder](request)
+
+
+def require_optimizer(name: str) -> None:
+    """Raise PlanError, before anything is loaded, if the package of a recipe's optimizer is not installed."""
+    package = OPTIMIZERS[name].builder
+    extra, other = _EXTRAS.get(package, ("", ""))
+    if extra and importlib.util.find_spec(package) is None:
+        raise PlanError(f"optimizer {name} needs {package}: pip install finetuner[{extra}]\nOr write {other}.")
+
+
+# package of optimizers -> the extra that installs it, and what needs none
+_EXTRAS = {
+    "bitsandbytes": ("quantize", "`optimizer: adamw_torch`"),
+    "torchao": ("torchao", "`optimizer: adamw_torch`, or adamw_bnb_8bit without FSDP"),
+}
 
 
 def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float, rates: Mapping[str, float]) -> Groups:
@@ -141,19 +158,35 @@ def _muon(request: OptimizerRequest) -> torch.optim.Optimizer:
 
 def _bitsandbytes(request: OptimizerRequest) -> torch.optim.Optimizer:
     """In 8 bits, the state is in blocks of 256 elements; that of tensors below 4,096 stays fp32 (min_8bit_size)."""
-    name = request.section.optimizer
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise PlanError(
-            f"optimizer {name} needs bitsandbytes: pip install finetuner[quantize]\nOr write `optimizer: adamw_torch`."
-        ) from error
-    row, options = OPTIMIZERS[name], dict(request.arguments)
+    import bitsandbytes
+
+    row, options = OPTIMIZERS[request.section.optimizer], dict(request.arguments)
     paged = row.is_paged and request.device.type == "cuda"  # a CPU has nowhere to page to
     if row.uses_epsilon:
         options["eps"] = request.section.adam_epsilon
     make = getattr(bitsandbytes.optim, f"{'Paged' if paged else ''}{row.class_name}")
     return make(request.groups, lr=0.0, betas=request.betas, **options)
+
+
+class _WithoutCompiling(CombinedOptimizer):
+    """An optimizer of torchao, which compiles its step. On a CPU that needs a C++ compiler, and takes a minute."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        with torch.compiler.set_stance("force_eager"):
+            super().step()
+
+
+def _torchao(request: OptimizerRequest) -> torch.optim.Optimizer:
+    """Moments in 8 or 4 bits, in blocks; those of tensors below 4,096, or of no whole blocks, stay fp32.
+
+    Blocks of 256, as transformers has them in 4 bits too, where torchao's own default is 128.
+    """
+    from torchao.optim import adam
+
+    make = getattr(adam, OPTIMIZERS[request.section.optimizer].class_name)
+    options = {"block_size": BLOCK_SIZE} | request.arguments
+    made = make(request.groups, lr=0.0, betas=request.betas, eps=request.section.adam_epsilon, **options)
+    return _WithoutCompiling(made) if request.device.type == "cpu" else made
 
 
 def _adafactor(request: OptimizerRequest) -> torch.optim.Optimizer:
@@ -184,6 +217,7 @@ def _sgd(request: OptimizerRequest) -> torch.optim.Optimizer:
 BUILDERS: dict[str, Callable[[OptimizerRequest], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "bitsandbytes": _bitsandbytes,
+    "torchao": _torchao,
     "adafactor": _adafactor,
     "muon": _muon,
     "sgd": _sgd,

@@ -358,5 +358,5 @@ def test_older_names_of_a_messages_parts_are_read_and_dumped_as_ours(recipe, tmp
 def test_optimizer_arguments_that_are_keys_of_ours_are_moved_and_an_unknown_optimizers_are_not_judged(recipe) -> None:
     loaded = load(recipe(BASE + "optim_args:\n  eps: 1e-6\n"))
     assert loaded.recipe.optimizer.adam_epsilon == 1e-6
-    message = refusal(recipe(BASE + "optimizer: ao_adamw_8bit\noptim_args:\n  bf16_stochastic_round: true\n"))
-    assert "1 mistake\n" in message and "torchao's optimizers" in message
+    message = refusal(recipe(BASE + "optimizer: came_pytorch\noptim_args:\n  bf16_stochastic_round: true\n"))
+    assert "1 mistake\n" in message and "this optimizer. Write adamw_torch" in message

@@ -487,7 +487,7 @@ def test_an_alias_is_read_with_a_note_and_never_beside_its_key(
 
 ALIAS_VALUES = {
     "sequence_len": 512, "eval_strategy": "epoch", "neftune_noise_alpha": 5.0, "overrides_of_model_config": {},
-    "gradient_checkpointing": True, "adam_epsilon": 1e-6, "bnb_config_kwargs": {},
+    "gradient_checkpointing": True, "adam_epsilon": 1e-6, "bnb_config_kwargs": {}, "cosine_min_lr": 1e-5,
 }  # fmt: skip
 
 
@@ -714,6 +714,19 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"cosine_min_lr_ratio": 0.1, "lr_scheduler": "linear"},
         {"cosine_min_lr_ratio": 0.1, "lr_scheduler": "cosine"},
     ),
+    (
+        "dtype",
+        {"overrides_of_model_config": {"dtype": "bfloat16"}},
+        {"overrides_of_model_config": {"rope_theta": 1e6}},
+    ),
+    (
+        "activation_offloading",
+        {"activation_offloading": True},
+        {"activation_offloading": True, "gradient_checkpointing": True},
+    ),
+    ("resize_token_embeddings_to_32x", SCRATCH | {"resize_token_embeddings_to_32x": True}, SCRATCH),
+    ("cosine_min_lr", {"cosine_min_lr": 2.0, "learning_rate": 1.0}, {"cosine_min_lr": 0.5, "learning_rate": 1.0}),
+    ("lr_quadratic_warmup", {"lr_quadratic_warmup": True, "cosine_min_lr_ratio": 0.1}, {"lr_quadratic_warmup": True}),
     (
         "field_messages",
         {"datasets": [{"path": "a/b", "type": "alpaca", "field_messages": "chat"}]},

@@ -68,8 +68,6 @@ AXOLOTL: dict[str, Foreign] = {
     # trackers and uploads
     "push_to_hub": ignored("the result is uploaded if hub_model_id is given", loud=True),
     **same("revision_of_model model_revision", blocked("a revision of the model", "Give its downloaded folder.")),
-    **same("overrides_of_model_config model_config", blocked("changing the model's config", "Change config.json.")),
-    **same("resize_token_embeddings_to_32x", blocked("a vocabulary of a multiple of 32", "Remove it.")),
     "gradient_checkpointing_kwargs": ignored("recomputing is never reentrant: the gradient is the same either way"),
     **same(
         "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers",
@@ -234,7 +232,6 @@ AXOLOTL: dict[str, Foreign] = {
     ),
     "optim_target_modules": blocked("GaLore and its kin", "Choose another optimizer."),
     **same("adam_beta3 adam_epsilon2", blocked("optimizers with a third moment")),
-    "lr_quadratic_warmup": blocked("a quadratic warmup", "Remove it: the warmup is linear."),
     "lr_div_factor": blocked("the one-cycle schedule", "Write lr_scheduler: cosine."),
     "torchdistx_path": blocked("the AnyPrecision optimizer"),
     "dion_lr": blocked("the Dion optimizer"),
@@ -243,7 +240,6 @@ AXOLOTL: dict[str, Foreign] = {
         instead="Set gradient_accumulation_steps = batch_size / micro_batch_size, which must be a whole number.",
     ),
     "max_packed_sequence_len": Foreign(unsupported="a packed length of its own", instead="Set sequence_len."),
-    "rope_scaling": Foreign(unsupported="rope_scaling at the top level", instead="Change the model's config.json."),
     **same(
         "max_memory gpu_memory_limit",
         blocked("one rank's model on several devices", "Use fsdp or deepspeed to shard it."),
@@ -268,7 +264,6 @@ AXOLOTL: dict[str, Foreign] = {
     "hub_revision": blocked("uploading to a branch"),
     "dynamic_checkpoint": blocked("saving when a file appears"),
     "diffusion": blocked("diffusion language models"),
-    "activation_offloading": blocked("activations in host memory", "Write gradient_checkpointing: true."),
     "layer_offloading": blocked("layers in host memory", "fsdp_config: {offload_params: true} does that for shards."),
     "shrink_embeddings": blocked("cutting the embeddings down", "Remove it."),
     **same(
@@ -282,7 +277,6 @@ AXOLOTL: dict[str, Foreign] = {
     **same(
         "gptq_groupsize gptq_model_v1", blocked("GPTQ and AWQ bases", "Take the unquantized base and adapter: qlora.")
     ),
-    "eta_min": blocked("the schedule's end as a rate", "Write cosine_min_lr_ratio, as a fraction of learning_rate."),
     "torch_dtype": ignored("bf16 and fp16 say what is computed in"),
     **same(
         "sample_packing_eff_est sample_packing_seq_len_multiplier total_num_tokens total_supervised_tokens "
@@ -324,7 +318,6 @@ DATASET: dict[str, Foreign] = {
     "trust_remote_code": blocked("dataset scripts", "Convert the dataset to parquet or jsonl."),
 }
 
-_AO = "torchao's optimizers. Write adamw_bnb_8bit"
 
 # Axolotl's row types that are not ours, by how they begin.
 UNSUPPORTED_ROW_TYPES: dict[str, str] = {
@@ -338,17 +331,6 @@ UNSUPPORTED_ROW_TYPES: dict[str, str] = {
 # Values of our keys that other tools know and that cannot be done here yet.
 UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
     "optimizer": {
-        **dict.fromkeys(
-            (
-                "adamw_torch_4bit",
-                "adamw_torch_8bit",
-                "adamw_torch_fp8",
-                "ao_adamw_4bit",
-                "ao_adamw_8bit",
-                "ao_adamw_fp8",
-            ),
-            _AO,
-        ),
         **dict.fromkeys(
             (
                 "optimi_adamw",
@@ -371,11 +353,12 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
             "this optimizer. Write adamw_torch",
         ),
     },
-    "lr_scheduler": dict.fromkeys(
-        ("one_cycle", "rex", "reduce_lr_on_plateau", "greedy"), "this schedule. Write cosine"
-    ),
+    "lr_scheduler": {
+        "one_cycle": "the one-cycle schedule, which moves Adam's beta1 too. Write cosine",
+        **dict.fromkeys(("reduce_lr_on_plateau", "greedy"), "this schedule. Write cosine"),
+    },
     "hub_strategy": dict.fromkeys(
-        ("every_save", "checkpoint", "all_checkpoints"), "uploading while training. Write end"
+        ("checkpoint", "all_checkpoints"), "uploading the optimizer's state. Write every_save, for the weights alone"
     ),
     "attn_implementation": {
         "fp8": "attention in 8-bit floats",
@@ -391,10 +374,9 @@ UNSUPPORTED_VALUES: dict[str, dict[str, str]] = {
         "ia3": "this adapter. Write lora",
     },
     "gradient_checkpointing": {
-        "offload": "activations in host memory. Write true",
-        "unsloth": "activations in host memory. Write true",
-        "offload_disk": "activations on disk. Write true",
+        "offload_disk": "activations on disk. Write true, and `activation_offloading: true` for host memory",
     },
+    "activation_offloading": {"disk": "activations on disk. Write true: they are in host memory then"},
 }
 
 PLUGINS = {

@@ -25,6 +25,9 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
     "optimizer": {
         "adamw_hf": "adamw_torch",
         "adamw_8bit": "adamw_bnb_8bit",
+        "ao_adamw_8bit": "adamw_torch_8bit",
+        "ao_adamw_4bit": "adamw_torch_4bit",
+        "adamw_torch_fp8": "ao_adamw_fp8",
         "paged_adamw": "paged_adamw_32bit",
         "lion_pytorch": "lion_32bit",
         "lion": "lion_32bit",
@@ -48,6 +51,8 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
             "auto",
         ),
     },
+    "activation_offloading": {"legacy": True, "hidden_states": True},
+    "evals_per_epoch": {0: None},
     "saves_per_epoch": {0: None},
     "eval_steps": {0: None},
     "save_steps": {0: None},
@@ -59,10 +64,19 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
 
 
 # Keys of older recipes that stand in a block now: key -> (block, the block's key).
-MOVED_INTO = {"fsdp_final_state_dict_type": ("fsdp_config", "final_state_dict_type")} | {
-    key: ("bnb_config_kwargs", key)
-    for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
-}
+MOVED_INTO = (
+    {"fsdp_final_state_dict_type": ("fsdp_config", "final_state_dict_type")}
+    | {
+        key: ("bnb_config_kwargs", key)
+        for key in (
+            "bnb_4bit_quant_type",
+            "bnb_4bit_use_double_quant",
+            "bnb_4bit_compute_dtype",
+            "bnb_4bit_quant_storage",
+        )
+    }
+    | {key: ("overrides_of_model_config", key) for key in ("rope_scaling", "rope_theta")}
+)
 
 
 def translate(document: YamlDocument, meanings: Mapping[str, Foreign] = MEANINGS) -> list[Note]:
@@ -144,12 +158,14 @@ class Translation:
                 if key == "optimizer":
                     self.document.values.pop("optim_args", None)  # they are that optimizer's
         self.fractions()
+        self.offloading()
         for key, spellings in VALUES.items():
             value = self.document.values.get(key)
             if isinstance(value, bool | list | dict) or value not in spellings:
                 continue
             self.document.values[key] = spellings[value]
-            meant = "the default" if spellings[value] is None else f"'{spellings[value]}'"
+            said = str(spellings[value]).lower() if isinstance(spellings[value], bool) else f"'{spellings[value]}'"
+            meant = "the default" if spellings[value] is None else said
             self.notes.append(Note((key,), f"'{value}' is read as {meant}", self.document.origin((key,))))
 
     def blocks(self) -> None:
@@ -160,6 +176,8 @@ class Translation:
         for key, ours in (("eps", "adam_epsilon"), ("weight_decay", "weight_decay")):
             if isinstance(arguments, dict) and key in arguments:
                 self._move(("optim_args", key), (ours,))
+        if "model_config" in values and any(values.get(key) is not None for key in ("rope_scaling", "rope_theta")):
+            self._move(("model_config",), ("overrides_of_model_config",))  # their block, by its other name
         for key, target in MOVED_INTO.items():
             block = values.get(target[0])
             if key in values and (block is None or isinstance(block, dict)):
@@ -186,18 +204,20 @@ class Translation:
                 self.notes.append(Note((f"fsdp_config.{key}",), "without effect: FSDP2 always does this", where))
 
     def fractions(self) -> None:
-        """Rewrite or refuse steps below 1, which transformers reads as a fraction of all steps."""
+        """Rewrite warmup_steps below 1, which transformers reads as a fraction of all steps."""
         values = self.document.values
         warmup = values.get("warmup_steps")
         if isinstance(warmup, float) and 0 < warmup < 1 and values.get("warmup_ratio") is None:
             self._move(("warmup_steps",), ("warmup_ratio",))
-        instead_of = {"eval_steps": "evals_per_epoch", "save_steps": "saves_per_epoch", "logging_steps": "a number"}
-        for key, instead in instead_of.items():
-            value = values.get(key)
-            if isinstance(value, float) and 0 < value < 1:
-                message = f"{key}: {value} is not supported yet: a fraction of all steps. Write {instead}."
-                self.document.problems.append(Problem(message, self.document.origin((key,))))
-                del values[key]
+
+    def offloading(self) -> None:
+        """Rewrite `gradient_checkpointing: offload`, the older spelling of what two keys say."""
+        values, given = self.document.values, self.document.values.get("gradient_checkpointing")
+        if given in ("offload", "unsloth"):
+            where = ("gradient_checkpointing",)
+            values["gradient_checkpointing"] = True
+            self.notes.append(Note(where, f"'{given}' is read as true", self.document.origin(where)))
+            self._replace(where, {"activation_offloading": True})
 
     def _block(self, path: KeyPath) -> dict[Any, Any]:
         block: Any = self.document.values

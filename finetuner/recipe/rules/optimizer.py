@@ -41,7 +41,8 @@ def _engine_can_shard_the_state(values: Values) -> Iterator[Finding]:
     for key, engine in engines.items():
         why = OPTIMIZERS[name].not_sharded.get(key.partition("_")[0])
         if values[key] and why is not None:
-            message = f"optimizer {name} is not supported under {engine}: {why}. Write `optimizer: adamw_torch`."
+            other = OPTIMIZERS[name].instead.get(key.partition("_")[0], "adamw_torch")
+            message = f"optimizer {name} is not supported under {engine}: {why}. Write `optimizer: {other}`."
             if engine == "FSDP" and "deepspeed" not in OPTIMIZERS[name].not_sharded:
                 message += " DeepSpeed can shard it: `deepspeed: deepspeed_configs/zero2.json` instead of fsdp."
             yield Finding(("optimizer",), message, ((key,),))

@@ -57,6 +57,12 @@ def _no_adapter_from_scratch(values: Values) -> Iterator[Finding]:
         yield Finding(("adapter",), message, (("base_model",),))
 
 
+def _rows_of_a_new_table(values: Values) -> Iterator[Finding]:
+    if values["base_model"] == FROM_SCRATCH and values["resize_token_embeddings_to_32x"]:
+        message = "a model from scratch has the rows that `model: {vocabulary: ...}` says. Write them there."
+        yield Finding(("resize_token_embeddings_to_32x",), message, (("base_model",),))
+
+
 def _tokenizer_of_its_own(values: Values) -> Iterator[Finding]:
     scratch, named = values["base_model"] == FROM_SCRATCH, values["tokenizer"]
     if scratch and named is None:
@@ -91,6 +97,7 @@ RULES: tuple[Rule, ...] = (
     (("model",), _heads_divide_the_width),
     (("model", "sequence_len"), _rows_fit_the_context),
     (("base_model", "adapter"), _no_adapter_from_scratch),
+    (("base_model", "resize_token_embeddings_to_32x"), _rows_of_a_new_table),
     (("base_model", "tokenizer"), _tokenizer_of_its_own),
     (("base_model", "tokenizer", "streaming", "datasets"), _text_for_the_tokenizer),
 )

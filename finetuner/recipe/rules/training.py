@@ -26,10 +26,37 @@ def _ramp_has_its_steps(values: Values) -> Iterator[Finding]:
 
 
 def _floor_is_cosines(values: Values) -> Iterator[Finding]:
-    for key in ("cosine_min_lr_ratio", "cosine_constant_lr_ratio"):
-        if values[key] and values["lr_scheduler"] != "cosine":
+    for key in ("cosine_min_lr_ratio", "cosine_min_lr", "cosine_constant_lr_ratio", "lr_quadratic_warmup"):
+        with_rex = values["lr_scheduler"] == "rex" and key.startswith("cosine_min")
+        if values[key] and values["lr_scheduler"] != "cosine" and not with_rex:
             message = f"has no effect with lr_scheduler '{values['lr_scheduler']}'. Write `lr_scheduler: cosine`."
             yield Finding((key,), f"{key} {message}")
+
+
+def _quadratic_warmup_has_no_floor(values: Values) -> Iterator[Finding]:
+    # A recipe of Axolotl's with both was trained down to 0, and its author may not know.
+    dropped = {
+        "cosine_min_lr_ratio": "the lowest rate",
+        "cosine_min_lr": "the lowest rate",
+        "cosine_constant_lr_ratio": "cosine_constant_lr_ratio",
+    }
+    for key, what in dropped.items():
+        if values["lr_quadratic_warmup"] and values[key]:
+            message = f"Axolotl drops {what} where the warmup is quadratic. Say which you mean: remove {key} or this."
+            yield Finding(("lr_quadratic_warmup",), message, ((key,),))
+            return
+
+
+def _floor_is_one_rate(values: Values) -> Iterator[Finding]:
+    rate, peak = values["cosine_min_lr"], values["learning_rate"]
+    if rate is not None and values["cosine_min_lr_ratio"]:
+        message = "cosine_min_lr_ratio and cosine_min_lr are both given: both say where the schedule ends. Remove one."
+        yield Finding(("cosine_min_lr",), message, (("cosine_min_lr_ratio",),))
+    elif rate is not None and rate > peak:
+        message = (
+            f"cosine_min_lr is {rate:g}, above learning_rate, {peak:g}: the schedule ends at it. Write a lower one."
+        )
+        yield Finding(("cosine_min_lr",), message, (("learning_rate",),))
 
 
 def _shape_takes_its_options(values: Values) -> Iterator[Finding]:
@@ -75,6 +102,16 @@ def _compiled_how(values: Values) -> Iterator[Finding]:
             yield Finding((key,), f"{key} has no effect without `torch_compile: true`. Add that, or remove this line.")
 
 
+def _offloaded_are_recomputed(values: Values) -> Iterator[Finding]:
+    fsdp = values["fsdp_config"]
+    recomputes = values["gradient_checkpointing"] or (fsdp is not None and fsdp.activation_checkpointing)
+    if values["activation_offloading"] and not recomputes:
+        message = (
+            "activation_offloading moves the inputs of layers that are recomputed. Add `gradient_checkpointing: true`."
+        )
+        yield Finding(("activation_offloading",), message)
+
+
 def _private_where(values: Values) -> Iterator[Finding]:
     if not values["hub_private_repo"] and values["hub_model_id"] is None:
         message = "hub_private_repo has no effect without hub_model_id. Add that, or remove this line."
@@ -89,10 +126,19 @@ RULES: tuple[Rule, ...] = (
     (("bf16", "fp16"), _one_precision),
     (("rampup_batch_size", "group_by_length", "max_steps"), _ramp_has_its_steps),
     one_of("embedding_lr", "embedding_lr_scale", "both say the rate of embeddings"),
-    (("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_scheduler"), _floor_is_cosines),
+    (
+        ("cosine_min_lr_ratio", "cosine_min_lr", "cosine_constant_lr_ratio", "lr_quadratic_warmup", "lr_scheduler"),
+        _floor_is_cosines,
+    ),
+    (("cosine_min_lr_ratio", "cosine_min_lr", "learning_rate"), _floor_is_one_rate),
+    (
+        ("lr_quadratic_warmup", "cosine_min_lr_ratio", "cosine_min_lr", "cosine_constant_lr_ratio"),
+        _quadratic_warmup_has_no_floor,
+    ),
     (("lr_scheduler", "lr_scheduler_kwargs", "learning_rate"), _shape_takes_its_options),
     (("generate_samples", "generate_prompt", "fsdp", "fsdp_config", "deepspeed"), _samples_need_the_full_model),
     (("torch_compile", "torch_compile_backend", "torch_compile_mode"), _compiled_how),
     (("hub_model_id", "hub_private_repo"), _private_where),
+    (("activation_offloading", "gradient_checkpointing", "fsdp_config"), _offloaded_are_recomputed),
     (("overwrite_output_dir", "resume_from_checkpoint"), _fresh_or_resumed),
 )

@@ -30,6 +30,8 @@ def given_notes(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
             yield (key,), "without effect: adapter is empty, so every weight is trained"
     if raw.get("lora_target_linear") is True and raw.get("lora_target_modules"):
         yield ("lora_target_modules",), "without effect: lora_target_linear adapts every linear layer"
+    if raw.get("hub_strategy") == "every_save" and not raw.get("hub_model_id"):
+        yield ("hub_strategy",), "without effect: hub_model_id does not say where to upload to"
     if not _has_held_out_rows(raw):
         missing = raw.get("val_set_size") is None  # templates say how often, and leave out of what
         for key in _evaluation_keys(raw):

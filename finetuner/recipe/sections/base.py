@@ -1,5 +1,6 @@
 """The base of every section, a frozen, strict, closed model, and field types that carry their unit."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +52,22 @@ Names = Annotated[tuple[str, ...], Strict(False)]  # a YAML list; its entries st
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Steps = Annotated[int, Field(ge=1), Unit("steps")]
+
+
+def _whole_from_one_on(value: Any) -> Any:
+    """5.0 -> 5; below 1 it is a part of all steps, and stays."""
+    if not isinstance(value, float) or not math.isfinite(value) or value < 1:
+        return value
+    if value != int(value):
+        raise PydanticCustomError("steps_or_part", "a whole number of steps, or a fraction of all steps below 1")
+    return int(value)
+
+
+StepsOrPart = Annotated[
+    Steps | Annotated[float, Field(gt=0.0, lt=1.0)],
+    BeforeValidator(_whole_from_one_on),
+    Unit("steps, or below 1 a fraction of all steps"),
+]
 StepsOrZero = Annotated[int, Field(ge=0), Unit("steps")]
 Rows = Annotated[int, Field(ge=1), Unit("rows")]
 TokenCount = Annotated[int, Field(ge=2), Unit("tokens")]

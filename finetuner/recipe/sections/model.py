@@ -57,6 +57,18 @@ class ModelSection(Section):
         "safetensors once, in dataset_prepared_path.",
     )
     trust_remote_code: Annotated[bool, FREE] = Field(False, description="Run Python code that comes with the model.")
+    overrides_of_model_config: Annotated[
+        dict[str, Any],
+        KeyFacts(
+            resume="must_match",
+            axolotl="there a key that the config lacks is set without a word",
+            aliases=("model_config",),
+        ),
+    ] = Field(
+        {},
+        description="Values of config.json that this run changes, such as rope_theta, rope_scaling or "
+        "attention_dropout: none that changes the weights' shapes.",
+    )
     attn_implementation: Annotated[
         Literal["auto", "eager", "sdpa", "flash_attention_2"],
         KeyFacts(
@@ -108,3 +120,6 @@ class TokenizerSection(Section):
         SpecialTokens(), description="Tokens with a role, by role."
     )
     tokens: Annotated[Names, MUST_MATCH] = Field((), description="Tokens added to the vocabulary.")
+    resize_token_embeddings_to_32x: Annotated[bool, MUST_MATCH] = Field(
+        False, description="Grow embedding and head to the next multiple of 32 rows above the tokenizer's tokens."
+    )

@@ -4,14 +4,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Positive, Section, Steps
+from finetuner.recipe.sections.base import Count, CountOrZero, DiskName, Positive, Section, Steps, StepsOrPart
 from finetuner.recipe.sections.facts import FREE, NOTED, ONLY_HERE, KeyFacts
 
 
 class EvaluationSection(Section):
     """Times at which the held-out loss is taken; if there are held-out rows, always after the last step."""
 
-    eval_steps: Annotated[Steps | None, FREE] = Field(None, description="Every so many steps.")
+    eval_steps: Annotated[StepsOrPart | None, FREE] = Field(
+        None, description="Every so many steps; below 1: every such part of all steps, rounded up."
+    )
     evals_per_epoch: Annotated[Count | None, FREE] = Field(None, description="So many times an epoch; default: once.")
     eval_strategy: Annotated[
         Literal["no", "steps", "epoch"] | None, KeyFacts(resume="free", aliases=("evaluation_strategy",))
@@ -36,7 +38,9 @@ class OutputSection(Section):
     overwrite_output_dir: Annotated[bool, KeyFacts(resume="free", axolotl=ONLY_HERE)] = Field(
         False, description="Delete what an earlier run wrote there, and start from the beginning."
     )
-    save_steps: Annotated[Steps | None, FREE] = Field(None, description="A checkpoint every so many steps.")
+    save_steps: Annotated[StepsOrPart | None, FREE] = Field(
+        None, description="A checkpoint every so many steps; below 1: every such part of all steps, rounded up."
+    )
     saves_per_epoch: Annotated[Count | None, FREE] = Field(
         None, description="So many checkpoints an epoch; default: one."
     )
@@ -63,15 +67,17 @@ class OutputSection(Section):
     hub_model_id: Annotated[str | None, FREE] = Field(
         None, min_length=1, description="Repository on the hub that the result is uploaded to, such as you/my-model."
     )
-    hub_strategy: Annotated[Literal["end"], FREE] = Field(
-        "end", description="The upload is of the result, when the run is done."
+    hub_strategy: Annotated[Literal["end", "every_save"], FREE] = Field(
+        "end",
+        description="end: the result, when the run is done; every_save: also the weights of each checkpoint, beside "
+        "the training, which a failing network does not stop.",
     )
     hub_private_repo: Annotated[bool, KeyFacts(resume="free", axolotl=ONLY_HERE)] = Field(
         True, description="Whether a repository that is made for it is private."
     )
     logging_steps: Annotated[
-        Steps, KeyFacts(resume="free", axolotl="there 500 by default in some versions; here 1")
-    ] = Field(1, description="A line in metrics.jsonl every so many steps.")
+        StepsOrPart, KeyFacts(resume="free", axolotl="there 500 by default in some versions; here 1")
+    ] = Field(1, description="A line in metrics.jsonl every so many steps, or every part of all steps.")
     device_peak_flops: Annotated[Positive | None, NOTED] = Field(
         None,
         description="FLOPs a second of one device in the number format it computes in, such as 312e12, which `mfu` in "

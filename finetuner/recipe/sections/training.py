@@ -69,7 +69,8 @@ class ScheduleSection(Section):
         ),
     ] = Field(description="Peak learning rate.")
     lr_scheduler: Annotated[ScheduleShape, KeyFacts(resume="noted", known_as=("scheduler",))] = Field(
-        "cosine", description="Shape after the warmup, by transformers' names."
+        "cosine",
+        description="Shape after the warmup, by transformers' names; rex: arXiv:2107.04197, as Axolotl has it.",
     )
     lr_scheduler_kwargs: Annotated[dict[str, int | float | str], NOTED] = Field(
         {}, description="What the shape takes, such as num_decay_steps of warmup_stable_decay, or lr_end of polynomial."
@@ -78,12 +79,23 @@ class ScheduleSection(Section):
     warmup_ratio: Annotated[
         Share | None, KeyFacts(resume="noted", axolotl="there rounded down in some versions; here up")
     ] = Field(None, description="The same, as a fraction of all steps.")
-    cosine_min_lr_ratio: Annotated[Share, NOTED] = Field(
-        0.0, description="Where the cosine ends, as a fraction of learning_rate."
+    lr_quadratic_warmup: Annotated[bool, NOTED] = Field(
+        False, description="The cosine's warmup rises with the square of the steps."
     )
+    cosine_min_lr_ratio: Annotated[Share, NOTED] = Field(
+        0.0, description="Where the cosine, or rex, ends, as a fraction of learning_rate."
+    )
+    cosine_min_lr: Annotated[
+        Rate | None, KeyFacts(resume="noted", axolotl="there read by no version known", aliases=("eta_min",))
+    ] = Field(None, description="The same, as a rate.")
     cosine_constant_lr_ratio: Annotated[Share | None, NOTED] = Field(
         None, description="When the cosine ends, as a fraction of all steps; the rate then stays at its floor."
     )
+
+    @property
+    def lowest_rate(self) -> float:
+        """The rate at the end of the cosine, as a fraction of learning_rate."""
+        return self.cosine_min_lr_ratio if self.cosine_min_lr is None else self.cosine_min_lr / self.learning_rate
 
 
 class RateGroup(Section):
@@ -178,4 +190,10 @@ class PrecisionSection(Section):
     tf32: Annotated[bool, NOTED] = Field(False, description="Let GPUs round fp32 matrix products to TF32.")
     gradient_checkpointing: Annotated[bool, KeyFacts(resume="noted", aliases=("gradient_checkpoint",))] = Field(
         False, description="Recompute activations: less memory, more time."
+    )
+    activation_offloading: Annotated[
+        bool, KeyFacts(resume="noted", axolotl="there also whole activations of adapters; here the layers' inputs")
+    ] = Field(
+        False,
+        description="Where activations are recomputed, keep the layers' inputs in host memory until the backward.",
     )
