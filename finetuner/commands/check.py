@@ -14,5 +14,7 @@ def check(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also what is accepted without effect.")] = False,
 ) -> None:
     """Print what is found in the recipe. Raises RecipeError with every mistake."""
-    for line in check_lines(recipe, overrides or [], verbose=verbose):
+    from finetuner.data.first_row import first_row_at_hand
+
+    for line in check_lines(recipe, overrides or [], verbose=verbose, first_row=first_row_at_hand):
         typer.echo(line)

@@ -13,8 +13,13 @@ def convert(
     foreign: Annotated[str, typer.Argument(help="A recipe of Axolotl, LLaMA-Factory or TRL.", show_default=False)],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; default: the screen.")] = None,
 ) -> None:
-    """Print the converted recipe, or write it to a new file. Raises RecipeError."""
-    result = converted(foreign)
+    """Print the converted recipe, or write it to a new file; notes go to stderr. Raises RecipeError."""
+    from finetuner.data.first_row import first_row_at_hand
+
+    result = converted(foreign, first_row=first_row_at_hand)
+    for note in result.notes:
+        if not note.quiet:
+            typer.echo(f"note: {note}", err=True)
     if out is None:
         typer.echo(result.text.rstrip())
     else:

@@ -9,7 +9,7 @@ from torch import nn
 from finetuner.errors import ModelError
 from finetuner.models.embeddings import is_tied
 from finetuner.recipe.problems import did_you_mean
-from finetuner.recipe.sections import AdapterSection
+from finetuner.recipe.sections.adapter import PEFT_DEFAULT, AdapterSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +38,8 @@ def choose_targets(model: "PreTrainedModel", section: AdapterSection) -> LoraTar
     """Find the recipe's targets in a model. Raises ModelError for a name, an expression or a block that matches
     nothing, and for layers that one adapter cannot have together."""
     names = None if section.lora_target_linear else section.lora_target_modules
+    if names == PEFT_DEFAULT or names == (PEFT_DEFAULT,):
+        names = default_targets(model)
     modules = target_modules(model, names)
     blocks = _blocks(section)
     if blocks is not None and modules == ALL_LINEAR:  # PEFT counts blocks only where layers have names
@@ -94,6 +96,23 @@ def target_modules(model: "PreTrainedModel", names: tuple[str, ...] | str | None
                 "lora_target_modules."
             )
     return names if isinstance(names, str) else list(names)
+
+
+def default_targets(model: "PreTrainedModel") -> tuple[str, ...] | str:
+    """Return the layers that PEFT adapts in this architecture when none are named: q_proj and v_proj of a Llama.
+
+    Raises ModelError for an architecture that PEFT has no default for.
+    """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    kind = str(model.config.model_type)
+    if kind not in DEFAULTS:
+        raise ModelError(
+            f"lora_target_modules is {PEFT_DEFAULT}, and PEFT has no default layers for the architecture '{kind}'.\n"
+            f"Name them: the model's linear layers are {', '.join(_endings(_adaptable(model)))}."
+        )
+    names = DEFAULTS[kind]
+    return names if isinstance(names, str) else tuple(names)
 
 
 def _require_a_linear_layer(name: str, linear: list[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from finetuner.errors import RecipeError
+from finetuner.recipe.foreign.rewriting import FirstRow, Rewriting, no_rows
 from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, Tool, tool_of
 from finetuner.recipe.foreign.translate import translate
 from finetuner.recipe.load import load, read_text, resolve
@@ -28,30 +29,37 @@ class Converted:
     notes: tuple[Note, ...]
 
 
-def convert(path: str | Path) -> Converted:
-    """Return our recipe for the one at `path`. Raises RecipeError with every key that blocks."""
+def convert(path: str | Path, *, first_row: FirstRow = no_rows) -> Converted:
+    """Return our recipe for the one at `path`. Raises RecipeError with every key that blocks.
+
+    `first_row`: looks at a dataset where the tool tells the kind of rows from their columns.
+    """
     document = parse_yaml(read_text(Path(path)), str(path))
     if not document.is_complete:
         raise RecipeError(render_problems(str(path), document.problems))
     tool = tool_of(document.values)
     given = list(document.values)
-    notes = translate(document, tool.meanings)
+    rewriting = Rewriting(document, first_row)
+    tool.rewrite(rewriting)
+    notes = rewriting.notes + translate(document, tool.meanings)
     _join_adapter_keys(document.values)
     said = dict(document.values)
-    defaults = {key: value for key, value in tool.defaults.items() if said.get(key) is None and _counts(key, said)}
+    silence = {**tool.defaults, **rewriting.defaults}
+    defaults = {key: value for key, value in silence.items() if said.get(key) is None and _counts(key, said)}
     document.values |= defaults
     loaded = resolve(document, notes, check_files=False)
-    return Converted(tool.name, _written(document, Path(path).name, tool, given, notes, defaults), loaded.notes)
+    text = _written(document, Path(path).name, tool, given, notes, defaults, rewriting.remarks)
+    return Converted(tool.name, text, loaded.notes)
 
 
-def check_lines(path: str, overrides: list[str], *, verbose: bool) -> Iterator[str]:
+def check_lines(path: str, overrides: list[str], *, verbose: bool, first_row: FirstRow = no_rows) -> Iterator[str]:
     """Yield the lines of `finetuner check`.
 
     Raises RecipeError with every mistake, or every foreign key that blocks.
     """
     tool = tool_of(parse_yaml(read_text(Path(path)), path).values)
     if tool is not AXOLOTL_TOOL:
-        converted = convert(path)
+        converted = convert(path, first_row=first_row)
         yield f"{path} is a recipe of {tool.name}:"
         yield from (f"  {note}" for note in converted.notes if verbose or not note.quiet)
         yield f"nothing blocks. Write it as a recipe of finetuner: finetuner convert {path} -o recipe.yml"
@@ -87,10 +95,18 @@ def _counts(key: str, said: Mapping[str, Any]) -> bool:
 
 
 def _written(
-    document: YamlDocument, name: str, tool: Tool, given: list[str], notes: list[Note], defaults: Mapping[str, Any]
+    document: YamlDocument,
+    name: str,
+    tool: Tool,
+    given: list[str],
+    notes: list[Note],
+    defaults: Mapping[str, Any],
+    remarks: list[str],
 ) -> str:
     """The text of the converted recipe. `given`: the keys of the file; `defaults`: what the tool does in silence."""
-    lines = [SCHEMA_LINE, f"# {name}, a recipe of {tool.name}, converted. Check it: finetuner check THIS_FILE", ""]
+    lines = [SCHEMA_LINE, f"# {name}, a recipe of {tool.name}, converted. Check it: finetuner check THIS_FILE"]
+    lines += [f"# NOTE: {remark}." for remark in remarks]
+    lines.append("")
     lines += _lines_of_the_file(document, given, defaults)
     if defaults:
         lines += ["", f"# what {tool.name} does when nothing is said"]

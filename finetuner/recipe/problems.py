@@ -68,7 +68,7 @@ class Note:
 
     def __str__(self) -> str:
         place = "" if self.origin is None else f"line {self.origin.line}: " if self.origin.line else f"{self.origin}: "
-        return f"{place}{', '.join(self.keys)} {self.message}"
+        return f"{place}{', '.join(self.keys)} {self.message}" if self.keys else f"{place}{self.message}"
 
 
 def grouped(notes: Iterable[Note]) -> tuple[Note, ...]:

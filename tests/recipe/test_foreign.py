@@ -257,10 +257,10 @@ def test_check_shows_what_maps_and_what_blocks_of_another_tools_recipe(recipe, c
 def test_convert_writes_nothing_when_a_key_blocks_and_never_over_a_file(recipe, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out.yml"
     with pytest.raises(SystemExit) as done:
-        main(["convert", str(recipe(TRL + "dataset_text_field: text\nno_such_key: 1\n")), "-o", str(out)])
+        main(["convert", str(recipe(TRL + "benchmarks: [gpqa]\nno_such_key: 1\n")), "-o", str(out)])
     assert done.value.code == 2
     err = capsys.readouterr().err
-    assert "dataset_text_field" in err
+    assert "'benchmarks' is not supported yet" in err
     assert "unknown key 'no_such_key'" in err
     assert not out.exists()
     out.write_text("mine")

@@ -108,9 +108,13 @@ class Translation:
             return
         elif value is not None and meaning.translate is not None:
             try:
-                self._replace(path, meaning.translate(value))
+                meant = meaning.translate(value)
             except (AttributeError, KeyError, TypeError):  # a number where the other tool has text, or the like
                 self.document.problems.append(Problem(f"'{key}' has a value that its tool would not take.", origin))
+            else:
+                del values[key]  # before ours are put in: `max_steps: -1` is a foreign key and one of ours
+                self._replace(path, meant)
+                return
         del values[key]
 
     def plugins(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from finetuner.recipe.problems import KeyPath
 from finetuner.recipe.rules.base import Finding, Rule, Values
+from finetuner.recipe.sections.adapter import PEFT_DEFAULT
 
 
 def _one_way_to_name_targets(values: Values) -> Iterator[Finding]:
@@ -24,7 +25,7 @@ def _one_way_to_choose_blocks(values: Values) -> Iterator[Finding]:
     if values["peft_layers_pattern"] is not None and blocks is None:
         message = "peft_layers_pattern has no effect without peft_layers_to_transform. Add that, or remove this."
         yield Finding(("peft_layers_pattern",), message)
-    if blocks is not None and isinstance(targets, str) and targets not in ("all-linear", "all_linear"):
+    if blocks is not None and isinstance(targets, str) and targets not in ("all-linear", "all_linear", PEFT_DEFAULT):
         message = "a regular expression in lora_target_modules already says which blocks. Remove one of the two."
         yield Finding(("peft_layers_to_transform",), message, (("lora_target_modules",),))
 

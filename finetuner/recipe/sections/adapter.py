@@ -7,6 +7,7 @@ from pydantic import Field, Strict
 from finetuner.recipe.sections.base import Chance, Count, CountOrZero, DiskName, Names, Section
 from finetuner.recipe.sections.facts import MUST_MATCH, KeyFacts
 
+PEFT_DEFAULT = "peft-default"  # the layers that PEFT adapts in an architecture when none are named
 LayerNumbers = Annotated[tuple[CountOrZero, ...], Strict(False)]
 ADAPTER_MUST_MATCH = KeyFacts(resume="must_match", needs="lora")
 
@@ -35,7 +36,8 @@ class AdapterSection(Section):
     ] = Field(
         None,
         description="Names of the layers to adapt, such as q_proj, or one regular expression that a layer's whole name "
-        "matches, or all-linear; default: every linear layer but the head.",
+        "matches, or all-linear, or peft-default: those that PEFT adapts when none are named, q_proj and v_proj of "
+        "most architectures; default: every linear layer but the head.",
     )
     lora_modules_to_save: Annotated[Names | None, ADAPTER_MUST_MATCH] = Field(
         None,

@@ -1,0 +1,153 @@
+"""TRL's keys that mean something only together: rows, adapter, template, packing, uploads, trackers, times.
+
+huggingface/trl 1.16.0: scripts/sft.py, trainer/sft_trainer.py, trainer/utils.py; alignment-handbook's and open-r1's
+configs.py for `chat_template`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from finetuner.recipe.foreign.rewriting import Rewriting
+from finetuner.recipe.foreign.trainers import (
+    rewrite_precision,
+    rewrite_schedule,
+    rewrite_times,
+    rewrite_trackers,
+    rewrite_uploads,
+)
+from finetuner.recipe.foreign.trl_rows import rewrite_rows
+
+_LORA_KEYS = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
+    "lora_task_type", "use_rslora", "use_dora",
+)  # fmt: skip
+_FOUR_BIT_KEYS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+
+
+def rewrite_trl(rewriting: Rewriting) -> None:
+    """Rewrite all of TRL's keys that depend on one another; those that are left mean something by themselves."""
+    _model_arguments(rewriting)
+    rewrite_rows(rewriting)
+    _template(rewriting)
+    _length_and_packing(rewriting)
+    _adapter(rewriting)
+    rewrite_precision(rewriting)
+    if rewriting.get("fp16") is not True and "bf16" not in rewriting.document.values:
+        rewriting.defaults["bf16"] = True
+    rewrite_schedule(rewriting)
+    rewrite_times(rewriting, logging_steps=10)
+    rewrite_uploads(rewriting)
+    rewrite_trackers(rewriting)
+    reason = "it would delete an earlier run here, and TRL goes on in the folder: write it yourself if that is meant"
+    rewriting.ignore("overwrite_output_dir", reason, loud=True)
+    _resume(rewriting)
+
+
+def _model_arguments(rewriting: Rewriting) -> None:
+    """Take the keys of model_init_kwargs for keys of the recipe, which they stand above there."""
+    block = rewriting.take("model_init_kwargs")
+    if block is None:
+        return
+    known = {"attn_implementation", "dtype", "torch_dtype", "revision", "trust_remote_code", "use_kernels", "use_cache"}
+    if not isinstance(block, dict) or set(block) - known:
+        name = sorted(set(block) - known)[0] if isinstance(block, dict) else block
+        rewriting.refuse(
+            "model_init_kwargs", f"model_init_kwargs: '{name}' is not supported yet: arguments of from_pretrained."
+        )
+        return
+    for key, value in block.items():
+        rewriting.put("model_revision" if key == "revision" else str(key), value, of="model_init_kwargs")
+
+
+def _template(rewriting: Rewriting) -> None:
+    """Rewrite a template that stands in the recipe or in a file, and the tokens with a role."""
+    text, path = rewriting.get("chat_template"), rewriting.take("chat_template_path")
+    if text is not None:
+        if isinstance(text, str) and "{" in text:
+            rewriting.put("chat_template_jinja", text, of="chat_template")
+            rewriting.put("chat_template", "jinja", of="chat_template", quiet=True)
+        else:
+            rewriting.refuse("chat_template", f"chat_template is {text!r:.60}, and not the text of a template.")
+    elif isinstance(path, str) and path.endswith((".jinja", ".j2")):
+        rewriting.put("chat_template_jinja", path, of="chat_template_path")
+        rewriting.put("chat_template", "jinja", of="chat_template_path", quiet=True)
+    elif path is not None:
+        rewriting.refuse("chat_template_path", _other_tokenizer(path))
+    tokens = {key: token for key in ("eos_token", "pad_token") if (token := rewriting.take(key, into="special_tokens"))}
+    if tokens:
+        rewriting.put("special_tokens", tokens, of=next(iter(tokens)), quiet=True)
+
+
+def _other_tokenizer(path: Any) -> str:
+    """The reason why another tokenizer's template is not taken, and what to write."""
+    file = Path(str(path)) / "chat_template.jinja"
+    named = f"'{file}'" if file.is_file() else "its chat_template.jinja"
+    return (
+        f"taking template, end-of-text and added tokens from another tokenizer ('{path}') is not supported yet. Write "
+        f"chat_template_path: {named}, and eos_token; name added tokens under `tokens` in the converted recipe."
+    )
+
+
+def _length_and_packing(rewriting: Rewriting) -> None:
+    """Rewrite how long rows may be, and what happens to longer ones."""
+    for key in ("max_length", "max_seq_length"):
+        if key in rewriting.document.values and rewriting.get(key) is None:
+            rewriting.refuse(
+                key, f"{key} is empty, which in TRL means rows of any length. Write the longest, in tokens."
+            )
+    strategy = rewriting.take("packing_strategy", "bfd")
+    splits = {"bfd": False, "ffd": False, "bfd_split": True, "bfd-requeue": True}
+    if not rewriting.get("packing"):
+        splits = dict.fromkeys([*splits, "wrapped"], False)
+    if strategy not in splits:
+        rewriting.refuse(
+            "packing_strategy",
+            f"packing_strategy: '{strategy}' is not supported yet: rows that are joined and cut wherever a pack ends. "
+            "Write bfd, which keeps rows whole, or bfd_split.",
+        )
+        return
+    rewriting.defaults["excess_length_strategy"] = "split" if splits[strategy] else "truncate"
+
+
+def _adapter(rewriting: Rewriting) -> None:
+    """Rewrite the adapter's keys, which mean nothing without use_peft, and the base's number format."""
+    if rewriting.get("use_peft") is not True:
+        for key in _LORA_KEYS:
+            rewriting.ignore(key, "use_peft is not true, so every weight is trained", loud=True)
+        if rewriting.get("load_in_4bit") or rewriting.get("load_in_8bit"):
+            key = "load_in_4bit" if rewriting.get("load_in_4bit") else "load_in_8bit"
+            rewriting.refuse(key, f"{key} is for a base under an adapter. Write `use_peft: true`, or remove it.")
+        rewriting.ignore("use_peft", "every weight is trained")
+    else:
+        rewriting.take("use_peft")
+        rewriting.put("adapter", "qlora" if rewriting.get("load_in_4bit") else "lora", of="use_peft")
+    _four_bits(rewriting)
+
+
+def _four_bits(rewriting: Rewriting) -> None:
+    """Rewrite the formats of a 4-bit base, which TRL quantizes once where ours is quantized twice by default."""
+    if rewriting.get("adapter") != "qlora":
+        for key in _FOUR_BIT_KEYS:
+            rewriting.ignore(key, "the base is not in 4 bits")
+        return
+    block: dict[str, Any] = {"bnb_4bit_use_double_quant": rewriting.take("use_bnb_nested_quant", default=False)}
+    for key in ("bnb_4bit_quant_type", "bnb_4bit_quant_storage"):
+        value = rewriting.take(key, into="bnb_config_kwargs")
+        block |= {key: value} if value is not None else {}
+    dtype = rewriting.get("dtype", rewriting.get("torch_dtype", "float32"))
+    if dtype in ("float32", "bfloat16", "float16"):
+        block["bnb_4bit_compute_dtype"] = dtype
+    if "use_bnb_nested_quant" in rewriting.given:
+        rewriting.put("bnb_config_kwargs", block, of="use_bnb_nested_quant")
+    else:
+        rewriting.defaults["bnb_config_kwargs"] = block
+    rewriting.remark("TRL keeps the adapter of a 4-bit base in bfloat16; its weights are fp32 here")
+
+
+def _resume(rewriting: Rewriting) -> None:
+    """Refuse a checkpoint of TRL's; true means the newest one, here as there."""
+    given = rewriting.get("resume_from_checkpoint")
+    if isinstance(given, str):
+        rewriting.refuse(
+            "resume_from_checkpoint", "a run cannot go on from another tool's checkpoint. Remove it, or write true."
+        )
