@@ -195,7 +195,7 @@ TEMPLATES: dict[str, ForeignTemplate] = {
     ),
     "opencoder": ForeignTemplate(_CHATML, "You are OpenCoder, created by OpenCoder Team."),
     "phi": ForeignTemplate(_PHI, end="<|end|>"),
-    "phi_small": ForeignTemplate(Shape(_PHI.user, _PHI.assistant, _PHI.system, prefix="<|endoftext|>"), end="<|end|>"),
+    "phi_small": ForeignTemplate(_PHI, end="<|end|>"),  # its prefix is written as nothing
     "phi4": ForeignTemplate(
         Shape(
             "<|im_start|>user<|im_sep|>{x}<|im_end|><|im_start|>assistant<|im_sep|>",
