@@ -195,7 +195,7 @@ def test_a_llama_factory_recipe_becomes_ours_with_its_own_defaults(recipe, tmp_p
     assert (made.batch.micro_batch_size, made.data.sequence_len, made.schedule.lr_scheduler) == (2, 1024, "cosine")
     assert (made.schedule.num_epochs, made.precision.gradient_checkpointing) == (3.0, True)  # its silence
     assert "# lora_rank: 8\nlora_r: 8\n" in result.text
-    assert "# template: without effect" in result.text
+    assert (made.adapter.lora_alpha, made.data.datasets[0].type) == (16, "instruction_chat")
 
 
 def test_a_trl_recipe_becomes_ours(recipe, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from finetuner.errors import RecipeError
 from finetuner.recipe.foreign.base import Foreign
 from finetuner.recipe.foreign.llama_factory import LLAMA_FACTORY, LLAMA_FACTORY_DEFAULTS
+from finetuner.recipe.foreign.llama_factory_groups import rewrite_llama_factory
 from finetuner.recipe.foreign.rewriting import Rewriting
 from finetuner.recipe.foreign.translate import MEANINGS
 from finetuner.recipe.foreign.trl import TRL, TRL_DEFAULTS
@@ -28,7 +29,7 @@ class Tool:
 
 
 AXOLOTL_TOOL = Tool("Axolotl", MEANINGS)
-LLAMA_FACTORY_TOOL = Tool("LLaMA-Factory", {**MEANINGS, **LLAMA_FACTORY}, LLAMA_FACTORY_DEFAULTS)
+LLAMA_FACTORY_TOOL = Tool("LLaMA-Factory", {**MEANINGS, **LLAMA_FACTORY}, LLAMA_FACTORY_DEFAULTS, rewrite_llama_factory)
 TRL_TOOL = Tool("TRL", {**MEANINGS, **TRL}, TRL_DEFAULTS, rewrite_trl)
 
 
@@ -54,6 +55,7 @@ _ONLY_TRL = {
 
 # Recipes of tools that are not read: the name, and whether these values are its.
 _OTHER_TOOLS: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
+    ("LLaMA-Factory's v1 engine", lambda v: "train_dataset" in v and "model" in v),
     ("torchtune", lambda v: any(isinstance(b, dict) and "_component_" in b for b in v.values())),
     ("NeMo AutoModel", lambda v: any(isinstance(b, dict) and "_target_" in b for b in v.values())),
     ("LitGPT", lambda v: "checkpoint_dir" in v and {"data", "train", "precision"} & set(v) != set()),
