@@ -11,6 +11,7 @@ from finetuner.recipe.rules import (
     scratch,
     sharding,
     streaming,
+    tokenizer,
     tracking,
     training,
 )
@@ -39,6 +40,7 @@ RULES: tuple[Rule, ...] = (
     *scratch.RULES,
     *data.RULES,
     *streaming.RULES,
+    *tokenizer.RULES,
     *guards.RULES,
     *sharding.RULES,
     *tracking.RULES,
