@@ -120,8 +120,10 @@ def _is_known(key: str) -> bool:
 
 
 def _kinds(key: str) -> str:
-    """The types that a key takes, in Python's words; none for the keys of blocks and for what is no key of ours."""
+    """The types that a key takes, in Python's words; none where any word may be its value."""
     if key == "verify":
         return "bool"
     ours = ALIASES.get(key, key)
-    return str(KEYS[ours][1].annotation) if ours in KEYS else ""
+    if ours in KEYS:
+        return str(KEYS[ours][1].annotation)
+    return "" if "." in key or key in MERGE_KEYS else "bool | str"  # another tool's word may be a flag

@@ -31,6 +31,7 @@ SPLIT = "split into several documents"
 SPLIT_IN_PART = "split, with parts left out that have nothing to learn or are too short"
 DUPLICATE = "equal to an earlier row"
 BY_WEIGHT = "left out by the weights of the datasets"
+WORDS = "with words like special tokens in their cells, which stay words (`type: completion` reads tokens)"
 OWN_ENDS = "with the begin or end of text that is added anyway: it is there once"
 
 # The rows that max_dropped_fraction bounds: cut and split rows are trained on, blank lines of a text are none, and
@@ -107,8 +108,18 @@ class DocumentMaker:
         return Texts(rows, [self._text(placed, outcomes) for placed in rows], outcomes)
 
     def tokenize(self, texts: Texts) -> list[Document]:
-        """Return a document for each row that is a text, in their order."""
-        return self.encoder.tokenize([text for text in texts.texts if isinstance(text, Rendered)])
+        """Return a document for each row that is a text, in their order.
+
+        A prompt that was rendered elsewhere, in a cell where its special tokens are words, joins the outcomes.
+        """
+        rows = [
+            (placed, text) for placed, text in zip(texts.rows, texts.texts, strict=True) if isinstance(text, Rendered)
+        ]
+        marked = self.encoder.tokenize_and_mark([text for _, text in rows])
+        for (placed, text), (_, has_words) in zip(rows, marked, strict=True):
+            if has_words and text.wraps:
+                texts.outcomes.append(Outcome(placed.file, placed.number, WORDS, 0))
+        return [document for document, _ in marked]
 
     def fit_to_length(self, texts: Texts, tokenized: Sequence[Document]) -> MadeDocuments:
         """Return the documents of rows, cut, split or dropped as the recipe says. `tokenized`: from `tokenize`."""

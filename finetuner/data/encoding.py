@@ -50,9 +50,13 @@ class Encoder:
 
         Raises DataError if a text is to be wrapped and there is no end-of-text.
         """
-        return [document for texts in _in_chunks(rendered) for document in self._tokenize(texts)]
+        return [document for document, _ in self.tokenize_and_mark(rendered)]
 
-    def _tokenize(self, rendered: Sequence[Rendered]) -> Iterator[Document]:
+    def tokenize_and_mark(self, rendered: Sequence[Rendered]) -> list[tuple[Document, bool]]:
+        """Return what `tokenize` does, and whether words that look like special tokens were cut out of each text."""
+        return [marked for texts in _in_chunks(rendered) for marked in self._tokenize(texts)]
+
+    def _tokenize(self, rendered: Sequence[Rendered]) -> Iterator[tuple[Document, bool]]:
         encoded = self._encode([one.text for one in rendered])
         spans = encoded.place_spans([one.spans for one in rendered])
         contents = encoded.place_spans([one.contents for one in rendered])
@@ -60,10 +64,12 @@ class Encoder:
         cuts = np.unique(np.concatenate([_straddled_borders(spans, encoded), words.reshape(-1)]))
         cut_documents = self._tokenize_in_pieces(rendered, encoded, cuts, words) if len(cuts) else {}
         labels = np.where(_tokens_inside(encoded, spans), encoded.ids, IGNORE_INDEX).astype(np.int32)
+        with_words = set((np.searchsorted(encoded.bases, words[:, 0], side="right") - 1).tolist())
         for i, (one, (start, stop)) in enumerate(zip(rendered, pairwise(encoded.borders.tolist()), strict=True)):
             document = cut_documents.get(i, (encoded.ids[start:stop], labels[start:stop]))
             # copies: a view would keep the arrays of all texts in memory
-            yield self._wrap(document) if one.wraps else (document[0].copy(), document[1].copy())
+            made = self._wrap(document) if one.wraps else (document[0].copy(), document[1].copy())
+            yield made, i in with_words
 
     def _wrap(self, document: Document) -> Document:
         begin, end = self._begin_and_end

@@ -13,7 +13,7 @@ END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
 
 
-def _byte_names() -> list[str]:
+def byte_names() -> list[str]:
     """Return, for each byte, the character that stands for it in a byte-level vocabulary.
 
     A printable byte stands for itself, the others for characters from 256 on, in the order of the bytes: GPT-2's
@@ -26,7 +26,7 @@ def _byte_names() -> list[str]:
 
 def write_byte_tokenizer(folder: Path) -> None:
     """Write a tokenizer of 257 tokens: token i is byte i, and 256 is end-of-text."""
-    tokenizer = Tokenizer(models.BPE(vocab={name: byte for byte, name in enumerate(_byte_names())}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={name: byte for byte, name in enumerate(byte_names())}, merges=[]))
     _make_byte_level(tokenizer)
     _write(tokenizer, folder)
 

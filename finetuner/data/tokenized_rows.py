@@ -41,7 +41,11 @@ def build_tokenizer(
 ) -> Vocabulary:
     """Return the recipe's tokenizer with its added tokens and its chat template. Raises FinetunerError."""
     name = resolve_tokenizer(section, data, world, report) or model.base_model
-    vocabulary = load_tokenizer(section, name, model.trust_remote_code, ends=data.eot_tokens or ())
+    entries = (*data.datasets, *data.test_datasets)
+    spaced = "mistral_v1" in (data.chat_template, *(entry.chat_template for entry in entries))
+    ends = data.eot_tokens or ()
+    vocabulary = load_tokenizer(section, name, model.trust_remote_code, ends=ends, spaced_template=spaced)
     tokenizer = vocabulary.tokenizer
-    tokenizer.chat_template = choose_template(data, tokenizer.chat_template)  # saved with the result
+    if not section.tokenizer_use_mistral_common:
+        tokenizer.chat_template = choose_template(data, tokenizer.chat_template)  # saved with the result
     return vocabulary

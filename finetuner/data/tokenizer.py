@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetuner.data.mistral_chat import mistral_chat_template
+from finetuner.data.tokenizer_files import find_vocabulary, load_vocabulary, require_mistral_file
 from finetuner.errors import ModelError
 from finetuner.recipe.sections import TokenizerSection
 
@@ -20,24 +22,28 @@ class Vocabulary:
 
 
 def load_tokenizer(
-    section: TokenizerSection, name: str, trust_remote_code: bool, *, ends: tuple[str, ...] = ()
+    section: TokenizerSection,
+    name: str,
+    trust_remote_code: bool,
+    *,
+    ends: tuple[str, ...] = (),
+    spaced_template: bool = False,
 ) -> Vocabulary:
     """Return the tokenizer of a hub id or folder, with the section's tokens added.
 
+    `spaced_template`: chats are written by a template that puts spaces behind special tokens itself, which a tokenizer
+    that is made of a SentencePiece file then does not.
     Added tokens among `ends`, which end turns, become special tokens, so that the same word in a row is ordinary text.
     Raises ModelError if there is no tokenizer, or none that can say which characters a token stands for.
     """
-    from transformers import AddedToken, AutoTokenizer
+    from transformers import AddedToken
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(_no_tokenizer_message(name, error)) from error
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"the tokenizer '{name}' ({type(tokenizer).__name__}) has no fast version, which is needed to find the "
-            "trained tokens of a row. Name another with `tokenizer: ...`."
-        )
+    if section.tokenizer_use_mistral_common:
+        file = require_mistral_file(name)
+        tokenizer = load_vocabulary(file, spaced_template=True)
+        tokenizer.chat_template = mistral_chat_template(file, tokenizer)
+    else:
+        tokenizer = _tokenizer_of(name, trust_remote_code, spaced_template)
     before = len(tokenizer)
     roles = {role: token for role, token in section.special_tokens.model_dump().items() if token is not None}
     if roles:
@@ -46,6 +52,28 @@ def load_tokenizer(
         tokenizer.add_tokens([AddedToken(one, normalized=False, special=one in ends) for one in section.tokens])
     tokenizer.padding_side = "right"
     return Vocabulary(tokenizer, tuple(range(before, len(tokenizer))))
+
+
+def _tokenizer_of(name: str, trust_remote_code: bool, spaced_template: bool) -> "PreTrainedTokenizerBase":
+    """The fast tokenizer of a hub id or folder. Raises ModelError if there is none."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    file = find_vocabulary(name)
+    if file is not None and not (trust_remote_code and "auto_map" in file.config):
+        return load_vocabulary(file, spaced_template=spaced_template)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if type(tokenizer).__name__ == "MistralCommonBackend":  # tekken.json beside tokenizer.json: it has no offsets
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(_no_tokenizer_message(name, error)) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer '{name}' ({type(tokenizer).__name__}) is written in Python and does not say which "
+            "characters a token stands for, which is needed to find the trained tokens of a row. Name a folder or hub "
+            "id with a tokenizer.json: `tokenizer: ...`."
+        )
+    return tokenizer
 
 
 def _no_tokenizer_message(name: str, error: Exception) -> str:

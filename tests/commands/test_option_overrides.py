@@ -45,6 +45,9 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         ["r.yml", "max_steps=1", "--max_steps=2", "max_steps=3"],
         ["r.yml", "max_steps=1", "max_steps=2", "max_steps=3"],
     ),
+    "another tool's flag": (["--use_peft", "r.yml"], ["r.yml", "use_peft=true"]),
+    "another tool's value": (["--dataset_name", "a/b", "r.yml"], ["r.yml", "dataset_name=a/b"]),
+    "a launcher's rank": (["--local_rank=0", "r.yml"], ["r.yml", "local_rank=0"]),
     "plain words": (["r.yml", "learning_rate=1e-4"], ["r.yml", "learning_rate=1e-4"]),
 }
 

@@ -11,7 +11,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.chat_templates import TEMPLATES
-from finetuner.data.documents import OWN_ENDS
+from finetuner.data.documents import OWN_ENDS, WORDS
 from finetuner.data.formats.base import Rendered
 from finetuner.data.prepare import prepare_documents
 from finetuner.data.prepared_data import PreparedData
@@ -115,7 +115,17 @@ def test_struck_out_text_of_html_stays_words(tokenizer: PreTrainedTokenizerBase,
         assert decoded(tokenizer, ids[1:-1]) == row["prompt"] + row["completion"]
         assert trained_texts(tokenizer, ids, labels) == [row["completion"] + EOS]
         assert (ids == tokenizer.bos_token_id).sum() == 1 == (ids == tokenizer.eos_token_id).sum()
-    assert not prepared.counts
+    assert prepared.counts == {WORDS: 2}  # and said
+
+
+def test_a_rendered_prompt_in_a_cell_whose_tokens_are_words_is_said(tokenizer_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    row = {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "completion": "yes"}
+    prepared = prepare(tokenizer, tmp_path, [row, {"prompt": "a", "completion": "b"}], "prompt_completion")
+    assert prepared.counts == {WORDS: 1} and len(prepared.train) == 2
+    assert tokenizer.convert_tokens_to_ids("<|im_start|>") not in prepared.train.document(0)[0].tolist()
+    text = {"text": row["prompt"] + row["completion"]}  # the type that reads tokens
+    assert not prepare(tokenizer, tmp_path, [text], "completion").counts
 
 
 def test_without_a_begin_of_the_tokenizer_the_one_of_a_text_stays(tokenizer_folder: Path, tmp_path: Path) -> None:

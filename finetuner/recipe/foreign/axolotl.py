@@ -246,7 +246,6 @@ AXOLOTL: dict[str, Foreign] = {
     ),
     "overrides_of_model_kwargs": blocked("free-form arguments of from_pretrained"),
     "cls_model_config": blocked("a config class of your own", "Remove it: the model's config names its class."),
-    "tokenizer_use_mistral_common": blocked("mistral-common's tokenizer", "Remove it: the model's own is used."),
     "added_tokens_overrides": blocked("renaming reserved tokens", "Add tokens with `tokens`."),
     "fix_untrained_tokens": blocked("mending untrained tokens"),
     "peft": blocked("LoftQ and torchao adapters", "Remove it; `adapter: qlora` quantizes with bitsandbytes."),

@@ -12,6 +12,7 @@ from finetuner.recipe.rules import (
     scratch,
     sharding,
     streaming,
+    tokenizer,
     tracking,
     training,
 )
@@ -43,6 +44,7 @@ RULES: tuple[Rule, ...] = (
     *model_config.RULES,
     *data.RULES,
     *streaming.RULES,
+    *tokenizer.RULES,
     *guards.RULES,
     *sharding.RULES,
     *tracking.RULES,

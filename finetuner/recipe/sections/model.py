@@ -116,6 +116,11 @@ class TokenizerSection(Section):
         description="Hub id or folder of the tokenizer; default: base_model's own. For a model from scratch also byte "
         "(256 of them), char (the characters of the datasets), or a block `train`, for a new BPE.",
     )
+    tokenizer_use_mistral_common: Annotated[bool, MUST_MATCH] = Field(
+        False,
+        description="Read tekken.json or tokenizer.model, and write chats, as mistral-common does, which has to be "
+        "installed. For text; tools follow a chat_template.",
+    )
     special_tokens: Annotated[SpecialTokens, MUST_MATCH] = Field(
         SpecialTokens(), description="Tokens with a role, by role."
     )
