@@ -1,6 +1,8 @@
 """From dataset entries to the batches of a step; each line of this list needs only those above it.
 
-rows        source_files, row_files, fetch, remote_files; sources (all rows), streaming_source (from any row on)
+rows        raw_records, json_values, json_rows, csv_rows, file_heads, unpacking, row_files: one file, row by row
+            fetch, remote_files, folder_files, source_files: which files; table_rows, row_layouts: checks of rows
+            sources (all rows of an entry), streaming_source (from any row on)
 texts       formats, messages, chat_templates, template_sandbox, template_spans, chat_renderer, pretokenized
 tokens      tokenizer, new_tokenizers, encoding, fastokens_backend, documents, token_store, token_store_writer
 data sets   prepare, mixture, packing, prepared_data, cache (prepared once), row_stream (while training)

@@ -6,6 +6,7 @@ of parsing. A file is never held in memory, except for a text that is one row.
 """
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -81,7 +82,8 @@ class RowFile:
         return sum(1 for _ in self.records())
 
     def _named(self, error: RowFileError) -> RowFileError:
-        return RowFileError(f"{self.name}: {error}.")
+        what, line_break, advice = str(error).partition("\n")
+        return RowFileError(f"{self.name}: {what}{line_break}{advice.replace(' FILE', f' {shlex.quote(self.name)}')}.")
 
 
 def local_file(path: Path, kind: FileKind, messages: MessageLists | None = None) -> RowFile:

@@ -157,9 +157,9 @@ def test_a_zip_archive_of_something_else_is_named(tmp_path: Path, members: dict[
     ("name", "data", "keys", "expected"),
     [
         ("rows.jsonl.7z", b"7z\xbc\xaf\x27\x1c" + b"\0" * 40, {}, "packed with 7-Zip.\nUnpack it: 7z x FILE"),
-        ("rows.rar", b"Rar!\x1a\x07\x01\0" * 9, {"ds_type": "json"}, "unrar x FILE"),
+        ("rows.rar", b"Rar!\x1a\x07\x01\0" * 9, {"ds_type": "json"}, "Unpack it: unrar x "),
         ("rows.jsonl.tar.gz", None, {}, "tar archive.\nUnpack it: tar xf FILE"),
-        ("rows.tar", None, {"ds_type": "json"}, "tar xf FILE"),
+        ("rows.tar", None, {"ds_type": "json"}, "Unpack it: tar xf /"),
         ("rows.json", b"PAR1" + b"\0" * 50, {}, "Parquet file.\nWrite `ds_type: parquet`"),
         ("rows.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n", {}, "git lfs pull"),
         ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n", {}, "git lfs pull"),

@@ -138,16 +138,23 @@ Roles = dict[str, Annotated[tuple[str, ...], Strict(False)]]
 class DatasetEntry(Section):
     """One source of rows."""
 
-    path: DiskName = Field(min_length=1, description="A file, a folder, or a hub id.")
+    path: DiskName = Field(
+        min_length=1,
+        description="A file, a folder, an address or a hub id; or json, csv, text, parquet or arrow with data_files.",
+    )
     type: RowType = Field(
         None,
         description=" ".join(f"{name}: {row_type.meaning}." for name, row_type in ROW_TYPES.items())
         + " A block of field_* and format keys: your own. Left out: rows of tokens (input_ids, labels).",
     )
     split: str = Field("train", description="Which split of the dataset, or a slice of it such as train[:10%].")
-    name: str | None = Field(None, description="Which configuration of a hub dataset.")
+    name: str | None = Field(
+        None, description="Which configuration of a hub dataset, or of a clone whose README.md names some."
+    )
     revision: str | None = Field(None, description="Which commit, branch or tag of a hub dataset.")
-    data_files: DiskName | Names | None = Field(None, description="Which files of a folder or hub dataset.")
+    data_files: DiskName | Names | None = Field(
+        None, description="Which files of a folder or hub dataset; names or patterns."
+    )
     ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = Field(
         None, description="What is in the files; default: what their names end with."
     )
