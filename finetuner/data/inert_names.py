@@ -34,7 +34,9 @@ _INERT_FORM = re.compile(
 # Thoughts under names that no template reads.
 OTHER_THOUGHTS = r"thoughts?|think|thinking_content|cot|chain_of_thought|rationale|scratchpad|reasoning_\w+"
 # Of such a form, and they say something.
-_NOT_INERT = frozenset({"function_name", "tool_name", "character_name", "user_name", "assistant_name", "bot_name"})
+_NOT_INERT = re.compile(
+    r"(function|tool|character|persona|speaker|user|assistant|bot|role|player)_name|(reward|world)_model|instruction_type"
+)
 
 
 def snake_case(name: str) -> str:
@@ -45,7 +47,7 @@ def snake_case(name: str) -> str:
 def is_inert(name: str) -> bool:
     """Whether a column or key of this name holds nothing that a model would learn from."""
     snake = snake_case(name)
-    if snake in _NOT_INERT or is_media(snake):
+    if _NOT_INERT.fullmatch(snake) or is_media(snake):
         return False
     return snake in INERT or _INERT_FORM.match(snake) is not None or name.startswith("Unnamed:")
 
