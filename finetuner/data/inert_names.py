@@ -53,8 +53,8 @@ def is_inert(name: str) -> bool:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell says nothing: null, "", [] or {}, or one that holds only such."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    """Whether a cell says nothing: null, "", [] or {}, or one that holds only such, or is the JSON of one."""
+    if value is None or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")):
         return True
     if isinstance(value, Mapping):
         return all(is_empty(inner) for inner in value.values())

@@ -80,22 +80,25 @@ class InstructionFormat(Section):
     @property
     def input_column(self) -> str | None:
         """Column of the input; None if the default name of it is the instruction's or the answer's column."""
-        return None if self.field_input in (self.field_instruction, self.field_output) else self.field_input
+        is_other = self.field_input in (self.field_instruction, self.field_output)
+        return None if is_other or not self.field_input else self.field_input
 
     @property
     def system_column(self) -> str | None:
         """Column of the system text; None if the default name of it is another text's column."""
         others = (self.field_instruction, self.field_input, self.field_output)
-        return None if self.field_system in others else self.field_system
+        return None if self.field_system in others or not self.field_system else self.field_system
 
 
 class MessageProperties(Section):
-    """Names of the keys of a message."""
+    """Names of the keys of a message. Those that are left out have these names themselves."""
 
     role: str = Field("role", min_length=1, description="Who speaks.")
     content: str = Field("content", min_length=1, description="What is said.")
     reasoning_content: str | None = Field(None, min_length=1, description="What was thought before it.")
     tool_calls: str | None = Field(None, min_length=1, description="The tools that are called.")
+    tool_call_id: str | None = Field(None, min_length=1, description="Which call a tool answers.")
+    name: str | None = Field(None, min_length=1, description="The name of who speaks, such as a tool's.")
 
 
 def _is_block(value: Any) -> str:
