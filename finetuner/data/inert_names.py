@@ -23,16 +23,20 @@ INERT = frozenset({
     "tokens_count", "length", "len", "size", "turn", "turns", "perplexity", "ppl", "toxicity", "toxic", "redacted",
     "moderation", "hashed_ip", "finish_reason", "finish_reasons", "usage", "latency", "parallel_tool_calls",
     "token_type_ids", "special_tokens_mask", "skip_prompt_formatting", "used_in_training", "file_extension",
+    "crawl", "added", "attributes",
 })  # fmt: skip
-_INERT_ENDING = re.compile(
-    r"(.*_(id|uuid|guid|hash|sha|sha1|sha256|md5|url|uri|at|date|time|timestamp|source|language|lang|license|score|"
-    r"rating|idx|index|split|version|count|name|path|metadata|meta|category|type|moderation|model)|(num|n|nr)_.*|"
-    r"unnamed: ?\d+|__index_level_\d+__)\Z"
+_INERT_FORM = re.compile(
+    r"(.*_(id|uuid|guid|hash|sha|sha1|sha256|hexsha|md5|url|uri|at|date|time|datetime|timestamp|source|language|lang|"
+    r"licenses?|score|rating|idx|index|split|version|count|name|path|filename|metadata|meta|category|type|moderation|"
+    r"model|length|offset|fraction|ratio|stars)|"
+    r"(num|n|nr|max|min|avg|mean|total)_.*|unnamed: ?\d+|__index_level_\d+__)\Z"
 )
 # Thoughts under names that no template reads.
 OTHER_THOUGHTS = r"thoughts?|think|thinking_content|cot|chain_of_thought|rationale|scratchpad|reasoning_\w+"
-# Endings that would make these inert, which say what is trained on.
-_NOT_INERT = frozenset({"function_name", "tool_name", "character_name", "user_name", "assistant_name", "bot_name"})
+# Of such a form, and they say something.
+_NOT_INERT = re.compile(
+    r"(function|tool|character|persona|speaker|user|assistant|bot|role|player)_name|(reward|world)_model|instruction_type"
+)
 
 
 def snake_case(name: str) -> str:
@@ -43,14 +47,14 @@ def snake_case(name: str) -> str:
 def is_inert(name: str) -> bool:
     """Whether a column or key of this name holds nothing that a model would learn from."""
     snake = snake_case(name)
-    if snake in _NOT_INERT or is_media(snake):
+    if _NOT_INERT.fullmatch(snake) or is_media(snake):
         return False
-    return snake in INERT or _INERT_ENDING.match(snake) is not None or name.startswith("Unnamed:")
+    return snake in INERT or _INERT_FORM.match(snake) is not None or name.startswith("Unnamed:")
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell says nothing: null, "", [] or {}, or one that holds only such."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    """Whether a cell says nothing: null, "", [] or {}, or one that holds only such, or is the JSON of one."""
+    if value is None or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")):
         return True
     if isinstance(value, Mapping):
         return all(is_empty(inner) for inner in value.values())

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _THOUGHTS = re.compile(OTHER_THOUGHTS)
+_WHOLE_MESSAGES = re.compile(
+    r"\b(messages?|msg|m)(\[[^]]*\])?\s*(\|\s*(tojson|string|items|dictsort)|\.(items|keys|values)\()"
+)
 # Inert in a message where the template does not read them: who spoke, which call is answered, a chat log's facts.
 _INERT = frozenset({"name", "tool_call_id", "state", "header", "turn_identifier", "status", "role_name", "parent"})
 
@@ -31,43 +34,46 @@ class MessageKeys:
     _found: dict[tuple[str, str, str], bool] = field(default_factory=dict)  # (template, key, role) -> it is read
 
     def settle(self, conversation: Conversation) -> tuple[Conversation, tuple[str, ...]]:
-        """Return the conversation with the further keys that its template reads, and the names of those left out.
+        """Return the conversation with the further keys that its template may read, and the names of those left out.
 
         Raises DataError if one is left out that holds something and is not inert.
         """
         messages, text = conversation.messages, str(self.tokenizer.get_chat_template(tools=conversation.tools))
-        drop: set[tuple[int, str]] = set()
-        ignored = []
+        unknown, ignored = set(), []
         for key in sorted(conversation.extras):
-            holders = [i for i, message in enumerate(messages) if key in message]
-            says_something = [i for i in holders if not is_empty(messages[i][key])]
-            if is_media(key) and says_something and not self.ignores_all:
+            says_something = [i for i, message in enumerate(messages) if not is_empty(message.get(key))]
+            if says_something and is_media(key) and not self.ignores_all:
                 raise DataError(_refusal(says_something[0], key, messages[says_something[0]][key]))
             can_go = self.ignores_all or key in _INERT or is_inert(key)
-            unread = [i for i in holders if not self._is_read(text, conversation, i, key, once=can_go)]
-            lost = [i for i in unread if i in says_something]
+            is_mentioned = self._is_mentioned(text, key)
+            lost = [
+                i
+                for i in says_something
+                if not (is_mentioned and self._is_read(text, conversation, i, key, once=can_go))
+            ]
             if lost and not can_go:
                 raise DataError(_refusal(lost[0], key, messages[lost[0]][key]))
-            drop |= {(i, key) for i in unread}
             ignored += [f"messages[].{key}"] if lost else []
-        if not drop:
-            return conversation, ()
-        left: Messages = [
-            {key: value for key, value in message.items() if (i, key) not in drop} for i, message in enumerate(messages)
-        ]
+            unknown |= set() if is_mentioned else {key}
+        if not unknown:
+            return conversation, tuple(ignored)
+        left: Messages = [{key: value for key, value in one.items() if key not in unknown} for one in messages]
         keys = set().union(*left)
         return replace(conversation, messages=left, plain=keys <= {"role", "content", "name"}), tuple(ignored)
+
+    def _is_mentioned(self, text: str, key: str) -> bool:
+        """Whether the template `text` has a word that may stand for this key; without one it cannot write it."""
+        if (text, key) not in self._mentioned:
+            word = re.escape(key)
+            found = re.search(rf"\.\s*{word}\b|(['\"]){word}\1", text) or _WHOLE_MESSAGES.search(text)
+            self._mentioned[text, key] = found is not None
+        return self._mentioned[text, key]
 
     def _is_read(self, text: str, conversation: Conversation, turn: int, key: str, *, once: bool) -> bool:
         """Whether the template `text` writes another text without this key of message `turn`.
 
         once: an answer for one message is taken for all of the same role, since no harm is done if it is inert.
         """
-        if (text, key) not in self._mentioned:
-            word = re.escape(key)
-            self._mentioned[text, key] = re.search(rf"\.\s*{word}\b|(['\"]){word}\1", text) is not None
-        if not self._mentioned[text, key]:
-            return False
         known = self._found.get((text, key, conversation.messages[turn]["role"]))
         if known or (known is False and once):
             return known

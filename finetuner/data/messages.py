@@ -76,7 +76,12 @@ class MessageReader:
         names = entry.message_property_mappings
         left_out = frozenset(entry.unused_names)
         own_flag = (entry.message_field_training,) if entry.message_field_training is not None else ()
-        mapped = {key: dict(names)[key] for key in ("reasoning_content", "tool_calls", "tool_call_id", "name")}
+        mapped = {
+            "reasoning_content": names.reasoning_content,
+            "tool_calls": names.tool_calls,
+            "tool_call_id": names.tool_call_id,
+            "name": names.name,
+        }
 
         def unless_left_out(column: str) -> str | None:
             return None if column in left_out else column

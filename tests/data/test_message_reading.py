@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.rendering import SHAREGPT, refusal_of, render_row, trained_parts
+from support.rendering import SHAREGPT, make_maker, refusal_of, render_row, render_with, trained_parts
 from support.rows import write_rows
 from support.templates import chat, learn, trained_texts
 from support.tiny import CHATML
@@ -272,6 +272,25 @@ def test_a_key_that_the_template_writes_is_given_to_it(tokenizer: PreTrainedToke
     assert one.text.startswith("<|im_start|>user happily\na") and one.ignored == ()
     tokenizer.chat_template = CHATML + "{# .mood #}"
     assert "message 0 has the key 'mood'" in refusal_of(tokenizer, row), "a word in a comment writes nothing"
+
+
+def test_a_template_that_writes_messages_as_a_whole_gets_all_their_keys(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = CHATML + "{{ messages | tojson }}"
+    row = chat("a", "b")
+    row["messages"][0]["mood"] = "happy"
+    assert "does not write every message once" in refusal_of(tokenizer, row), "and not: 'mood' is left out"
+
+
+def test_a_name_that_a_template_writes_now_and_then_is_always_given(tokenizer: PreTrainedTokenizerBase) -> None:
+    name = "{% if message.name and message.name != 'Ann' %}{{ ' ' + message.name }}{% endif %}"
+    tokenizer.chat_template = CHATML.replace("+ message['role'] +", "+ message['role'] }}" + name + "{{")
+    maker = make_maker(tokenizer, "chat_template")
+    texts = []
+    for said in ("Ann", "Bob"):
+        row = chat("a", "b")
+        row["messages"][0]["name"] = said
+        texts.append(render_with(maker, row).text.splitlines()[0])
+    assert texts == ["<|im_start|>user", "<|im_start|>user Bob"]
 
 
 def test_an_empty_answer_is_learned_as_its_end(tokenizer: PreTrainedTokenizerBase) -> None:

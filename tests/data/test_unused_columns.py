@@ -169,6 +169,7 @@ def test_a_rows_own_template_values_are_the_templates(tokenizer: PreTrainedToken
     tokenizer.chat_template = "{{ tone | default('') }}" + CHATML
     with_tone = render_row(tokenizer, {**row, "chat_template_kwargs": {"tone": "warm"}})
     assert with_tone.text == "warm" + render_row(tokenizer, row).text
+    assert render_row(tokenizer, {**row, "chat_template_kwargs": '{"tone": "warm"}'}).text == with_tone.text
     recipe = {"chat_template_kwargs": {"tone": "cold"}}
     assert render_row(tokenizer, row, data=recipe).text.startswith("cold")
     assert render_row(tokenizer, {**row, "chat_template_kwargs": {"tone": "warm"}}, data=recipe).text == with_tone.text

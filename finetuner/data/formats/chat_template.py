@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetuner.data.chat_renderer import ChatRenderer, build_chat_renderer
 from finetuner.data.formats.base import Rendered, Renderer, kind_of
+from finetuner.data.inert_names import is_empty
 from finetuner.data.message_keys import MessageKeys
 from finetuner.data.messages import Conversation, MessageReader, only_last_turn
 from finetuner.data.row_files import Row
+from finetuner.data.tool_calls import parsed_json
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection, DatasetEntry
 
@@ -52,7 +54,7 @@ class ChatRows:
             conversation = only_last_turn(conversation)
         form, ignored = self.usual, conversation.ignored
         kwargs = row.get(KWARGS)
-        if kwargs and KWARGS not in self.entry.unused_names:
+        if not is_empty(kwargs) and KWARGS not in self.entry.unused_names:
             form, unread = self._form_of_row(kwargs)
             ignored += unread
         if conversation.extras:
@@ -74,6 +76,8 @@ class ChatRows:
 
     def _form_of_row(self, kwargs: Any) -> tuple[_Form, tuple[str, ...]]:
         """Return the rendering with a row's own variables, and the names of those that its template does not know."""
+        if isinstance(kwargs, str):
+            kwargs = parsed_json(kwargs, f"column '{KWARGS}'")
         if not isinstance(kwargs, dict):
             raise DataError(
                 f"column '{KWARGS}' holds {kind_of(kwargs)}, but must be an object of the template's values"
