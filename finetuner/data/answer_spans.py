@@ -17,11 +17,11 @@ from finetuner.data.template_outline import (
     Run,
     Shape,
     TurnPlan,
+    describe_left_out_call,
     find_runs,
     local_messages,
     place_of,
     require_all_written,
-    require_calls_written,
     text_between,
     without_content,
 )
@@ -46,6 +46,7 @@ class AnswerFinder:
         """Return the outline of messages. Raises DataError if the template refuses them, or leaves one of them out."""
         written = write_stand_ins(self.template, stand_ins.messages, tools, stand_ins.prefix)
         left_out = require_all_written(stand_ins, written)
+        left_out_calls = ""
         shape = Shape(stand_ins.messages, tools, stand_ins.prefix, written)
         turns = []
         for turn, message in enumerate(shape.messages):
@@ -54,7 +55,10 @@ class AnswerFinder:
             except DataError as error:
                 plan = TurnPlan(problem=str(error))
             turns.append(plan)
-        return Outline(written, tuple(turns), left_out)
+            own = "".join(text_between(written, start, stop) for start, stop in plan.segments)
+            if not plan.problem and not left_out_calls:
+                left_out_calls = describe_left_out_call(turn, message, own)
+        return Outline(written, tuple(turns), left_out, left_out_calls)
 
     def _other(self, shape: Shape, turn: int) -> TurnPlan:
         """Return the plan of a turn that is no answer: its text, and the token behind it."""
@@ -77,7 +81,6 @@ class AnswerFinder:
             start = Border(run.literal, self._given_size(shape, before, run, literals[run.literal]))
             plan = self._end(shape, turn, run, start.offset)
             segments.append((start, plan.segments[0][1]))
-        require_calls_written(turn, shape.messages[turn], "".join(text_between(shape.written, *s) for s in segments))
         return TurnPlan(tuple(segments), plan.ending, plan.added, no_ending=plan.no_ending)
 
     # --- where an answer begins ---
@@ -97,8 +100,8 @@ class AnswerFinder:
             at = literal.rfind(asking)
             if (
                 at >= 0
-                and not asking.isspace()
-                and self.endings.num_shared(self._asking + "\0", asking + "\1") == length
+                and asking.strip() not in ("", self._opening)
+                and not self.endings.cuts_token(self._asking, length)
             ):
                 return at + length
         if found is not None:
@@ -213,7 +216,8 @@ class AnswerFinder:
         found_end = self.endings.leading(region) if run.last is not None and not has_calls else None
         if found_end is None or not found_end.ending:
             found_end = self.endings.last(region, one=has_calls)
-        if found_end.ending:
+        # behind a call's arguments, which may hold such a token as well
+        if found_end.ending and (found_end.at == 0 or not region[found_end.at + len(found_end.ending) :].strip()):
             return _plan(k, begin + found_end.at, found_end.ending)
         if not is_whole and (other := self._other_end(literal[stop:])):
             return _plan(k, stop, other)
