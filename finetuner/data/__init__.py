@@ -2,7 +2,7 @@
 
 rows        source_files, row_files, fetch, remote_files; sources (all rows), streaming_source (from any row on)
 texts       formats, messages, chat_templates, pretokenized; of a chat: template_sandbox, template_spans, turn_endings,
-            tool_arguments, template_outline, answer_spans, chat_renderer
+            tool_arguments, template_outline, conversation_tails, answer_spans, chat_renderer
 tokens      tokenizer, new_tokenizers, encoding, fastokens_backend, documents, token_store, token_store_writer
 data sets   prepare, mixture, packing, prepared_data, cache (prepared once), row_stream (while training)
 inputs      tokenizer_source, tokenized_rows: the tokenizer and the prepared rows of a recipe
