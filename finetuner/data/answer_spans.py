@@ -7,9 +7,9 @@ and what they say holds wherever the template's own text there is the same.
 """
 
 from collections.abc import Hashable
-from functools import cached_property
 from typing import Any
 
+from finetuner.data.conversation_tails import ConversationTails, remember
 from finetuner.data.messages import Messages
 from finetuner.data.template_outline import (
     Border,
@@ -17,16 +17,16 @@ from finetuner.data.template_outline import (
     Run,
     Shape,
     TurnPlan,
+    describe_left_out_call,
     find_runs,
     local_messages,
     place_of,
     require_all_written,
-    require_calls_written,
     text_between,
     without_content,
 )
 from finetuner.data.template_sandbox import ChatTemplate
-from finetuner.data.template_spans import CONTENT, MARK_ANSWERS, Piece, StandIns, stand_in, write_stand_ins
+from finetuner.data.template_spans import MARK_ANSWERS, StandIns, write_stand_ins
 from finetuner.data.turn_endings import TurnEndings
 from finetuner.errors import DataError
 
@@ -39,13 +39,14 @@ class AnswerFinder:
 
     def __init__(self, template: ChatTemplate, endings: TurnEndings) -> None:
         self.template, self.endings = template, endings
-        self._tails: dict[Hashable, str | None] = {}  # kind of place -> text behind the last message's; None: refused
-        self._sizes: dict[Hashable, int] = {}  # kind of place and literal -> characters of it that are also there
+        self.tails = ConversationTails(template, endings)
+        self._closings: dict[Hashable, int] = {}  # kind of place and text behind the last answer -> its end's length
 
     def find(self, stand_ins: StandIns, tools: list[Any] | None) -> Outline:
         """Return the outline of messages. Raises DataError if the template refuses them, or leaves one of them out."""
         written = write_stand_ins(self.template, stand_ins.messages, tools, stand_ins.prefix)
         left_out = require_all_written(stand_ins, written)
+        left_out_calls = ""
         shape = Shape(stand_ins.messages, tools, stand_ins.prefix, written)
         turns = []
         for turn, message in enumerate(shape.messages):
@@ -54,7 +55,10 @@ class AnswerFinder:
             except DataError as error:
                 plan = TurnPlan(problem=str(error))
             turns.append(plan)
-        return Outline(written, tuple(turns), left_out)
+            own = "".join(text_between(written, start, stop) for start, stop in plan.segments)
+            if not plan.problem and not left_out_calls:
+                left_out_calls = describe_left_out_call(turn, message, own)
+        return Outline(written, tuple(turns), left_out, left_out_calls)
 
     def _other(self, shape: Shape, turn: int) -> TurnPlan:
         """Return the plan of a turn that is no answer: its text, and the token behind it."""
@@ -77,28 +81,27 @@ class AnswerFinder:
             start = Border(run.literal, self._given_size(shape, before, run, literals[run.literal]))
             plan = self._end(shape, turn, run, start.offset)
             segments.append((start, plan.segments[0][1]))
-        require_calls_written(turn, shape.messages[turn], "".join(text_between(shape.written, *s) for s in segments))
         return TurnPlan(tuple(segments), plan.ending, plan.added, no_ending=plan.no_ending)
 
     # --- where an answer begins ---
 
     def _given_size(self, shape: Shape, before: Messages, run: Run, literal: str) -> int:
         """Characters of the literal before an answer that the model is given: all that asks for the answer."""
-        found = self._shared_with(shape, before, literal, behind=None)
+        found = self.tails.shared_with(shape, before, literal, behind=None)
         if found is not None:
             size, tail = found
             if size == len(tail):
                 return size
-            if size > len(tail) - len(self._asking):
+            if size > len(tail) - len(self.tails.asking):
                 return size
         # The template refuses to ask here, or what asks stands behind other text than in the conversation so far.
-        for length in range(len(self._asking), 0, -1):
-            asking = self._asking[:length]
+        for length in range(len(self.tails.asking), 0, -1):
+            asking = self.tails.asking[:length]
             at = literal.rfind(asking)
             if (
                 at >= 0
-                and not asking.isspace()
-                and self.endings.num_shared(self._asking + "\0", asking + "\1") == length
+                and asking.strip() not in ("", self.tails.opening)
+                and not self.endings.cuts_token(self.tails.asking, length)
             ):
                 return at + length
         if found is not None:
@@ -106,84 +109,6 @@ class AnswerFinder:
         if run.last is None:
             raise DataError(f"{_UNTOLD.format(f'where message {run.after + 1} begins')}. {MARK_ANSWERS}")
         return len(literal)
-
-    @cached_property
-    def _asking(self) -> str:
-        """The text that asks for an answer to one question; "" if it cannot be told from the question's end."""
-        question = [{"role": "user", "content": stand_in("q0x", 0)}]
-        try:
-            asked = self._tail(question, None, "q0x", behind=None)
-            unasked = self._tail(question, None, "q0x", behind=0)
-        except DataError:
-            return ""
-        return asked.removeprefix(unasked) if asked.startswith(unasked) else ""
-
-    @cached_property
-    def _opening(self) -> str:
-        """The token with which a conversation begins behind begin-of-text, and so every turn; "" if it is none."""
-        try:
-            written = write_stand_ins(self.template, [{"role": "user", "content": stand_in("q0x", 0)}], None, "q0x")
-        except DataError:
-            return ""
-        begin = written.literals[0].removeprefix(str(self.template.variables.get("bos_token") or ""))
-        return self.endings.added_at_beginning(begin)
-
-    def _shared_with(
-        self, shape: Shape, messages: Messages, literal: str, *, behind: int | None
-    ) -> tuple[int, str] | None:
-        """Return how many characters of a literal stand also behind the conversation so far, and what stands there.
-
-        `behind`, `None`: as in `_tail`. Returns None if the template refuses the conversation so far.
-        """
-        is_called = bool(messages and messages[-1].get("tool_calls"))  # then the calls stand there as well
-        place = (None if behind is None else len(messages) - behind, place_of(messages, shape.tools))
-        fresh = is_called or place not in self._tails
-        if fresh:
-            self._tails[place] = self._tail_or_none(messages, shape, literal, behind=behind)
-        tail = self._tails[place]
-        if tail is None:
-            return None
-        if literal.startswith(tail):
-            return len(tail), tail
-        key = (place, literal[: len(tail) + 1])
-        if fresh or key not in self._sizes:
-            tail = tail if fresh else self._tail_or_none(messages, shape, literal, behind=behind)
-            if tail is None:
-                return None
-            self._sizes[key] = self.endings.num_shared(tail, literal)
-        return self._sizes[key], tail
-
-    def _tail_or_none(self, messages: Messages, shape: Shape, literal: str, *, behind: int | None) -> str | None:
-        is_called = bool(messages and messages[-1].get("tool_calls"))
-        # Calls are the row's own, so such a place is rendered for each row: with as little before it as will do.
-        for some in [local_messages(messages)] * is_called + [messages]:
-            try:
-                tail = self._tail(some, shape.tools, shape.prefix, behind=behind)
-            except DataError:
-                continue
-            if some is messages or literal.startswith(tail):
-                return tail
-        return None
-
-    def _tail(self, messages: Messages, tools: list[Any] | None, prefix: str, *, behind: int | None) -> str:
-        """Return what the template writes behind the texts of message number `behind`, or behind all texts.
-
-        None: behind all, with the text that asks for an answer. A template that never asks for an answer is taken to
-        ask with what it writes before one, but for white space.
-        """
-        pieces, literals = write_stand_ins(self.template, messages, tools, prefix, prompt=behind is None)
-        own = [k for k, piece in enumerate(pieces) if piece.turn == behind]
-        if own:
-            return literals[own[-1] + 1]
-        tail = literals[-1]
-        if self.template.asks or behind is not None:
-            return tail
-        answer = {"role": "assistant", "content": stand_in(prefix, len(messages))}
-        pieces, literals = write_stand_ins(self.template, [*messages, answer], tools, prefix)
-        if Piece(len(messages), CONTENT) not in pieces:
-            return tail
-        before = literals[pieces.index(Piece(len(messages), CONTENT))]
-        return tail if before.startswith(tail) and not before.removeprefix(tail).strip() else before
 
     # --- where it ends ---
 
@@ -202,7 +127,7 @@ class AnswerFinder:
         elif run.last is None:
             stop, is_whole = self._called_size(shape, turn, upto, literal, begin)
         else:
-            found = self._shared_with(shape, upto, literal, behind=turn)
+            found = self.tails.shared_with(shape, upto, literal, behind=turn)
             stop, is_whole = (0, False) if found is None else (found[0], found[0] == len(found[1]))
             if not is_whole:
                 stop = self._without_opening(literal, begin, stop)
@@ -213,7 +138,8 @@ class AnswerFinder:
         found_end = self.endings.leading(region) if run.last is not None and not has_calls else None
         if found_end is None or not found_end.ending:
             found_end = self.endings.last(region, one=has_calls)
-        if found_end.ending:
+        # behind a call's arguments, which may hold such a token as well
+        if found_end.ending and (found_end.at == 0 or not region[found_end.at + len(found_end.ending) :].strip()):
             return _plan(k, begin + found_end.at, found_end.ending)
         if not is_whole and (other := self._other_end(literal[stop:])):
             return _plan(k, stop, other)
@@ -231,8 +157,8 @@ class AnswerFinder:
 
         What asks for an answer, where a template always does so, may begin with the same token as another turn.
         """
-        if self._opening and literal[begin:stop].rstrip().endswith(self._opening):
-            return literal.rindex(self._opening, begin, stop)
+        if self.tails.opening and literal[begin:stop].rstrip().endswith(self.tails.opening):
+            return literal.rindex(self.tails.opening, begin, stop)
         return stop
 
     def _other_end(self, following: str) -> str:
@@ -241,7 +167,7 @@ class AnswerFinder:
         A token with which the next turn begins is none.
         """
         token = self.endings.first(following).ending
-        begins_next = token.strip() == self._opening or not following[len(token) :].strip()
+        begins_next = token.strip() == self.tails.opening or not following[len(token) :].strip()
         return "" if begins_next else token
 
     def _goes_on(self, shape: Shape, turn: int, literal: int, region: str, stop: int) -> bool:
@@ -258,7 +184,9 @@ class AnswerFinder:
             called += 1
         if called == turn + 1 or not has_token:
             return False
-        asked, unasked = (self._shared_with(shape, shape.messages[:called], "", behind=at) for at in (None, called - 1))
+        asked, unasked = (
+            self.tails.shared_with(shape, shape.messages[:called], "", behind=at) for at in (None, called - 1)
+        )
         return asked is not None and unasked is not None and asked[1] == unasked[1]
 
     def _closing_size(self, shape: Shape, literal: str, begin: int) -> int:
@@ -266,9 +194,9 @@ class AnswerFinder:
         if not literal[begin:].strip():
             return len(literal)
         key = ("closing", place_of(shape.messages, shape.tools), literal[begin:])
-        if key not in self._sizes:
+        if key not in self._closings:
             size = len(literal)
-            following = self._next_turn(shape, "user")
+            following = self.tails.next_turn(shape, "user")
             if following is not None and not following.startswith(literal):
                 shared = self.endings.num_shared(literal, following)
                 eos = self.endings.eos
@@ -277,32 +205,17 @@ class AnswerFinder:
                 shared = self._without_opening(literal, begin, shared)
                 if self.endings.last(literal[begin:shared], one=True).ending:
                     size = shared
-            self._sizes[key] = size - begin
-        return begin + self._sizes[key]
+            remember(self._closings, key, size - begin)
+        return begin + self._closings[key]
 
     def _named_by_next_turn(self, shape: Shape, turn: int) -> str:
         """Return the token of eot_tokens with which the turn behind the last answer would begin, or ""."""
         role = "tool" if shape.messages[turn].get("tool_calls") else "user"
-        following = self._next_turn(shape, role) if self.endings.named else None
+        following = self.tails.next_turn(shape, role) if self.endings.named else None
         literal = shape.written.literals[-1]
         if following is None or not following.startswith(literal):
             return ""
         return self.endings.named_at_beginning(following[len(literal) :])
-
-    def _next_turn(self, shape: Shape, role: str) -> str | None:
-        """Return what would stand between the last text and that of another turn; None if it is refused."""
-        number = len(shape.messages)
-        another = {"role": role, "content": stand_in(shape.prefix, number)}
-        try:
-            pieces, literals = write_stand_ins(self.template, [*shape.messages, another], shape.tools, shape.prefix)
-        except DataError:
-            return None
-        places = [k for k, piece in enumerate(pieces) if piece.turn == number]
-        # behind the last piece of this conversation, whatever stands before the other turn's text
-        last = shape.written.pieces[-1] if shape.written.pieces else None
-        if not places or (places[0] and pieces[places[0] - 1] != last):
-            return literals[pieces.index(last) + 1] if last in pieces else None
-        return literals[places[0]]
 
     def _called_size(self, shape: Shape, turn: int, upto: Messages, literal: str, begin: int) -> tuple[int, bool]:
         """Return where an answer without texts ends in the literal that it stands in, and whether its end is there too.
@@ -315,7 +228,7 @@ class AnswerFinder:
         # Calls are the row's own, so this is rendered for each row: with as little before it as will do.
         for some in (local_messages(upto), upto):
             try:
-                tail = self._tail(some, shape.tools, shape.prefix, behind=turn)
+                tail = self.tails.tail(some, shape.tools, shape.prefix, behind=turn)
             except DataError:
                 continue
             if literal.startswith(tail) and len(tail) >= begin:
@@ -324,7 +237,7 @@ class AnswerFinder:
             size = _longest_end_within(tail, body)
             if size and anchor in tail[len(tail) - size :]:
                 return begin + body.index(tail[len(tail) - size :]) + size, True
-            given = self._shared_with(shape, shape.messages[:turn], tail, behind=None)
+            given = self.tails.shared_with(shape, shape.messages[:turn], tail, behind=None)
             size = self.endings.num_shared(tail[given[0] :] if given is not None else tail, body)
             if anchor and anchor in body[:size]:
                 return begin + size, False
@@ -333,7 +246,7 @@ class AnswerFinder:
     def _no_ending(self, shape: Shape, turn: int, following: str) -> str:
         """Return the error for a template that ends a trained turn with no token."""
         is_last = turn == len(shape.messages) - 1
-        next_turn = self._next_turn(shape, "user") if is_last else None
+        next_turn = self.tails.next_turn(shape, "user") if is_last else None
         behind = following if not is_last or next_turn is None else next_turn
         token = self.endings.added_at_beginning(behind)
         named = ", ".join(repr(one) for one in sorted({*self.endings.named, token}))

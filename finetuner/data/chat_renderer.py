@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetuner.data.answer_spans import AnswerFinder
 from finetuner.data.formats.base import Rendered, Span
 from finetuner.data.messages import Conversation
-from finetuner.data.template_outline import Outline, TurnPlan, require_no_role_left_out
+from finetuner.data.template_outline import Outline, TurnPlan, require_none_left_out
 from finetuner.data.template_sandbox import THOUGHT_ENDS, THOUGHT_NAMES, ChatTemplate, compile_template
 from finetuner.data.template_spans import (
     THOUGHT_BEGINS,
@@ -173,7 +173,7 @@ class ChatRenderer:
         try:
             outline, contents = _locate(program, conversation, text)
         except DataError:  # the template rewrites messages, which its marks allow, but leaves none out
-            require_no_role_left_out(program.template, messages, conversation.tools)
+            require_none_left_out(program.template, messages, conversation.tools)
             return Rendered(text, tuple(spans), wraps=False)
         left_out = self._left_out_thoughts(program, conversation, outline)
         return Rendered(text, tuple(spans), wraps=False, contents=contents, left_out_thoughts=left_out)
@@ -237,8 +237,11 @@ class ChatRenderer:
     def _left_out_thoughts(self, program: _Program, conversation: Conversation, outline: Outline) -> int:
         """Return how many thoughts the template leaves out.
 
-        Raises DataError if they are those of the trained answers to the last question, and none of these is written.
+        Raises DataError if they are those of the trained answers to the last question, and none of these is written,
+        or if it leaves out a tool call.
         """
+        if outline.left_out_calls:
+            raise DataError(outline.left_out_calls)
         if not outline.left_out:
             return 0
         messages = conversation.messages

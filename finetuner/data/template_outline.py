@@ -16,7 +16,7 @@ from finetuner.data.template_spans import (
     Written,
     choose_prefix,
     put_stand_ins,
-    write_stand_ins,
+    stand_in,
 )
 from finetuner.errors import DataError
 
@@ -54,12 +54,14 @@ class TurnPlan:
 class Outline:
     """What a template writes around the texts of messages of one shape, and the plan of each turn.
 
-    `left_out`: numbers of the messages whose thought it does not write.
+    `left_out`: numbers of the messages whose thought it does not write. `left_out_calls`: the error if it leaves out a
+    tool call; "" if not.
     """
 
     written: Written
     turns: tuple[TurnPlan, ...]
     left_out: tuple[int, ...]
+    left_out_calls: str
 
 
 @dataclass(frozen=True)
@@ -116,28 +118,32 @@ def require_all_written(stand_ins: StandIns, written: Written) -> tuple[int, ...
     pieces = set(written.pieces)
     missing = [piece for piece in stand_ins.texts if piece not in pieces]
     for turn, kind in missing:
-        message = stand_ins.messages[turn]
-        role = message["role"]
-        if kind == CONTENT and role not in USUAL_ROLES:
-            raise DataError(_left_out_role(turn, role))
         if kind == CONTENT:
-            beside = " beside its tool calls" if message.get("tool_calls") else ""
-            raise DataError(
-                f"the chat template does not write the text of message {turn} ({role}){beside}: it leaves it out, or "
-                "changes it. Take a template that writes it as it is (`chat_template`, `chat_template_jinja`)"
-            )
+            raise DataError(_left_out_text(turn, stand_ins.messages[turn]))
     return tuple(turn for turn, kind in missing if kind == THOUGHT)
 
 
-def require_no_role_left_out(template: ChatTemplate, messages: Messages, tools: list[Any] | None) -> None:
-    """Raise DataError if a template leaves out a message of an unusual role."""
-    unusual = [i for i, message in enumerate(messages) if message["role"] not in USUAL_ROLES]
-    if unusual:
-        stand_ins = put_stand_ins(template, messages, choose_prefix(messages))
-        pieces = write_stand_ins(template, stand_ins.messages, tools, stand_ins.prefix).pieces
-        for i in unusual:
-            if Piece(i, CONTENT) not in pieces and Piece(i, CONTENT) in stand_ins.texts:
-                raise DataError(_left_out_role(i, messages[i]["role"]))
+def require_none_left_out(template: ChatTemplate, messages: Messages, tools: list[Any] | None) -> None:
+    """Raise DataError if a template leaves out the text of a message; it may write it in capitals."""
+    stand_ins = put_stand_ins(template, messages, choose_prefix(messages))
+    try:
+        text = template.render(stand_ins.messages, tools).lower()
+    except DataError:  # it looks into texts: nothing can be said of them
+        return
+    for turn, kind in stand_ins.texts:
+        if kind == CONTENT and stand_in(stand_ins.prefix, turn) not in text:
+            raise DataError(_left_out_text(turn, messages[turn]))
+
+
+def _left_out_text(turn: int, message: dict[str, Any]) -> str:
+    role = message["role"]
+    if role not in USUAL_ROLES:
+        return _left_out_role(turn, role)
+    beside = " beside its tool calls" if message.get("tool_calls") else ""
+    return (
+        f"the chat template does not write the text of message {turn} ({role}){beside}: it leaves it out, or changes "
+        "it. Take a template that writes it as it is (`chat_template`, `chat_template_jinja`)"
+    )
 
 
 def _left_out_role(turn: int, role: str) -> str:
@@ -147,15 +153,16 @@ def _left_out_role(turn: int, role: str) -> str:
     )
 
 
-def require_calls_written(turn: int, message: dict[str, Any], text: str) -> None:
-    """Raise DataError if a tool call of a message is not in `text`, what the template writes for the message."""
+def describe_left_out_call(turn: int, message: dict[str, Any], text: str) -> str:
+    """Return the error if a tool call of a message is not in `text`, what the template writes for it; or ""."""
     names = [call["function"]["name"] for call in message.get("tool_calls") or ()]
     for name in names:
         if text.count(name) < names.count(name):
-            raise DataError(
+            return (
                 f"the chat template writes {text.count(name)} of {names.count(name)} tool calls '{name}' of message "
                 f"{turn}. Take a template that writes them all, or give each call a message of its own"
             )
+    return ""
 
 
 def text_between(written: Written, start: Border, stop: Border) -> str:

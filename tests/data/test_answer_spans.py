@@ -4,12 +4,15 @@ Each template is written twice from one text: plain, and with {% generation %} w
 spans, and a plain one's answer begins where the text that asks for it ends.
 """
 
+import copy
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.templates import CONTENTS
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.chat_renderer import build_chat_renderer
@@ -242,6 +245,38 @@ def test_a_plain_template_learns_what_its_marked_variant_marks(
     assert len(spans) == sum(message["role"] == "assistant" for message in messages)
 
 
+def random_conversation(chosen: random.Random, name: str) -> list[dict[str, Any]]:
+    """Rounds of questions and answers with texts that look like a template's own, and calls where there is a form."""
+    texts = [text for text in CONTENTS if text.strip() and "</think>" not in text] + [*TOKENS, "<|end|>\n<|start|>user"]
+    messages = [system(chosen.choice(texts))] * (chosen.randint(0, 1) if "system" not in WITHOUT.get(name, ()) else 0)
+    for _ in range(chosen.randint(1, 4)):
+        messages.append(user(chosen.choice(texts)))
+        if "calls" not in WITHOUT.get(name, ()):
+            for _ in range(chosen.choice([0, 0, 1, 2])):
+                arguments = {chosen.choice("abc"): chosen.choice([*texts, 1, None, ["x"]]) for _ in range(2)}
+                messages += [said(None, arguments), tool(chosen.choice(texts))]
+        messages.append(said(chosen.choice(texts)))
+    return messages
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_random_conversations_learn_what_the_marked_variant_marks(
+    tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    chosen = random.Random(16)
+    entry = DatasetEntry.model_validate({"path": "rows.jsonl", "type": "chat_template"})
+    renderers = []
+    for text in (plain(TEMPLATES[name]), marked(TEMPLATES[name])):
+        own = copy.deepcopy(tokenizer)
+        own.chat_template = text
+        renderers.append(build_chat_renderer(own, kwargs={}, eot_tokens=None, train_on_eos="turn", train_on_eot=None))
+    for _ in range(150):
+        conversation = MessageReader.of(entry).read({"messages": random_conversation(chosen, name)})
+        unmarked, oracle = (one.render(conversation) for one in renderers)
+        assert unmarked.text == oracle.text
+        assert unmarked.spans == tuple((start, stop) for start, stop in oracle.spans if start < stop)
+
+
 @pytest.mark.parametrize(("name", "shape"), EACH)
 def test_an_answer_begins_where_the_text_that_asks_for_it_ends(
     tokenizer: PreTrainedTokenizerBase, name: str, shape: str
@@ -388,6 +423,28 @@ def test_answers_in_a_row_and_at_the_beginning_are_learned(tokenizer: PreTrained
     template = plain(TEMPLATES["opened thought"]).replace("<think>\\n", "")
     messages = [said("Hello."), *PLAIN, said("The capital."), user("?"), said("!")]
     assert learned(tokenizer, template, messages)[:3] == ["Hello.<|end|>", "Lima.<|end|>", "The capital.<|end|>"]
+
+
+def test_a_text_or_a_call_that_is_left_out_is_refused_whatever_is_marked_or_learned(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    two = [{**message, "train": False} for message in SHAPES["two calls"][:-1]] + SHAPES["two calls"][-1:]
+    for template in (plain(TEMPLATES["channels"]), marked(TEMPLATES["channels"])):
+        for messages in (two, SHAPES["two calls"]):
+            with pytest.raises(DataError, match="writes 1 of 2 tool calls 'add' of message 1"):
+                learned(tokenizer, template, messages)
+    silent = marked(TEMPLATES["always asks"]).replace("in messages", "in messages if m.role != 'system'")
+    with pytest.raises(DataError, match=r"does not write the text of message 0 \(system\)"):
+        learned(tokenizer, silent, [system("Be brief."), *PLAIN])
+    assert learned(tokenizer, silent.replace("m.content", "m.content | upper"), PLAIN) == ["LIMA.<E>"]
+
+
+def test_a_token_within_a_calls_arguments_is_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [user("1?"), said(None, {"a": "<|user|> and <|tool|>"}), tool("3"), said("3.")]
+    spans = learned(tokenizer, CLOSED_BY_NEXT, messages, eot_tokens=("<|user|>", "<|tool|>"))
+    assert spans == ['<C>add{"a": "<|user|> and <|tool|>"}</C><|tool|>', "3.<|user|>"]
+    with pytest.raises(DataError, match=r"eot_tokens: \['<\|tool\|>', '<\|user\|>'\]"):
+        learned(tokenizer, CLOSED_BY_NEXT, messages, eot_tokens=("<|user|>",))
 
 
 # --- turns that the next turn's role closes ---
