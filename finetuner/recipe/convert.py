@@ -43,9 +43,10 @@ def convert(path: str | Path, *, first_row: FirstRow = no_rows) -> Converted:
     tool.rewrite(rewriting)
     notes = rewriting.notes + translate(document, tool.meanings)
     _join_adapter_keys(document.values)
-    said = dict(document.values)
     silence = {**tool.defaults, **rewriting.defaults}
-    defaults = {key: value for key, value in silence.items() if said.get(key) is None and _counts(key, said)}
+    with_adapter = {"adapter": silence.get("adapter"), **document.values}
+    unsaid = {key: value for key, value in silence.items() if document.values.get(key) is None}
+    defaults = {key: value for key, value in unsaid.items() if _counts(key, with_adapter)}
     document.values |= defaults
     loaded = resolve(document, notes, check_files=False)
     text = _written(document, Path(path).name, tool, given, notes, defaults, rewriting.remarks)
