@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from finetuner.data.chat_templates import choose_template
 from finetuner.data.first_row import first_row_at_hand
 from finetuner.data.prepare import prepare_documents
 from finetuner.data.shuffling import row_order
@@ -107,6 +108,7 @@ LORA = {"use_peft": True, "lora_dropout": 0.0}
 CASES: dict[str, Case] = {
     "chats": Case(chats()),
     "chats_assistant_only": Case(chats(), {"assistant_only_loss": True}, template(MARKED)),
+    "chats_template_in_a_file": Case(chats(), {"chat_template_path": "FOLDER/template.jinja"}),
     "chats_cut": Case(chats(), {"max_length": 40}),
     "pairs": Case(pairs()),
     "pairs_whole": Case(pairs(), {"completion_only_loss": False}),
@@ -154,8 +156,10 @@ def write_case(folder: Path, case: Case, steps: int) -> Path:
         "use_cpu": True, "save_strategy": "no", "report_to": "none", "output_dir": str(folder / "theirs"),
         "disable_tqdm": True, "logging_steps": 1,
     }  # fmt: skip
+    (folder / "template.jinja").write_text(template(CLOSED.replace("<|im_end|>", "' + eos_token + '")))
     path = folder / "trl.yml"
-    path.write_text(yaml.safe_dump(recipe | case.keys, sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(recipe | case.keys, sort_keys=False, allow_unicode=True)
+    path.write_text(text.replace("FOLDER", str(folder)))
     return path
 
 
@@ -183,6 +187,7 @@ def our_rows(recipe: Path) -> list[Any]:
     made = load(recipe).recipe
     source = made.tokenizer.tokenizer or made.model.base_model
     tokenizer = load_tokenizer(made.tokenizer, source, False).tokenizer
+    tokenizer.chat_template = choose_template(made.data, tokenizer.chat_template)
     store = prepare_documents(made.data, tokenizer, made.output.seed).train
     return [[part.tolist() for part in store.document(i)] for i in range(len(store))]
 
