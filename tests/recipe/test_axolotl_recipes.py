@@ -169,6 +169,26 @@ def test_a_kernel_or_a_saving_that_changes_no_result_is_said_and_does_nothing(re
     assert loaded.recipe == read(ALPACA).recipe
 
 
+@pytest.mark.parametrize("spelling", ["fsdp_{}", "{}"])
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [
+        ("sharding_strategy", "1", "full_shard"),
+        ("sharding_strategy", '"1"', "full_shard"),
+        ("sharding_strategy", "FULL_SHARD", "full_shard"),
+        ("backward_prefetch", "BACKWARD_POST", "BACKWARD_PRE"),
+        ("backward_prefetch", "no_prefetch", "BACKWARD_PRE"),
+        ("state_dict_type", "sharded_state_dict", "SHARDED_STATE_DICT"),
+        ("auto_wrap_policy", "transformer_based_wrap", "TRANSFORMER_BASED_WRAP"),
+        ("use_orig_params", "false", True),
+    ],
+)
+def test_older_forms_of_fsdps_keys_are_read(read, spelling: str, key: str, value: str, meant: Any) -> None:
+    loaded = read(f"{ALPACA}fsdp: full_shard auto_wrap\nfsdp_config:\n  {spelling.format(key)}: {value}\n")
+    assert dict(loaded.recipe.sharding.fsdp_config)[key] == meant
+    assert loaded.recipe.sharding.fsdp == ("full_shard", "auto_wrap")
+
+
 @pytest.mark.parametrize("key", ["landmark_attention", "xpos_rope", "log_sweep_min_lr", "scaling_softmax"])
 def test_a_key_of_old_templates_may_stand_empty_and_is_refused_when_it_asks(read, refusal, key: str) -> None:
     assert read(f"{ALPACA}{key}:\n").recipe == read(ALPACA).recipe
@@ -304,6 +324,17 @@ def test_an_edit_of_messages_belongs_to_chats(read, refusal, key: str) -> None:
 )
 def test_what_an_entry_asks_for_that_is_not_there_is_refused_by_name(refusal, line: str, said: str) -> None:
     assert f"is not supported yet: {said}" in refusal(chats(f"type: chat_template\n    {line}"))
+
+
+@pytest.mark.parametrize("kind", ["customllama3-regex", "dan-chat-advanced", "my_rows.transform", "gpt4all"])
+def test_a_type_that_is_a_module_of_somebodys_own_is_refused_by_name_and_a_slip_is_told(refusal, kind: str) -> None:
+    assert f"type: '{kind}' is not supported yet: rows made by a Python module" in refusal(chats(f"type: {kind}"))
+    assert "Did you mean 'chat_template'?" in refusal(chats("type: chat_templates"))
+
+
+@pytest.mark.parametrize("line", ["max_steps: -1", "max_steps: 0", "neftune_noise_alpha: 0", "evals_per_epoch:"])
+def test_a_number_that_switches_off_there_is_off_here(read, line: str) -> None:
+    assert read(f"{ALPACA}{line}\n").recipe == read(ALPACA).recipe
 
 
 def test_a_stream_that_saves_by_epochs_saves_at_those_parts_of_max_steps(read) -> None:

@@ -53,6 +53,9 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
     "save_steps": {0: None},
     "early_stopping_patience": {0: None},
     "tf32": {"auto": True},
+    "max_steps": {0: None, -1: None},
+    "neftune_noise_alpha": {0: None},
+    "loss_watchdog_threshold": {0: None},
     # without CUDA graphs, which change the speed alone
     "torch_compile_mode": {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"},
 }
@@ -119,7 +122,9 @@ class Translation:
         origin = self.document.origin(("plugins",), of_key=True)
         for i, name in enumerate(named if isinstance(named, list) else [named] if named else []):
             if str(name) in PLUGINS:
-                self.notes.append(Note((str(name).rpartition(".")[2],), f"without effect: {PLUGINS[str(name)]}", origin))
+                self.notes.append(
+                    Note((str(name).rpartition(".")[2],), f"without effect: {PLUGINS[str(name)]}", origin)
+                )
             else:
                 message = (
                     f"the plugin '{name}' is not supported yet: plugins of other tools are not run here. Remove it."
