@@ -283,6 +283,11 @@ def test_the_conversation_of_alpaca_chat_names_its_style(read, refusal) -> None:
     assert "alpaca_chat' is not supported yet" in refusal(chats("type: alpaca_chat\n    conversation: vicuna"))
 
 
+def test_a_template_that_has_two_names_is_one_for_the_recipe_and_for_a_dataset(read) -> None:
+    assert read(ALPACA + "chat_template: gemma4_unified\n").recipe.data.chat_template == "gemma4"
+    assert entry_of(read(chats("type: chat_template\n    chat_template: gemma4_unified"))).chat_template == "gemma4"
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_a_usual_name_of_thoughts_is_read_anyway_and_another_is_mapped(read, name: str) -> None:
     loaded = read(chats(f"type: chat_template\n    field_thinking: {name}\n    template_thinking_key: {name}"))

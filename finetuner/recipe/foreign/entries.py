@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Entry = dict[Any, Any]
 
+SAME_TEMPLATES = {"gemma4_unified": "gemma4"}  # Axolotl's file of the one is that of the other, byte for byte
 SOURCES = ("datasets", "test_datasets")
 # The names that messages give to thoughts, all of which are read as such.
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -53,6 +54,10 @@ class _Entry:
             self.translation.key(self.where, key, DATASET[key])
         self.older_message_keys()
         self.thoughts()
+        template = self.entry.get("chat_template")
+        if isinstance(template, str) and template in SAME_TEMPLATES:
+            self.entry["chat_template"] = SAME_TEMPLATES[template]
+            self.note("chat_template", f"'{template}' is read as '{SAME_TEMPLATES[template]}'")
 
     def note(self, key: str, message: str, *, quiet: bool = False) -> None:
         origin = self.translation.document.origin((*self.where, key), of_key=True)
