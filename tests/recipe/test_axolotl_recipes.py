@@ -625,6 +625,23 @@ def test_a_recipe_of_2025_means_what_it_does(read) -> None:
     assert recipe.precision.tf32 is True
 
 
+FSDP = """fsdp: [full_shard, auto_wrap]
+fsdp_config:
+  fsdp_limit_all_gathers: true
+  fsdp_offload_params: true
+  fsdp_use_orig_params: false
+  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
+  fsdp_state_dict_type: FULL_STATE_DICT
+"""
+
+
+@pytest.mark.parametrize("text", [OF_2023, OF_2024, OF_2025, ALPACA + FSDP], ids=["2023", "2024", "2025", "fsdp"])
+def test_a_conversion_is_the_recipe_that_a_run_reads(read, tmp_path: Path, text: str) -> None:
+    recipe = read(text).recipe
+    (tmp_path / "ours.yml").write_text(convert(tmp_path / "r.yml").text)
+    assert load(tmp_path / "ours.yml").recipe == recipe
+
+
 def test_a_recipe_of_axolotls_that_leaves_out_a_key_with_another_default_there_is_told(read) -> None:
     cut = OF_2024.replace("sequence_len: 8192\n", "", 1).replace("warmup_steps: 10\n", "")
     said = {note.keys[0]: note for note in read(cut).notes}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuner.recipe.foreign.axolotl_defaults import unlike_ours
 from finetuner.recipe.foreign.base import Foreign
+from finetuner.recipe.fsdp_prefix import drop_fsdp_prefix
 from finetuner.recipe.problems import Note, Problem
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _AS_IT_IS = ("deepspeed", "model_config", "overrides_of_model_config")
 def reword_before(translation: "Translation", own: Mapping[str, Foreign] | None) -> None:
     """Rewrite what must be read before single keys are. `own`: Axolotl's keys, if the recipe is one of Axolotl's."""
     drop_empty_values(translation.document.values)
+    drop_fsdp_prefix(translation.document)  # a conversion begins here; a run did so before its overrides
     if own is not None:
         _other_defaults(translation, own)
     _more_special_tokens(translation)
