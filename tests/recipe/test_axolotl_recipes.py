@@ -165,8 +165,28 @@ def test_another_word_is_read_with_a_note(read, line: str, key: str, meant: Any)
 def test_a_kernel_or_a_saving_that_changes_no_result_is_said_and_does_nothing(read, line: str) -> None:
     loaded = read(f"{ALPACA}{line}\n")
     (note,) = loaded.notes
-    assert not note.quiet and "the same result" in note.message
+    assert not note.quiet and "the same" in note.message
     assert loaded.recipe == read(ALPACA).recipe
+
+
+@pytest.mark.parametrize("spelling", ["fsdp_{}", "{}"])
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [
+        ("sharding_strategy", "1", "full_shard"),
+        ("sharding_strategy", '"1"', "full_shard"),
+        ("sharding_strategy", "FULL_SHARD", "full_shard"),
+        ("backward_prefetch", "BACKWARD_POST", "BACKWARD_PRE"),
+        ("backward_prefetch", "no_prefetch", "BACKWARD_PRE"),
+        ("state_dict_type", "sharded_state_dict", "SHARDED_STATE_DICT"),
+        ("auto_wrap_policy", "transformer_based_wrap", "TRANSFORMER_BASED_WRAP"),
+        ("use_orig_params", "false", True),
+    ],
+)
+def test_older_forms_of_fsdps_keys_are_read(read, spelling: str, key: str, value: str, meant: Any) -> None:
+    loaded = read(f"{ALPACA}fsdp: full_shard auto_wrap\nfsdp_config:\n  {spelling.format(key)}: {value}\n")
+    assert dict(loaded.recipe.sharding.fsdp_config)[key] == meant
+    assert loaded.recipe.sharding.fsdp == ("full_shard", "auto_wrap")
 
 
 @pytest.mark.parametrize("key", ["landmark_attention", "xpos_rope", "log_sweep_min_lr", "scaling_softmax"])
@@ -263,6 +283,11 @@ def test_the_conversation_of_alpaca_chat_names_its_style(read, refusal) -> None:
     assert "alpaca_chat' is not supported yet" in refusal(chats("type: alpaca_chat\n    conversation: vicuna"))
 
 
+def test_a_template_that_has_two_names_is_one_for_the_recipe_and_for_a_dataset(read) -> None:
+    assert read(ALPACA + "chat_template: gemma4_unified\n").recipe.data.chat_template == "gemma4"
+    assert entry_of(read(chats("type: chat_template\n    chat_template: gemma4_unified"))).chat_template == "gemma4"
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_a_usual_name_of_thoughts_is_read_anyway_and_another_is_mapped(read, name: str) -> None:
     loaded = read(chats(f"type: chat_template\n    field_thinking: {name}\n    template_thinking_key: {name}"))
@@ -304,6 +329,17 @@ def test_an_edit_of_messages_belongs_to_chats(read, refusal, key: str) -> None:
 )
 def test_what_an_entry_asks_for_that_is_not_there_is_refused_by_name(refusal, line: str, said: str) -> None:
     assert f"is not supported yet: {said}" in refusal(chats(f"type: chat_template\n    {line}"))
+
+
+@pytest.mark.parametrize("kind", ["customllama3-regex", "dan-chat-advanced", "my_rows.transform", "gpt4all"])
+def test_a_type_that_is_a_module_of_somebodys_own_is_refused_by_name_and_a_slip_is_told(refusal, kind: str) -> None:
+    assert f"type: '{kind}' is not supported yet: rows made by a Python module" in refusal(chats(f"type: {kind}"))
+    assert "Did you mean 'chat_template'?" in refusal(chats("type: chat_templates"))
+
+
+@pytest.mark.parametrize("line", ["max_steps: -1", "max_steps: 0", "neftune_noise_alpha: 0", "evals_per_epoch:"])
+def test_a_number_that_switches_off_there_is_off_here(read, line: str) -> None:
+    assert read(f"{ALPACA}{line}\n").recipe == read(ALPACA).recipe
 
 
 def test_a_stream_that_saves_by_epochs_saves_at_those_parts_of_max_steps(read) -> None:
@@ -587,6 +623,23 @@ def test_a_recipe_of_2025_means_what_it_does(read) -> None:
     assert entry.split_thinking and entry.roles["tool"] == ("observation",)
     assert recipe.data.eot_tokens == ("<|im_end|>",)
     assert recipe.precision.tf32 is True
+
+
+FSDP = """fsdp: [full_shard, auto_wrap]
+fsdp_config:
+  fsdp_limit_all_gathers: true
+  fsdp_offload_params: true
+  fsdp_use_orig_params: false
+  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
+  fsdp_state_dict_type: FULL_STATE_DICT
+"""
+
+
+@pytest.mark.parametrize("text", [OF_2023, OF_2024, OF_2025, ALPACA + FSDP], ids=["2023", "2024", "2025", "fsdp"])
+def test_a_conversion_is_the_recipe_that_a_run_reads(read, tmp_path: Path, text: str) -> None:
+    recipe = read(text).recipe
+    (tmp_path / "ours.yml").write_text(convert(tmp_path / "r.yml").text)
+    assert load(tmp_path / "ours.yml").recipe == recipe
 
 
 def test_a_recipe_of_axolotls_that_leaves_out_a_key_with_another_default_there_is_told(read) -> None:

@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 from finetuner.recipe.foreign.axolotl import DATASET, UNSUPPORTED_ROW_TYPES
 from finetuner.recipe.foreign.prompt_styles import STYLES, refusal_of, style_of
-from finetuner.recipe.problems import KeyPath, Note, Problem
-from finetuner.recipe.sections.datasets import CHAT_TEMPLATES
+from finetuner.recipe.problems import KeyPath, Note, Problem, near_words
+from finetuner.recipe.sections.datasets import CHAT_TEMPLATES, ROW_TYPES
 
 if TYPE_CHECKING:
     from finetuner.recipe.foreign.translate import Translation
 
 Entry = dict[Any, Any]
 
+SAME_TEMPLATES = {"gemma4_unified": "gemma4"}  # Axolotl's file of the one is that of the other, byte for byte
 SOURCES = ("datasets", "test_datasets")
 # The names that messages give to thoughts, all of which are read as such.
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -53,6 +54,10 @@ class _Entry:
             self.translation.key(self.where, key, DATASET[key])
         self.older_message_keys()
         self.thoughts()
+        template = self.entry.get("chat_template")
+        if isinstance(template, str) and template in SAME_TEMPLATES:
+            self.entry["chat_template"] = SAME_TEMPLATES[template]
+            self.note("chat_template", f"'{template}' is read as '{SAME_TEMPLATES[template]}'")
 
     def note(self, key: str, message: str, *, quiet: bool = False) -> None:
         origin = self.translation.document.origin((*self.where, key), of_key=True)
@@ -78,7 +83,7 @@ class _Entry:
             self.sharegpt(kind)
             return
         conversation = self.entry.get("conversation")
-        style = style_of(kind, conversation if isinstance(conversation, str) else None)
+        style = kind if kind in ROW_TYPES else style_of(kind, conversation if isinstance(conversation, str) else None)
         if kind.removesuffix(".load") == "alpaca_chat":
             self.entry.pop("conversation", None)  # it names the style
         self.conversation(kind)
@@ -211,6 +216,6 @@ def _unsupported_rows(kind: str) -> str | None:
     if kind.startswith(("alpaca:", "alpaca_", "alpaca.")):
         listed = ", ".join(style for style in STYLES if style.startswith("alpaca"))
         return f"a style of Alpaca rows. Read here: {listed}"
-    if len(kind.split(".")) > 1 and kind.replace(".", "_").isidentifier():
-        return "rows made by a Python module. Make the rows beforehand"
-    return None
+    if near_words(kind, [*ROW_TYPES, *STYLES, *_SHAREGPT]):  # a slip: validation says what it was meant to be
+        return None
+    return "rows made by a Python module of your own. Make the rows beforehand"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuner.recipe.foreign.axolotl_defaults import unlike_ours
 from finetuner.recipe.foreign.base import Foreign
+from finetuner.recipe.fsdp_prefix import drop_fsdp_prefix
 from finetuner.recipe.problems import Note, Problem
 
 if TYPE_CHECKING:
@@ -16,12 +17,16 @@ _OTHER_MODELS = ("Classification", "QuestionAnswering", "MaskedLM", "Seq2SeqLM",
 _ROWS_OF_A_PARAMETER = re.compile(r"\[\d*(:\d*)?\]$")  # "^model.embed_tokens.weight$[:32000]"
 _SIGNS = 4  # of so many keys that are only Axolotl's, a recipe is one of Axolotl's
 _OFF_WHEN_EMPTY = ("adapter", "chat_template", "deepspeed", "fsdp", "fsdp_config", "hub_model_id")
-_AS_IT_IS = ("deepspeed",)  # the contents of another program's file, where null may say something
+# accelerate's numbers of FSDP1's strategies
+_STRATEGIES = {"1": "full_shard", "2": "shard_grad_op", "3": "no_shard", "4": "hybrid_shard", "5": "hybrid_shard_zero2"}
+# Blocks in which null may say something: another program's file, and changes of the model's config.
+_AS_IT_IS = ("deepspeed", "model_config", "overrides_of_model_config")
 
 
 def reword_before(translation: "Translation", own: Mapping[str, Foreign] | None) -> None:
     """Rewrite what must be read before single keys are. `own`: Axolotl's keys, if the recipe is one of Axolotl's."""
     drop_empty_values(translation.document.values)
+    drop_fsdp_prefix(translation.document)  # a conversion begins here; a run did so before its overrides
     if own is not None:
         _other_defaults(translation, own)
     _more_special_tokens(translation)
@@ -32,6 +37,7 @@ def reword_before(translation: "Translation", own: Mapping[str, Foreign] | None)
 
 def reword_after(translation: "Translation") -> None:
     """Rewrite what is said in keys of ours."""
+    _older_fsdp(translation)
     _no_evaluation(translation)
     _lora_on_4_bits(translation)
 
@@ -118,6 +124,29 @@ def _parts_of_a_model(translation: "Translation") -> None:
     if isinstance(name, str) and name.endswith(_OTHER_MODELS):
         message = f"model_type: '{name}' is not supported yet: models other than those of the next token. Remove it."
         document.problems.append(Problem(message, document.origin(("model_type",))))
+
+
+def _older_fsdp(translation: "Translation") -> None:
+    """Read FSDP1's numbers of strategies, and leave out when it gathered, which changes the speed alone."""
+    document = translation.document
+    config = document.values.get("fsdp_config")
+    if not isinstance(config, dict):
+        return
+    number = str(config.get("sharding_strategy"))
+    if number in _STRATEGIES:
+        config["sharding_strategy"] = _STRATEGIES[number]
+        where = document.origin(("fsdp_config", "sharding_strategy"))
+        message = f"{number} is read as {_STRATEGIES[number]}"
+        translation.notes.append(Note(("fsdp_config.sharding_strategy",), message, where))
+    if "backward_prefetch" in config and str(config["backward_prefetch"]).upper() in (
+        "BACKWARD_POST",
+        "NO_PREFETCH",
+        "NONE",
+    ):
+        del config["backward_prefetch"]
+        where = document.origin(("fsdp_config", "backward_prefetch"), of_key=True)
+        message = "without effect: FSDP2 always gathers the next layer early, with the same result"
+        translation.notes.append(Note(("fsdp_config.backward_prefetch",), message, where))
 
 
 def _no_evaluation(translation: "Translation") -> None:

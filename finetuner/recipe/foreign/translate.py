@@ -6,7 +6,7 @@ from typing import Any
 
 from finetuner.recipe.foreign.axolotl import AXOLOTL, PLUGINS, UNSUPPORTED_VALUES
 from finetuner.recipe.foreign.base import Foreign, blocked, renamed
-from finetuner.recipe.foreign.entries import translate_entries
+from finetuner.recipe.foreign.entries import SAME_TEMPLATES, translate_entries
 from finetuner.recipe.foreign.rewordings import reword_after, reword_before
 from finetuner.recipe.problems import KeyPath, Note, Problem, did_you_mean
 from finetuner.recipe.schema import FACTS, KEYS, NOT_YET
@@ -58,6 +58,10 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
     "save_steps": {0: None},
     "early_stopping_patience": {0: None},
     "tf32": {"auto": True},
+    "chat_template": SAME_TEMPLATES,
+    "max_steps": {0: None, -1: None},
+    "neftune_noise_alpha": {0: None},
+    "loss_watchdog_threshold": {0: None},
     # without CUDA graphs, which change the speed alone
     "torch_compile_mode": {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"},
 }

@@ -53,9 +53,9 @@ class DataSection(Section):
     on_bad_row: Annotated[Literal["skip", "raise"], KeyFacts(resume="noted", axolotl=ONLY_HERE)] = Field(
         "raise", description="A row that cannot become text stops the run, or is dropped and listed."
     )
-    train_on_inputs: Annotated[bool, MUST_MATCH] = Field(
-        False, description="Train on the prompts too, not only on the answers."
-    )
+    train_on_inputs: Annotated[
+        bool, KeyFacts(resume="must_match", axolotl="there, of chats, without the words around the messages")
+    ] = Field(False, description="Train on the prompts too, not only on the answers.")
     chat_template: Annotated[str | None, MUST_MATCH] = Field(
         None,
         description="tokenizer_default: the tokenizer's own. Or a name, such as chatml or llama3; "
