@@ -1,8 +1,8 @@
 """Uploads of what a run has at each save, beside the training: a network that fails costs an upload and no step."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,21 +82,3 @@ def require_whole_checkpoints(section: OutputSection, *, sharded: bool) -> None:
             "hub_strategy: every_save uploads whole weights, and each rank saves its shards here.\n"
             "Write `hub_strategy: end`, or `state_dict_type: FULL_STATE_DICT` in fsdp_config."
         )
-
-
-@contextmanager
-def step_uploads(section: OutputSection, *, is_main: bool, say: Callable[[str], None]) -> Iterator[StepUploads | None]:
-    """Yield the uploads that the recipe asks for at each save, on the main rank; None for none.
-
-    Leaves when the last one has ended, or at once if the run is cut off.
-    """
-    if section.hub_model_id is None or section.hub_strategy != "every_save" or not is_main:
-        yield None
-        return
-    uploads = StepUploads(section.hub_model_id, private=section.hub_private_repo, say=say)
-    try:
-        yield uploads
-    except BaseException:
-        uploads.close(waits=False)
-        raise
-    uploads.close(waits=True)

@@ -1,7 +1,7 @@
 """Checkpoints of a run: gathered or sharded, with the position in the rows, and the older ones pruned."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,3 +79,21 @@ class Checkpointer:
     def _announce(self) -> None:
         for observer in self.observers:
             observer.saving()
+
+
+@contextmanager
+def step_uploads(section: OutputSection, *, is_main: bool, say: Callable[[str], None]) -> Iterator[StepUploads | None]:
+    """Yield the uploads that the recipe asks for at each save, on the main rank; None for none.
+
+    Leaves when the last one has ended, or at once if the run is cut off.
+    """
+    if section.hub_model_id is None or section.hub_strategy != "every_save" or not is_main:
+        yield None
+        return
+    uploads = StepUploads(section.hub_model_id, private=section.hub_private_repo, say=say)
+    try:
+        yield uploads
+    except BaseException:
+        uploads.close(waits=False)
+        raise
+    uploads.close(waits=True)

@@ -5,11 +5,10 @@ from collections.abc import Iterable
 from finetuner.checkpoint.contents import read_optimizer
 from finetuner.data.dropped_rows import LISTED
 from finetuner.data.train_loader import TrainLoader, build_train_loader, prefetching
-from finetuner.export.step_uploads import step_uploads
 from finetuner.models.freed_memory import returning_freed_memory
 from finetuner.parallel.launch import by_main_rank, leave_ranks
 from finetuner.recipe import Recipe
-from finetuner.run.checkpointer import Checkpointer
+from finetuner.run.checkpointer import Checkpointer, step_uploads
 from finetuner.run.inputs import Inputs, prepare_inputs
 from finetuner.run.layout import ReadyToTrain, lay_over_ranks
 from finetuner.run.model import build_model

@@ -67,7 +67,13 @@ AXOLOTL: dict[str, Foreign] = {
     ),
     # trackers and uploads
     "push_to_hub": ignored("the result is uploaded if hub_model_id is given", loud=True),
-    **same("revision_of_model model_revision", blocked("a revision of the model", "Give its downloaded folder.")),
+    **same(
+        "revision_of_model model_revision",
+        blocked(
+            "a revision of the model",
+            "Download it (`hf download MODEL --revision REVISION --local-dir FOLDER`), and write `base_model: FOLDER`.",
+        ),
+    ),
     "gradient_checkpointing_kwargs": ignored("recomputing is never reentrant: the gradient is the same either way"),
     **same(
         "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers",
@@ -283,10 +289,19 @@ AXOLOTL: dict[str, Foreign] = {
         ignored("it is counted from the rows"),
     ),
     **same(
-        "use_dsv4_kernels use_glm_dsa_kernels dsv4_fp4_grouped_mode use_eaft eaft_alpha eaft_k ple_cpu_offload "
-        "nvfp4_merge_aware llmcompressor "
+        "use_dsv4_kernels use_glm_dsa_kernels dsv4_fp4_grouped_mode "
+        "use_eaft eaft_alpha eaft_k ple_cpu_offload nvfp4_merge_aware llmcompressor "
         "use_onebitllms reinit_weights",
         blocked("this way of training or computing"),
+    ),
+    "fused_attn_kernel": ignored(
+        "the fused kernel of norm and rotary embedding is not applied: the result is the same, the step slower",
+        loud=True,
+    ),
+    "gemma4_hybrid_attn_impl": translated(lambda on: {"attn_implementation": "sdpa"} if on else {}),
+    **same(
+        "tiled_mlp tiled_mlp_num_shards",
+        ignored("an MLP sees a row at once: the result is the same, and long rows take more memory", loud=True),
     ),
     "freeze_mm_modules": blocked(_MULTIMODAL),
     "expert_parallel_num_nvl_bytes": blocked(_MOE),
