@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from finetuner.commands.first_row import look_at_first_row
 from finetuner.recipe.convert import convert as converted
 from finetuner.recipe.convert import write_new
 
@@ -14,9 +15,7 @@ def convert(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; default: the screen.")] = None,
 ) -> None:
     """Print the converted recipe, or write it to a new file; notes go to stderr. Raises RecipeError."""
-    from finetuner.data.first_row import first_row_at_hand
-
-    result = converted(foreign, first_row=first_row_at_hand)
+    result = converted(foreign, first_row=look_at_first_row)
     for note in result.notes:
         if not note.quiet:
             typer.echo(f"note: {note}", err=True)

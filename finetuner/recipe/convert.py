@@ -12,6 +12,7 @@ from finetuner.errors import RecipeError
 from finetuner.recipe.foreign.rewriting import FirstRow, Rewriting, no_rows
 from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, Tool, tool_of
 from finetuner.recipe.foreign.translate import translate
+from finetuner.recipe.fsdp_prefix import drop_fsdp_prefix
 from finetuner.recipe.load import load, read_text, resolve
 from finetuner.recipe.problems import Note, render_problems
 from finetuner.recipe.schema import FACTS
@@ -37,6 +38,7 @@ def convert(path: str | Path, *, first_row: FirstRow = no_rows) -> Converted:
     document = parse_yaml(read_text(Path(path)), str(path))
     if not document.is_complete:
         raise RecipeError(render_problems(str(path), document.problems))
+    drop_fsdp_prefix(document)
     tool = tool_of(document.values)
     given = list(document.values)
     rewriting = Rewriting(document, first_row)

@@ -4,6 +4,7 @@ Names and defaults: huggingface/transformers training_args.py, 4.3x to 5.23, 202
 our own keys and Axolotl's, against all fields of the TrainingArguments that are installed.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,6 +120,14 @@ TRACKERS: dict[str, tuple[str, str | None]] = {
 }
 
 
+# Keys of a tracker that would switch it on here, and mean nothing there unless report_to names it.
+_TRACKER_KEYS: dict[str, tuple[str, ...]] = {
+    "wandb": ("wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "wandb_mode"),
+    "tensorboard": ("logging_dir",),
+    "trackio": ("trackio_space_id",),
+}
+
+
 def lora_target(named: Any) -> Mapping[str, Any]:
     """Return our keys for the layers that LoRA adapts, given as a list, as one text with commas, or as all."""
     if named in ("all", "all-linear"):
@@ -144,6 +153,9 @@ def rewrite_trackers(rewriting: Rewriting) -> None:
         rewriting.refuse("report_to", f"report_to: '{unknown[0]}' is not supported yet: this tracker. {advice}")
         return
     used = [name for name in names if name != "none"]
+    for name, keys in _TRACKER_KEYS.items():
+        for key in keys if name not in used else ():
+            rewriting.ignore(key, f"report_to does not name {name}", loud=True)
     for name in used:
         key, name_key = TRACKERS[name]
         rewriting.put(key, True, of="report_to")
@@ -186,6 +198,12 @@ def rewrite_uploads(rewriting: Rewriting) -> None:
 
 def rewrite_schedule(rewriting: Rewriting) -> None:
     """Rewrite the warmup as transformers reads it: steps stand above the ratio, and `constant` has none."""
+    options = rewriting.get("lr_scheduler_kwargs")
+    if isinstance(options, str):  # a block may be written as JSON there
+        try:
+            rewriting.put("lr_scheduler_kwargs", json.loads(options), of="lr_scheduler_kwargs", quiet=True)
+        except ValueError:
+            rewriting.refuse("lr_scheduler_kwargs", "lr_scheduler_kwargs is a text, but no JSON. Write a block.")
     shape = rewriting.get("lr_scheduler_type")
     if shape == "constant":
         for key in ("warmup_steps", "warmup_ratio"):

@@ -1,7 +1,7 @@
 """TRL's keys that mean something only together: rows, adapter, template, packing, uploads, trackers, times.
 
-huggingface/trl 1.16.0: scripts/sft.py, trainer/sft_trainer.py, trainer/utils.py; alignment-handbook's and open-r1's
-configs.py for `chat_template`.
+huggingface/trl 1.16.0: its script for sft, SFTTrainer and get_quantization_config; alignment-handbook's and open-r1's
+configurations for `chat_template`.
 """
 
 from pathlib import Path
@@ -21,18 +21,27 @@ _LORA_KEYS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "lora_task_type", "use_rslora", "use_dora",
 )  # fmt: skip
+_FLASH_KERNELS = {
+    "flash_attention_3", "kernels-community/flash-attn", "kernels-community/flash-attn2",
+    "kernels-community/flash-attn3", "kernels-community/vllm-flash-attn3",
+}  # fmt: skip
+_OLDER_KEYS = {
+    "max_seq_length", "evaluation_strategy", "use_flash_attention_2", "dataset_mixer", "dataset_splits",
+    "num_of_sequences", "chars_per_token", "dataset_batch_size",
+}  # fmt: skip
 _FOUR_BIT_KEYS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
 
 def rewrite_trl(rewriting: Rewriting) -> None:
     """Rewrite all of TRL's keys that depend on one another; those that are left mean something by themselves."""
     _model_arguments(rewriting)
+    _attention(rewriting)
     rewrite_rows(rewriting)
     _template(rewriting)
     _length_and_packing(rewriting)
     _adapter(rewriting)
     rewrite_precision(rewriting)
-    if rewriting.get("fp16") is not True and "bf16" not in rewriting.document.values:
+    if rewriting.get("fp16") is not True and rewriting.get("bf16") is None:
         rewriting.defaults["bf16"] = True
     rewrite_schedule(rewriting)
     rewrite_times(rewriting, logging_steps=10)
@@ -41,6 +50,14 @@ def rewrite_trl(rewriting: Rewriting) -> None:
     reason = "it would delete an earlier run here, and TRL goes on in the folder: write it yourself if that is meant"
     rewriting.ignore("overwrite_output_dir", reason, loud=True)
     _resume(rewriting)
+    _older_keys(rewriting)
+
+
+def _attention(rewriting: Rewriting) -> None:
+    """Rewrite a kernel of flash attention by another name: all of them compute the same attention."""
+    named = rewriting.get("attn_implementation")
+    if isinstance(named, str) and named.partition(":")[0].partition("@")[0] in _FLASH_KERNELS:
+        rewriting.put("attn_implementation", "auto", of="attn_implementation")
 
 
 def _model_arguments(rewriting: Rewriting) -> None:
@@ -99,7 +116,7 @@ def _length_and_packing(rewriting: Rewriting) -> None:
     splits = {"bfd": False, "ffd": False, "bfd_split": True, "bfd-requeue": True}
     if not rewriting.get("packing"):
         splits = dict.fromkeys([*splits, "wrapped"], False)
-    if strategy not in splits:
+    if not isinstance(strategy, str) or strategy not in splits:
         rewriting.refuse(
             "packing_strategy",
             f"packing_strategy: '{strategy}' is not supported yet: rows that are joined and cut wherever a pack ends. "
@@ -150,4 +167,15 @@ def _resume(rewriting: Rewriting) -> None:
     if isinstance(given, str):
         rewriting.refuse(
             "resume_from_checkpoint", "a run cannot go on from another tool's checkpoint. Remove it, or write true."
+        )
+
+
+def _older_keys(rewriting: Rewriting) -> None:
+    """Say that a recipe of an older TRL is read as one of today's."""
+    older = sorted(_OLDER_KEYS & rewriting.given)
+    if older:
+        rewriting.remark(
+            f"{', '.join(older)}: such keys are of an older TRL. What the recipe does not say is as TRL 1.16 does it; "
+            "older ones did not recompute activations or compute in bf16 by themselves, and `packing` cut rows where a "
+            "pack ends"
         )
