@@ -13,6 +13,7 @@ from finetuner.recipe.environment import refuse_variables
 from finetuner.recipe.foreign.rewriting import FirstRow, Rewriting, no_rows
 from finetuner.recipe.foreign.tools import AXOLOTL_TOOL, Tool, tool_of
 from finetuner.recipe.foreign.translate import translate
+from finetuner.recipe.fsdp_prefix import drop_fsdp_prefix
 from finetuner.recipe.load import load, read_text, resolve
 from finetuner.recipe.problems import Note, render_problems
 from finetuner.recipe.schema import FACTS
@@ -39,6 +40,7 @@ def convert(path: str | Path, *, first_row: FirstRow = no_rows) -> Converted:
     if not document.is_complete:
         raise RecipeError(render_problems(str(path), document.problems))
     refuse_variables(document)
+    drop_fsdp_prefix(document)
     tool = tool_of(document.values)
     given = list(document.values)
     rewriting = Rewriting(document, first_row)

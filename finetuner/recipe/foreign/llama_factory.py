@@ -197,7 +197,14 @@ _TRAINER: dict[str, Foreign] = {
     ),
 }
 
-LLAMA_FACTORY: dict[str, Foreign] = TRAINING_ARGUMENTS | _DATA | _MODEL | _METHOD | _TRAINER
+_OF_EARLIER_VERSIONS: dict[str, Foreign] = {
+    "visual_inputs": blocked("pictures, video and sound"),
+    **_of_switch("name_module_trainable num_layer_trainable", "finetuning_type: freeze"),
+    "reserved_label_len": ignored("rows are cut at their end"),
+    "use_fp8": blocked("training in 8-bit floats"),
+}
+
+LLAMA_FACTORY: dict[str, Foreign] = TRAINING_ARGUMENTS | _OF_EARLIER_VERSIONS | _DATA | _MODEL | _METHOD | _TRAINER
 
 # Keys that llama_factory_groups.py takes before the table is read.
 TAKEN_TOGETHER = (

@@ -20,7 +20,11 @@ def rewrite_llama_factory(rewriting: Rewriting) -> None:
     is_text = rewriting.get("stage") == "pt"
     if is_text:
         rewriting.take("stage", into="datasets.type")
-    masks_history = rewriting.take("mask_history") is True
+    masks_history = rewriting.take("mask_history", into="chat_template_jinja") is True
+    if masks_history and rewriting.get("train_on_prompt") is True:
+        rewriting.refuse(
+            "train_on_prompt", "mask_history and train_on_prompt contradict each other, there as well. Remove one."
+        )
     is_named = rewriting.get("template") is not None and rewriting.get("chat_template") is None
     merges_results = rewrite_datasets(rewriting, is_text=is_text, only_last_turn=masks_history and not is_named)
     if is_text:
