@@ -153,7 +153,8 @@ def _load_sentencepiece(file: VocabularyFile, spaced_template: bool) -> "PreTrai
     encode: Encode = processor.encode
     config = file.config
     named = str(config.get("tokenizer_class") or "PreTrainedTokenizer").removesuffix("Fast")
-    model = sentencepiece_model_pb2.ModelProto()
+    messages: Any = sentencepiece_model_pb2  # whose classes are made when it is imported
+    model = messages.ModelProto()
     model.ParseFromString(file.path.read_bytes())
     is_bpe = model.trainer_spec.model_type == 2
     if named not in PLAIN_CLASSES or not is_bpe:
