@@ -112,3 +112,17 @@ def test_without_types_every_struct_is_cleaned() -> None:
     row = {"a": None, "b": {"c": None, "d": [{"e": None, "f": 1}, None]}}
     assert clean_row(row, None) == {"a": None, "b": {"d": [{"f": 1}, None]}}
     assert clean_row(row, {}) is row
+
+
+def test_json_that_datasets_reads_keeps_the_nulls_of_objects_whose_keys_differ(tmp_path: Path) -> None:
+    """As the JSON files of a hub dataset are read: docs/data.md says what becomes of their nulls."""
+
+    def read(arguments: list[dict[str, Any]]) -> list[Any]:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        path.write_text("\n".join(json.dumps({"text": "t", "call": [{"arguments": one}]}) for one in arguments))
+        table = datasets.load_dataset("json", data_files=str(path), split="train")
+        source = TableSource(DatasetEntry(path="x", type="completion"), table)
+        return [placed.row["call"][0]["arguments"] for batch in source.batches(3) for placed in batch]  # type: ignore[index]
+
+    assert read([{"q": "x", "n": None}, {"z": 1}]) == [{"q": "x", "n": None}, {"z": 1}]
+    assert read([{"q": "x", "n": None}, {"q": "y", "n": 1}]) == [{"q": "x"}, {"q": "y", "n": 1}]
