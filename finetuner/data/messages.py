@@ -114,7 +114,17 @@ class MessageReader:
         """
         messages: Messages = []
         trained: list[bool] = []
+        known, role_key, content_key, to_train = self.roles.known, self.role_key, self.content_key, self.roles_to_train
         for i, one in enumerate(given):
+            if isinstance(one, dict) and len(one) == 2:  # nearly all messages: a role and a text
+                name, content = one.get(role_key), one.get(content_key)
+                if isinstance(name, str) and isinstance(content, str) and name in known:
+                    role = known[name]
+                    if role == "user" and (content[:1] in EDGES or content[-1:] in EDGES):
+                        self._require_no_placeholder(i, content)
+                    messages.append({"role": role, "content": content})
+                    trained.append(role in to_train and i >= num_untrained)
+                    continue
             message, is_trained = self._message(i, one, given)
             messages.append(self.edits.split(message) if self.edits.splits_thoughts else message)
             if is_trained is None:
@@ -131,22 +141,17 @@ class MessageReader:
         if self.left_out:
             found = {key for one in given if isinstance(one, dict) for key in one if key in self.left_out}
             ignored = tuple(f"messages[].{key}" for key in sorted(found))
-        extras = frozenset(keys - _OWN_KEYS) if len(keys) > 2 else frozenset()
-        return Conversation(messages, tuple(trained), self._tools(row), keys <= _PLAIN_KEYS, extras, ignored)
+        tools = self._tools(row)
+        if len(keys) == 2 and not ignored:
+            return Conversation(messages, tuple(trained), tools, plain=True)
+        extras = frozenset(keys - _OWN_KEYS)
+        return Conversation(messages, tuple(trained), tools, keys <= _PLAIN_KEYS, extras, ignored)
 
     def _message(self, i: int, given: Any, all_given: Sequence[Any]) -> tuple[dict[str, Any], bool | None]:
         """Return message `i` as a template takes it, and whether its own key says that it is trained on.
 
         None: it has no such key. Raises DataError if it is no message.
         """
-        if isinstance(given, dict) and len(given) == 2:  # nearly all messages: a role and a text
-            name, content = given.get(self.role_key), given.get(self.content_key)
-            if isinstance(name, str) and isinstance(content, str):
-                role = self.roles.known.get(name)
-                if role is not None:
-                    if role == "user" and (content[:1] in EDGES or content[-1:] in EDGES):
-                        self._require_no_placeholder(i, content)
-                    return {"role": role, "content": content}, None
         # a key that is null is one that the message has not
         message = {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else {}
         if self.left_out:
@@ -265,9 +270,9 @@ class MessageReader:
         trained.insert(0, "system" in self.roles_to_train)
 
     def _tools(self, row: Row) -> list[Any] | None:
-        tools = tool_list(row.get(self.tools_column), self.tools_column) if self.tools_column is not None else None
-        name = self.functions_column
-        if name is None or name == self.column or not row.get(name):
+        column, name = self.tools_column, self.functions_column
+        tools = tool_list(row[column], column) if column is not None and row.get(column) else None
+        if name is None or not row.get(name) or name == self.column:
             return tools
         functions = tool_list(row[name], name)
         if tools is not None and functions is not None and tools != functions:
