@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from finetuner.data.chat_templates import choose_template
@@ -97,11 +97,12 @@ def texts() -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe's own keys, its rows, and the tokenizer's chat template."""
+    """A recipe's own keys, its rows, and the tokenizer's chat template. `begins`: it puts <s> before each text."""
 
     rows: list[dict[str, Any]]
     keys: dict[str, Any] = field(default_factory=dict)
     template: str = template(PLAIN)
+    begins: bool = False
 
 
 LORA = {"use_peft": True, "lora_dropout": 0.0}
@@ -114,6 +115,9 @@ CASES: dict[str, Case] = {
     "pairs_whole": Case(pairs(), {"completion_only_loss": False}),
     "chat_pairs": Case(chat_pairs(), {}, template(CLOSED)),
     "texts": Case(texts()),
+    "texts_begun": Case(texts(), begins=True),
+    "pairs_begun": Case(pairs(), begins=True),
+    "chats_begun": Case(chats(), template="{{ bos_token }}" + template(PLAIN), begins=True),
     "lora": Case(chats(), LORA),
     "lora_rslora_named": Case(chats(), {**LORA, "use_rslora": True, "lora_target_modules": ["q_proj", "down_proj"]}),
     "cosine_warmup_decay": Case(
@@ -129,12 +133,16 @@ def make_model(folder: Path, case: Case) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    special = [*SPECIAL, "<s>"] if case.begins else SPECIAL
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([" ".join(pair) for pair in TALK] * 5 + ["user assistant system"] * 9, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[0])
+    begin = {"bos_token": "<s>"} if case.begins else {}
+    if case.begins:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[0], **begin)
     fast.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
     fast.chat_template = case.template
     fast.save_pretrained(folder)
@@ -163,6 +171,12 @@ def write_case(folder: Path, case: Case, steps: int) -> Path:
     return path
 
 
+def learned(row: Any) -> tuple[list[int], list[int]]:
+    """Return a row's tokens, and its labels from the second token on: the first is predicted from nothing."""
+    ids, labels = row
+    return ids, labels[1:]
+
+
 @dataclass(frozen=True)
 class Compared:
     """Of each row (tokens, labels), and of each step the loss; by TRL and by us. `version`: TRL's."""
@@ -178,7 +192,8 @@ class Compared:
 
     @property
     def differing_rows(self) -> list[int]:
-        theirs, ours = self.rows
+        """Numbers of the rows of which tokens or labels differ."""
+        theirs, ours = (list(map(learned, rows)) for rows in self.rows)
         return [i for i in range(max(map(len, self.rows))) if theirs[i : i + 1] != ours[i : i + 1]]
 
 

@@ -17,7 +17,7 @@ def convert(
     """Print the converted recipe, or write it to a new file; notes go to stderr. Raises RecipeError."""
     result = converted(foreign, first_row=look_at_first_row)
     for note in result.notes:
-        if not note.quiet:
+        if not note.quiet and not note.message.startswith("is read as"):  # the file says those line by line
             typer.echo(f"note: {note}", err=True)
     if out is None:
         typer.echo(result.text.rstrip())

@@ -37,7 +37,14 @@ _PREFERENCE_KEYS = (
     "vllm_guided_decoding_regex vllm_structured_outputs_regex temperature top_p top_k min_p repetition_penalty "
     "cache_implementation use_transformers_paged ds3_gather_for_generation cast_lm_head_to_fp32 "
     "max_tool_calling_iterations sapo_temperature_neg sapo_temperature_pos kl_coef init_kl_coef entropy_coef "
-    "reward_clip_range token_entropy_percentile_threshold loss_type_weights"
+    "reward_clip_range token_entropy_percentile_threshold "
+    "entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target log_completions_hub_repo log_multimodal "
+    "max_new_tokens multi_objective_aggregation off_policy_mask_threshold transformers_continuous_batching_config "
+    "use_adaptive_entropy use_bias_correction_kl use_transformers_continuous_batching vespo_k_neg vespo_k_pos "
+    "vespo_lambda_neg vespo_lambda_pos vllm_enable_sleep_mode vllm_group_port vllm_importance_sampling_cap "
+    "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min vllm_importance_sampling_correction "
+    "vllm_importance_sampling_mode vllm_model_impl code_eval_test_batch_size code_eval_scoring_mode "
+    "morph_router_url"
 )
 
 TRL: dict[str, Foreign] = TRAINING_ARGUMENTS | {
