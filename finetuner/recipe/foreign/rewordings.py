@@ -9,6 +9,7 @@ from finetuner.recipe.foreign.axolotl_defaults import unlike_ours
 from finetuner.recipe.foreign.base import Foreign
 from finetuner.recipe.fsdp_prefix import drop_fsdp_prefix
 from finetuner.recipe.problems import Note, Problem
+from finetuner.recipe.schema import FACTS
 
 if TYPE_CHECKING:
     from finetuner.recipe.foreign.translate import Translation
@@ -40,6 +41,7 @@ def reword_after(translation: "Translation") -> None:
     _older_fsdp(translation)
     _no_evaluation(translation)
     _lora_on_4_bits(translation)
+    _keys_of_no_adapter(translation)
 
 
 def drop_empty_values(values: dict[str, Any]) -> None:
@@ -155,6 +157,17 @@ def _no_evaluation(translation: "Translation") -> None:
     if values.get("evals_per_epoch") == 0 and not isinstance(values["evals_per_epoch"], bool):
         translation.replace(("evals_per_epoch",), {} if values.get("eval_steps") else {"eval_strategy": "no"})
         del values["evals_per_epoch"]
+
+
+def _keys_of_no_adapter(translation: "Translation") -> None:
+    """Leave out an adapter's keys beside an empty `adapter:`, the boilerplate of templates."""
+    document = translation.document
+    if "adapter" not in document.values or document.values["adapter"] is not None:
+        return
+    for key in [key for key in document.values if key in FACTS and FACTS[key].needs == "lora"]:
+        if document.values.pop(key) not in (None, False):
+            message = "without effect: adapter is empty, so every weight is trained"
+            translation.notes.append(Note((key,), message, document.origin((key,), of_key=True)))
 
 
 def _lora_on_4_bits(translation: "Translation") -> None:
