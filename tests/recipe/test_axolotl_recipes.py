@@ -130,7 +130,7 @@ def test_a_key_with_nothing_behind_it_means_the_default_inside_blocks_too(read) 
     assert entry_of(loaded).split == "train"
 
 
-@pytest.mark.parametrize("off", ["fsdp_config: {}", 'deepspeed: ""', "fsdp: []", 'adapter: ""', 'chat_template: ""'])
+@pytest.mark.parametrize("off", ["fsdp_config: {}", "deepspeed: {}", "fsdp: []", 'adapter: ""', 'chat_template: ""'])
 def test_an_empty_value_of_a_switch_is_off(read, off: str) -> None:
     assert read(f"{ALPACA}{off}\n").recipe == read(ALPACA).recipe
 

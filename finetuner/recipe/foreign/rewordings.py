@@ -20,6 +20,7 @@ _SIGNS = 4  # of so many keys that are only Axolotl's, a recipe is one of Axolot
 _OFF_WHEN_EMPTY = ("adapter", "chat_template", "deepspeed", "fsdp", "fsdp_config", "hub_model_id")
 # accelerate's numbers of FSDP1's strategies
 _STRATEGIES = {"1": "full_shard", "2": "shard_grad_op", "3": "no_shard", "4": "hybrid_shard", "5": "hybrid_shard_zero2"}
+_TEXTS = ("deepspeed",)  # "" is a name of a file there, which is told that there is none
 # Blocks in which null may say something: another program's file, and changes of the model's config.
 _AS_IT_IS = ("deepspeed", "model_config", "overrides_of_model_config")
 
@@ -50,7 +51,7 @@ def drop_empty_values(values: dict[str, Any]) -> None:
         if key not in _AS_IT_IS:
             _drop_nulls(value)
     for key in _OFF_WHEN_EMPTY:
-        if values.get(key) in ("", [], {}):
+        if values.get(key) in (([], {}) if key in _TEXTS else ("", [], {})):
             values[key] = None
 
 
