@@ -130,7 +130,7 @@ def test_a_key_with_nothing_behind_it_means_the_default_inside_blocks_too(read) 
     assert entry_of(loaded).split == "train"
 
 
-@pytest.mark.parametrize("off", ["fsdp_config: {}", 'deepspeed: ""', "fsdp: []", 'adapter: ""', 'chat_template: ""'])
+@pytest.mark.parametrize("off", ["fsdp_config: {}", "deepspeed: {}", "fsdp: []", 'adapter: ""', 'chat_template: ""'])
 def test_an_empty_value_of_a_switch_is_off(read, off: str) -> None:
     assert read(f"{ALPACA}{off}\n").recipe == read(ALPACA).recipe
 
@@ -635,7 +635,14 @@ fsdp_config:
 """
 
 
-@pytest.mark.parametrize("text", [OF_2023, OF_2024, OF_2025, ALPACA + FSDP], ids=["2023", "2024", "2025", "fsdp"])
+EVERY_WEIGHT = "adapter:\nlora_r: 8\nlora_alpha: 16\nlora_target_modules: [q_proj]\nlora_fan_in_fan_out:\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [OF_2023, OF_2024, OF_2025, ALPACA + FSDP, ALPACA + EVERY_WEIGHT],
+    ids=["2023", "2024", "2025", "fsdp", "every weight"],
+)
 def test_a_conversion_is_the_recipe_that_a_run_reads(read, tmp_path: Path, text: str) -> None:
     recipe = read(text).recipe
     (tmp_path / "ours.yml").write_text(convert(tmp_path / "r.yml").text)

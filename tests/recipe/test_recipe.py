@@ -695,6 +695,11 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("load_in_8bit", {"load_in_8bit": True}, {"load_in_8bit": True, "adapter": "lora"}),
     ("fp16", {"bf16": True, "fp16": True}, {"bf16": False, "fp16": True}),
     ("lora_target_linear", {"lora_target_linear": True}, {"lora_target_linear": True, "adapter": "lora"}),
+    (
+        "lora_target_modules",
+        {"adapter": "lora", "lora_target_linear": True, "lora_target_modules": ["q_proj", "lm_head"]},
+        {"adapter": "lora", "lora_target_linear": True, "lora_target_modules": ["q_proj"]},
+    ),
     ("lora_r", {"lora_r": 16}, {"lora_r": 16, "adapter": "lora"}),
     (
         "name",

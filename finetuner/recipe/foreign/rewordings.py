@@ -9,6 +9,7 @@ from finetuner.recipe.foreign.axolotl_defaults import unlike_ours
 from finetuner.recipe.foreign.base import Foreign
 from finetuner.recipe.fsdp_prefix import drop_fsdp_prefix
 from finetuner.recipe.problems import Note, Problem
+from finetuner.recipe.schema import FACTS
 
 if TYPE_CHECKING:
     from finetuner.recipe.foreign.translate import Translation
@@ -19,6 +20,7 @@ _SIGNS = 4  # of so many keys that are only Axolotl's, a recipe is one of Axolot
 _OFF_WHEN_EMPTY = ("adapter", "chat_template", "deepspeed", "fsdp", "fsdp_config", "hub_model_id")
 # accelerate's numbers of FSDP1's strategies
 _STRATEGIES = {"1": "full_shard", "2": "shard_grad_op", "3": "no_shard", "4": "hybrid_shard", "5": "hybrid_shard_zero2"}
+_TEXTS = ("deepspeed",)  # "" is a name of a file there, which is told that there is none
 # Blocks in which null may say something: another program's file, and changes of the model's config.
 _AS_IT_IS = ("deepspeed", "model_config", "overrides_of_model_config")
 
@@ -40,6 +42,7 @@ def reword_after(translation: "Translation") -> None:
     _older_fsdp(translation)
     _no_evaluation(translation)
     _lora_on_4_bits(translation)
+    _keys_of_no_adapter(translation)
 
 
 def drop_empty_values(values: dict[str, Any]) -> None:
@@ -48,7 +51,7 @@ def drop_empty_values(values: dict[str, Any]) -> None:
         if key not in _AS_IT_IS:
             _drop_nulls(value)
     for key in _OFF_WHEN_EMPTY:
-        if values.get(key) in ("", [], {}):
+        if values.get(key) in (([], {}) if key in _TEXTS else ("", [], {})):
             values[key] = None
 
 
@@ -155,6 +158,17 @@ def _no_evaluation(translation: "Translation") -> None:
     if values.get("evals_per_epoch") == 0 and not isinstance(values["evals_per_epoch"], bool):
         translation.replace(("evals_per_epoch",), {} if values.get("eval_steps") else {"eval_strategy": "no"})
         del values["evals_per_epoch"]
+
+
+def _keys_of_no_adapter(translation: "Translation") -> None:
+    """Leave out an adapter's keys beside an empty `adapter:`, the boilerplate of templates."""
+    document = translation.document
+    if "adapter" not in document.values or document.values["adapter"] is not None:
+        return
+    for key in [key for key in document.values if key in FACTS and FACTS[key].needs == "lora"]:
+        if document.values.pop(key) not in (None, False):
+            message = "without effect: adapter is empty, so every weight is trained"
+            translation.notes.append(Note((key,), message, document.origin((key,), of_key=True)))
 
 
 def _lora_on_4_bits(translation: "Translation") -> None:

@@ -26,13 +26,13 @@ def _linear_layers_alone(values: Values) -> Iterator[Finding]:
     named = values["lora_target_modules"]
     if not values["lora_target_linear"] or not isinstance(named, tuple):
         return
-    for i, name in enumerate(named):
+    for name in named:
         if name.rpartition(".")[2] in _TABLES:
             message = (
                 f"lora_target_linear adapts every linear layer but the head, so '{name}' would be left out. Train it "
                 f"in full (lora_modules_to_save: [{name}]), or remove lora_target_linear and name every layer."
             )
-            yield Finding(("lora_target_modules", i), message, (("lora_target_linear",),))
+            yield Finding(("lora_target_modules",), message, (("lora_target_linear",),))
 
 
 def _one_way_to_choose_blocks(values: Values) -> Iterator[Finding]:

@@ -1,7 +1,8 @@
 """Rules about keys that were written although they can have no effect; leaving them out would be no mistake.
 
-Where the key that switches them off is written too (`adapter:`), they are the boilerplate of a template and only noted;
-where it is missing, it was probably forgotten. How often to evaluate is boilerplate in any case, and noted.
+Where `adapter` is missing beside keys of an adapter, it was probably forgotten; where it is written and empty, they are
+the boilerplate of a template, which foreign/rewordings.py leaves out. How often to evaluate is boilerplate in any case,
+and noted.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,9 +26,6 @@ def given_findings(raw: Mapping[str, Any]) -> Iterator[Finding]:
 
 def given_notes(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """Yield the boilerplate, which is only noted, and why each key has no effect."""
-    if "adapter" in raw and raw["adapter"] is None:
-        for key in _adapter_keys(raw):
-            yield (key,), "without effect: adapter is empty, so every weight is trained"
     if raw.get("lora_target_linear") is True and raw.get("lora_target_modules"):
         yield ("lora_target_modules",), "without effect: lora_target_linear adapts every linear layer"
     if raw.get("hub_strategy") == "every_save" and not raw.get("hub_model_id"):
