@@ -9,6 +9,7 @@ than it knows, and no loss shows it.
 """
 
 import base64
+import importlib
 import json
 import shutil
 import tempfile
@@ -147,13 +148,12 @@ def load_vocabulary(file: VocabularyFile, *, spaced_template: bool = False) -> "
 
 def _load_sentencepiece(file: VocabularyFile, spaced_template: bool) -> "PreTrainedTokenizerBase":
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
 
+    messages = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # made at run time: it has no types
     processor = sentencepiece.SentencePieceProcessor(model_file=str(file.path))
     encode: Encode = processor.encode
     config = file.config
     named = str(config.get("tokenizer_class") or "PreTrainedTokenizer").removesuffix("Fast")
-    messages: Any = sentencepiece_model_pb2  # whose classes are made when it is imported
     model = messages.ModelProto()
     model.ParseFromString(file.path.read_bytes())
     is_bpe = model.trainer_spec.model_type == 2

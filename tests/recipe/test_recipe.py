@@ -764,6 +764,11 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"datasets": [COMPLETION | {"sample_by": "document", "ds_type": "text"}]},
     ),
     ("base_model", {"base_model": "from-scratch", "tokenizer": "byte"}, SCRATCH),
+    (
+        "chat_template",
+        {"tokenizer_use_mistral_common": True, "chat_template": "chatml"},
+        {"tokenizer_use_mistral_common": True, "chat_template": "tokenizer_default"},
+    ),
     ("model", SCRATCH | {"model": {"layers": 2}}, SCRATCH),
     ("model", SCRATCH | {"model": {"preset": "gpt-nano", "heads": 3}}, SCRATCH),
     ("model", SCRATCH | {"model": {"preset": "gpt-nano", "key_value_heads": 3}}, SCRATCH),
