@@ -447,6 +447,31 @@ def test_a_token_within_a_calls_arguments_is_no_end(tokenizer: PreTrainedTokeniz
         learned(tokenizer, CLOSED_BY_NEXT, messages, eot_tokens=("<|user|>",))
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + '\n' }}TEXT"
+    "{% for c in m.tool_calls or [] %}<C>{{ c.function.name }}{{ c.function.arguments | tojson }}</C>{% endfor %}"
+    "<|end|>LAST\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+ODD_TEMPLATES = {
+    "says more behind the last question": CHATML.replace("TEXT", "{{ m.content + (' (now)' if loop.last else '') }}"),
+    "asks users only": CHATML + "{{ raise_exception('?') if add_generation_prompt and messages[-1].role != 'user' }}",
+    "never asks": CHATML.split("{% if add_")[0],
+    "ends the text": CHATML.replace(
+        "LAST", "{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_TEMPLATES)
+def test_templates_that_ask_or_end_in_an_odd_way_learn_the_same(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    template = ODD_TEMPLATES[name].replace("TEXT", "{{ m.content }}").replace("LAST", "")
+    if name.startswith("says more"):  # of a question; an answer is no such text
+        template = template.replace("if loop.last", "if loop.last and m.role == 'user'")
+    last = tokenizer.eos_token if name == "ends the text" else ""
+    assert learned(tokenizer, template, CALLED) == ['<C>add{"a": 1}</C><|end|>', "It is 3.<|end|>", f"9.<|end|>{last}"]
+
+
 # --- turns that the next turn's role closes ---
 
 
