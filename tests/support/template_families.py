@@ -1,4 +1,4 @@
-"""Small chat templates with the properties of today's families, each plain and with its answers marked, from one text."""
+"""Chat templates with the properties of today's families: each plain, and with its answers marked, from one text."""
 
 TOKENS = [
     "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>", "[INST]", "[/INST]", "[CALLS]",
