@@ -159,7 +159,7 @@ def recipe_of(case: Case, steps: int) -> dict[str, Any]:
     """Return the recipe of a case, whose folders lie where it is run."""
     return {
         "model_name_or_path": "model", "stage": "sft", "do_train": True, "dataset": "rows", "template": "qwen",
-        "cutoff_len": 512, "max_steps": steps, "learning_rate": 1e-3, "per_device_train_batch_size": 2,
+        "cutoff_len": 2048, "max_steps": steps, "learning_rate": 1e-3, "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2, "flash_attn": "disabled", "use_cpu": True, "save_strategy": "no",
         "report_to": "none", "output_dir": "theirs", "disable_tqdm": True, "logging_steps": 1,
     } | case.keys  # fmt: skip

@@ -232,6 +232,11 @@ class _Listing:
             entry["field_system"] = columns.system
         if columns.tools not in (None, "tools"):
             entry["field_tools"] = columns.tools
+        if columns.tools is not None:
+            self.rewriting.remark(
+                f"rows of '{name}' whose list of tools is empty begin with the question here; LLaMA-Factory puts an "
+                "empty system turn before it"
+            )
         row = self.rewriting.first_row({**place, "type": None}) or {}
         for part, column in (("system", columns.system), ("tools", columns.tools)):
             if column is None and row.get(part):
