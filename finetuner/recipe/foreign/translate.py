@@ -52,7 +52,6 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
         ),
     },
     "activation_offloading": {"legacy": True, "hidden_states": True},
-    "evals_per_epoch": {0: None},
     "saves_per_epoch": {0: None},
     "eval_steps": {0: None},
     "save_steps": {0: None},

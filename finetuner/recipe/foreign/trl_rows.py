@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from finetuner.recipe.foreign.rewriting import Rewriting
-from finetuner.recipe.sections import DatasetEntry
 
 Entry = dict[str, Any]
 
@@ -20,7 +19,7 @@ FROM_VALUE: Entry = {
     "message_property_mappings": {"role": "from", "content": "value"},
 }
 # Columns that the recipe chooses leave the others out.
-_CHOSEN_COLUMNS: Entry = {"unused_columns": "ignore"} if "unused_columns" in DatasetEntry.model_fields else {}
+_CHOSEN_COLUMNS: Entry = {"unused_columns": "ignore"}
 _SOURCES = ("datasets", "dataset_mixture", "dataset_mixer", "dataset_name")
 
 

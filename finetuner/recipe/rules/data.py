@@ -109,7 +109,7 @@ def _each_column_once(values: Values) -> Iterator[Finding]:
         columns: dict[str, str] = {}
         for name in names:
             column, default = dict(form)[name], InstructionFormat.model_fields[name].default
-            if column not in columns:
+            if column == "" or column not in columns:
                 columns[column] = name
             elif column != default or name in names[:2]:
                 message = f"the column '{column}' is {columns[column]} already, so its text would stand there twice."
