@@ -37,6 +37,7 @@ OWN_ENDS = "with the begin or end of text that is added anyway: it is there once
 # The rows that max_dropped_fraction bounds: cut and split rows are trained on, blank lines of a text are none, and
 # equal rows are left out because the recipe says so.
 DROPPED = (TOO_LONG, TOO_SHORT, UNTRAINED, BAD)
+NOTED = (OWN_ENDS, WORDS)  # rows that are trained on; they are counted and not listed
 
 
 class Outcome(NamedTuple):

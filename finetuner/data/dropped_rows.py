@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from finetuner.data.documents import DROPPED, Outcome
+from finetuner.data.documents import DROPPED, NOTED, Outcome
 from finetuner.storage.json_lines import append_rows, read_rows, replace_rows
 
 LISTED = "dropped.jsonl"
@@ -31,7 +31,7 @@ class DroppedRowsFile:
             return
         rows = []
         for outcome in outcomes:
-            if self.num_listed[outcome.reason] < self.max_listed:
+            if outcome.reason not in NOTED and self.num_listed[outcome.reason] < self.max_listed:
                 self.num_listed[outcome.reason] += 1
                 rows.append(outcome._asdict() | {"block": block})
         if rows:

@@ -130,7 +130,7 @@ class MessageReader:
             if is_trained is None:
                 is_trained = message["role"] in self.roles_to_train and i >= num_untrained
             trained.append(is_trained)
-        if self.system_column is not None and row.get(self.system_column):
+        if self.system_column is not None and row.get(self.system_column) not in (None, ""):
             self._put_system_text(row, messages, trained)
         if self.edits.drops_system and messages[0]["role"] == "system":
             messages, trained = messages[1:], trained[1:]
@@ -172,7 +172,7 @@ class MessageReader:
         if role == "user":
             self._require_no_placeholder(i, content)
         if "tool_calls" in message:
-            message["tool_calls"] = call_list(message["tool_calls"], i, self._leaves_out)
+            message["tool_calls"] = call_list(message["tool_calls"], i, self.left_out, ignores_all=self.ignores_all)
         return {"role": role, "content": content, **message}, is_trained
 
     def _take_flag(self, i: int, message: dict[str, Any]) -> bool | None:

@@ -17,6 +17,7 @@ from finetuner.data.documents import (
     BY_WEIGHT,
     CUT,
     DUPLICATE,
+    NOTED,
     SPLIT,
     TOO_LONG,
     DocumentMaker,
@@ -167,10 +168,10 @@ class OutcomeLog:
         self.digests: set[bytes] = set()
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
-        """Count outcomes, and write one line of JSON for each."""
+        """Count outcomes, and write one line of JSON for each but those that are only noted."""
         for outcome in outcomes:
             self.counts[outcome.reason] += 1
-            if self.file is not None:
+            if self.file is not None and outcome.reason not in NOTED:
                 self.file.write(json.dumps(outcome._asdict()) + "\n")
 
     def is_new(self, documents: Sequence[Document]) -> bool:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from finetuner.data.documents import BLANK, CUT, DROPPED, DUPLICATE, OWN_ENDS, SPLIT, SPLIT_IN_PART, MadeDocuments
+from finetuner.data.documents import BLANK, CUT, DROPPED, DUPLICATE, NOTED, SPLIT, SPLIT_IN_PART, MadeDocuments
 from finetuner.data.formats.base import Rendered
 from finetuner.data.token_store import IGNORE_INDEX, Document
 
-_CHANGED = (CUT, SPLIT, SPLIT_IN_PART, OWN_ENDS)  # reasons of rows that are trained on, not as they are
+_CHANGED = (CUT, SPLIT, SPLIT_IN_PART, *NOTED)  # reasons of rows that are trained on, not as they are
 _LOST = (*DROPPED, BLANK, DUPLICATE)
 _MOST_NAMES = 8  # of ignored columns and keys in one line
 

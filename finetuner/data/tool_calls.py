@@ -1,24 +1,25 @@
 """Tool calls and tools of a row, in the form in which chat templates take them."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from finetuner.data.formats.base import kind_of
 from finetuner.data.inert_names import in_yaml_list, is_empty, is_inert
 from finetuner.errors import DataError
 
+_WRITTEN = ("type", "name")  # what templates write of a call, beside its arguments
 _ARGUMENTS = ("arguments", "parameters")  # the second in Llama 3's form
 
 
-def call_list(calls: Any, turn: int, leaves_out: Callable[[str], bool]) -> list[dict[str, Any]]:
-    """Return the calls of message `turn`, without keys of names that the recipe leaves out.
+def call_list(calls: Any, turn: int, left_out: Container[str], *, ignores_all: bool) -> list[dict[str, Any]]:
+    """Return the calls of message `turn`, without the keys in `left_out`.
 
-    Raises DataError if they are no list of calls, or one says more than a template writes.
+    Raises DataError if they are no list of calls, or, unless `ignores_all`, one says more than a template writes.
     """
     if not isinstance(calls, list):
         raise DataError(f"message {turn}: 'tool_calls' is {calls!r:.60}, but must be a list of calls")
-    return [_tool_call(call, turn, leaves_out) for call in calls]
+    return [_tool_call(call, turn, left_out, ignores_all) for call in calls]
 
 
 def calls_in_text(text: str, turn: int) -> list[Any]:
@@ -32,7 +33,7 @@ def calls_of_function_call(call: Any, turn: int) -> list[Any]:
     return calls_in_text(call, turn) if isinstance(call, str) else [call]
 
 
-def _tool_call(call: Any, turn: int, leaves_out: Callable[[str], bool]) -> dict[str, Any]:
+def _tool_call(call: Any, turn: int, left_out: Container[str], ignores_all: bool) -> dict[str, Any]:
     """{"type": "function", "function": {"name", "arguments"}}, the arguments as they are given, an object or its JSON.
 
     data/tool_arguments.py gives them to the template in the form that it takes. Nulls stand for keys that a call has
@@ -46,9 +47,10 @@ def _tool_call(call: Any, turn: int, leaves_out: Callable[[str], bool]) -> dict[
     outer = {k: v for k, v in call.items() if v is not None and k not in ("function", "name", name)}
     inner = {k: v for k, v in function.items() if v is not None and k not in ("type", "id", name)}
     for keys in (outer, inner):
-        for key in [key for key in keys if leaves_out(key)]:
+        for key in [key for key in keys if key not in _WRITTEN and key in left_out]:
             del keys[key]
-    require_inert({**outer, **inner}, ("type", "name"), f"a tool call of message {turn}")
+    if not ignores_all:
+        require_inert({**outer, **inner}, _WRITTEN, f"a tool call of message {turn}")
     return {"type": "function", **outer, "function": {**inner, "arguments": arguments}}
 
 

@@ -13,6 +13,7 @@ from finetuner.data.token_store import IGNORE_INDEX
 from finetuner.errors import DataError, RecipeError
 from finetuner.recipe import load
 from finetuner.recipe.sections import DataSection, DatasetEntry
+from tests.support.rendering import render_row
 
 ROW: dict[str, Any] = {
     "instruction": "Sum up.",
@@ -34,8 +35,7 @@ def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], **keys: Any) -> Rendered:
-    entry = DatasetEntry(path="rows.jsonl", type="instruction_chat", **keys)
-    return load_format("instruction_chat")(entry, DataSection(datasets=(entry,)), tokenizer)(row)
+    return render_row(tokenizer, row, "instruction_chat", **keys)
 
 
 def learned(rendered: Rendered) -> list[str]:
@@ -80,7 +80,7 @@ def test_columns_of_other_names_are_read_by_those(tokenizer) -> None:
 
 
 def test_a_column_that_is_not_to_be_read_is_counted_as_ignored(tokenizer) -> None:
-    rendered = render(tokenizer, ROW, instruction_columns={"system": None, "history": None})
+    rendered = render(tokenizer, ROW, instruction_columns={"system": "", "history": ""})
     assert rendered.text == WHOLE.rpartition("<|im_start|>user")[1] + WHOLE.rpartition("<|im_start|>user")[2]
     assert rendered.ignored == ("system", "history")
 
@@ -88,12 +88,12 @@ def test_a_column_that_is_not_to_be_read_is_counted_as_ignored(tokenizer) -> Non
 @pytest.mark.parametrize(
     ("row", "names", "said"),
     [
-        (ROW | {"images": ["a.png"]}, {}, "column 'images' is not read"),
-        (ROW | {"messages": [{"role": "user", "content": "Hi"}]}, {}, "column 'messages' is not read"),
-        (ROW | {"sys": "Be kind."}, {"system": "sys"}, "`instruction_columns: {system: system}`"),
-        (ROW | {"history": "Hello"}, {}, "must be a list of [question, answer]"),
-        (ROW | {"history": [["Hello"]]}, {}, "turn 0 of column 'history'"),
-        (ROW | {"history": [{"q": "a", "a": "b"}]}, {}, "turn 0 of column 'history'"),
+        (ROW | {"images": ["a.png"]}, {}, "column 'images' is not used by `type: instruction_chat`"),
+        (ROW | {"messages": [{"role": "user", "content": "Hi"}]}, {}, "column 'messages' is not used"),
+        (ROW | {"sys": "Be kind."}, {"system": "sys"}, "column 'system' is not used"),
+        (ROW | {"history": "Hello"}, {}, "column 'history' is not JSON"),
+        (ROW | {"history": [["Hello"]]}, {}, "column 'history' must be a list of [question, answer]"),
+        (ROW | {"history": [{"q": "a", "a": "b"}]}, {}, "column 'history' must be a list of [question, answer]"),
         (ROW | {"output": None}, {}, "column 'output' holds nothing"),
         (ROW | {"tools": '[{"name": "f", "parameters": {}}]'}, {}, "does not write tools"),
     ],
@@ -107,7 +107,7 @@ def test_a_part_that_would_be_left_out_or_misread_is_refused_by_its_name(tokeniz
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ("type: alpaca\n    train_on_last_turn: true", "train_on_last_turn is for conversations"),
+        ("type: alpaca\n    train_on_last_turn: true", "train_on_last_turn is for `type: chat_template`"),
         ("type: alpaca\n    instruction_columns: {output: a}", "instruction_columns is for `type: instruction_chat`"),
         ("type: instruction_chat\n  - path: b.jsonl\n    type: chat_template\n    chat_template: chatml",
          "every dataset must be rendered with the same chat template"),

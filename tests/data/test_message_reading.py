@@ -278,7 +278,7 @@ def test_a_template_that_writes_messages_as_a_whole_gets_all_their_keys(tokenize
     tokenizer.chat_template = CHATML + "{{ messages | tojson }}"
     row = chat("a", "b")
     row["messages"][0]["mood"] = "happy"
-    assert "does not write every message once" in refusal_of(tokenizer, row), "and not: 'mood' is left out"
+    assert "writes a text of message 1 twice" in refusal_of(tokenizer, row), "and not: 'mood' is left out"
 
 
 def test_a_name_that_a_template_writes_now_and_then_is_always_given(tokenizer: PreTrainedTokenizerBase) -> None:

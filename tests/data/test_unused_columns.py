@@ -39,7 +39,7 @@ def test_a_system_column_stands_before_the_messages(tokenizer: PreTrainedTokeniz
     own = render_row(tokenizer, {**chat("a", "b"), "system": "Be brief."})
     assert own.text == render_row(tokenizer, chat("a", "b", system="Be brief.")).text
     assert own.roles == ("system", "user", "assistant")
-    assert trained_parts(own) == ["b<|im_end|>"]
+    assert trained_parts(own) == ["<think>\n\n</think>\n\nb<|im_end|>"]
     named = render_row(tokenizer, {**chat("a", "b"), "about": "Be brief."}, field_system="about")
     assert named.text == own.text
     same = render_row(tokenizer, {**chat("a", "b", system="Be brief."), "system": "Be brief.\n"})
@@ -452,4 +452,14 @@ def test_documents_of_rows_with_inert_columns_are_those_without(
 ) -> None:
     rows = [{**chat("a", "b"), "id": i, "meta": {"n": i}} for i in range(3)]
     store = learn(tokenizer, rows, tmp_path).train
-    assert [trained_texts(tokenizer, *store.document(i)) for i in range(3)] == [["b<|im_end|>"]] * 3
+    assert [trained_texts(tokenizer, *store.document(i)) for i in range(3)] == [
+        ["<think>\n\n</think>\n\nb<|im_end|>"]
+    ] * 3
+
+
+def test_a_call_keeps_its_name_and_id_where_other_names_are_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {"q": "x"}}, "latency": 3}
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}], "tools": [TOOL]}
+    assert "latency" in refusal_of(tokenizer, row)
+    for unused in ("ignore", ["latency", "name"]):
+        assert '"name": "look"' in render_row(tokenizer, row, unused_columns=unused).text

@@ -137,7 +137,7 @@ def test_all_mistakes_come_in_one_message_with_their_places(
         "       |     ^",
         "",
         "r.yml:12:11: datasets.1.type is the text 'alpca', but must be one of: alpaca, completion, "
-        "chat_template, input_output, prompt_completion. "
+        "chat_template, input_output, prompt_completion, instruction_chat. "
         "Did you mean 'alpaca'?",
         "    12 |     type: alpca",
         "       |           ^",

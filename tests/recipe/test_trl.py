@@ -511,9 +511,7 @@ def benchmark() -> Any:
 RECORDED = json.loads(Path(__file__).with_name("trl_rows.json").read_text())
 MORE_CASES = ("lora", "lora_rslora_named", "cosine_warmup_decay", "constant_with_ignored_warmup")
 CASE_NAMES = [*(name for name in RECORDED if name != "version"), *MORE_CASES]
-RECORDED_CASES = [
-    pytest.param(name) if name == "chat_pairs" else name for name in RECORDED if name != "version"
-]
+RECORDED_CASES = [pytest.param(name) if name == "chat_pairs" else name for name in RECORDED if name != "version"]
 
 
 @pytest.mark.parametrize("name", RECORDED_CASES)

@@ -42,7 +42,7 @@ def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTo
         cells = {"instruction": text_of(row, "instruction"), "input": "" if given is None else text_of(row, "input")}
         answer, has_input = text_of(row, "output"), cells["input"] != ""
         system, history = cell(row, "system"), cell(row, "history")
-        if not system and not history:  # nearly all rows
+        if system in (None, "") and history in (None, "", []):  # nearly all rows
             prompt, contents = fill(_PROMPTS[has_input], cells)
             return answered(prompt, answer, tuple(contents))
         text, contents = _beginning(system, has_input)

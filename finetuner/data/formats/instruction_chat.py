@@ -28,13 +28,13 @@ def _conversation(row: Row, entry: DatasetEntry, reader: MessageReader) -> Conve
     system, asked = _text(row, columns.system), text_of(row, columns.instruction)
     question = "\n".join(text for text in (asked, _text(row, columns.input)) if text)
     messages: Messages = [{"role": "system", "content": system}] if system else []
-    for earlier, answer in earlier_turns(row.get(columns.history) if columns.history is not None else None):
+    for earlier, answer in earlier_turns(row.get(columns.history) if columns.history else None):
         messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": answer}]
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": text_of(row, columns.output)}]
-    tools = row.get(columns.tools) if columns.tools is not None else None
+    tools = row.get(columns.tools) if columns.tools else None
     return reader.read({entry.field_messages: messages, entry.field_tools: tools})
 
 
-def _text(row: Row, column: str | None) -> str:
+def _text(row: Row, column: str) -> str:
     """Return the text in a column that may be missing or null."""
-    return text_of(row, column) if column is not None and row.get(column) is not None else ""
+    return text_of(row, column) if column and row.get(column) is not None else ""

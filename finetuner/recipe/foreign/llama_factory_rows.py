@@ -1,6 +1,6 @@
 """LLaMA-Factory's datasets: names that are looked up in dataset_info.json, as entries of ours.
 
-hiyouga/LLaMA-Factory src/llamafactory/data/parser.py, converter.py and loader.py 0.9.5: what a dataset's entry there
+hiyouga/LLaMA-Factory 0.9.5, its data/parser, converter and loader: what a dataset's entry there
 means, and what holds where it says nothing.
 """
 
@@ -179,6 +179,8 @@ class _Listing:
             rows = self._chats(name, place, columns, info, formatting)
         else:
             raise _UnknownError(f"its formatting is {formatting!r:.40}, which LLaMA-Factory does not have either")
+        if info.get(_ASSUMED) is not True:  # what dataset_info.json names is read there, and nothing else
+            rows = rows | {"unused_columns": "ignore"}
         return place | rows | ({"train_on_last_turn": True} if self.only_last_turn else {})
 
     def _place(self, info: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,7 +267,7 @@ def _instructions(columns: Columns) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "type": "instruction_chat",
-        "instruction_columns": {part: column for part, column in meant.items() if column != part},
+        "instruction_columns": {part: column or "" for part, column in meant.items() if column != part},
     }
 
 

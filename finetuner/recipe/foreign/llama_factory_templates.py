@@ -1,6 +1,6 @@
 """LLaMA-Factory's templates by name, and a chat template for each that writes and marks the same text.
 
-Names and formats: hiyouga/LLaMA-Factory src/llamafactory/data/template.py 0.9.5. Whatever stands in a template's
+Names and formats: hiyouga/LLaMA-Factory 0.9.5, its data/template. Whatever stands in a template's
 assistant format is learned, with the newline behind the end of a turn.
 """
 

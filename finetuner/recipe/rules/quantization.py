@@ -11,7 +11,7 @@ def _four_bits_are_qlora(values: Values) -> Iterator[Finding]:
     if adapter == "qlora" and four_bits is False:
         message = "adapter: qlora trains on a 4-bit base. Remove this line, or write `adapter: lora`."
         yield Finding(("load_in_4bit",), message, (("adapter",),))
-    if adapter == "lora" and four_bits:  # a recipe's file is read as qlora (foreign/rewordings.py)
+    if adapter == "lora" and four_bits:  # a recipe's file is read as qlora (recipe/foreign/rewordings.py)
         message = "LoRA on a 4-bit base is written `adapter: qlora`. Write that, or remove `load_in_4bit`."
         yield Finding(("adapter",), message, (("load_in_4bit",),))
     if adapter is None and four_bits:

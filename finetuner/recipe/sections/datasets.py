@@ -103,14 +103,14 @@ class InstructionFormat(Section):
 
 
 class InstructionColumns(Section):
-    """Columns of a row that is an instruction and its answer; null: there is none, or it is not to be read."""
+    """Columns of a row that is an instruction and its answer; "": there is none, or it is not to be read."""
 
     instruction: str = Field("instruction", min_length=1, description="The question or order.")
-    input: str | None = Field("input", min_length=1, description="A text to work on, written on the line below it.")
+    input: str = Field("input", description="A text to work on, written on the line below it.")
     output: str = Field("output", min_length=1, description="The answer, which is trained on.")
-    system: str | None = Field("system", min_length=1, description="The system text.")
-    history: str | None = Field("history", min_length=1, description="Earlier turns: a list of [question, answer].")
-    tools: str | None = Field("tools", min_length=1, description="The tools that may be called.")
+    system: str = Field("system", description="The system text.")
+    history: str = Field("history", description="Earlier turns: a list of [question, answer].")
+    tools: str = Field("tools", description="The tools that may be called.")
 
 
 class MessageProperties(Section):
@@ -251,9 +251,9 @@ class DatasetEntry(Section):
 
     @property
     def unused_names(self) -> tuple[str, ...]:
-        """Columns and keys that the recipe leaves out by name, or by a null in instruction_columns."""
+        """Columns and keys that the recipe leaves out by name, or by a "" in instruction_columns."""
         usual, chosen = dict(InstructionColumns()), dict(self.instruction_columns)
-        unread = tuple(usual[part] for part, column in chosen.items() if column is None)
+        unread = tuple(usual[part] for part, column in chosen.items() if not column)
         return unread if isinstance(self.unused_columns, str) else (*self.unused_columns, *unread)
 
     @property
