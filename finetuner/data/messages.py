@@ -126,7 +126,7 @@ class MessageReader:
                     trained.append(role in to_train and i >= num_untrained)
                     continue
             message, is_trained = self._message(i, one, given)
-            messages.append(self.edits.split(message) if self.edits.splits_thoughts else message)
+            messages.append(self.edits.split(message))
             if is_trained is None:
                 is_trained = message["role"] in self.roles_to_train and i >= num_untrained
             trained.append(is_trained)

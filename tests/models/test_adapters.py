@@ -180,7 +180,7 @@ def test_mistakes_about_adapters_are_found_in_the_recipe(write_recipe):
         ({"peft_layers_pattern": "layers", "adapter": "lora"}, "has no effect without peft_layers_to_transform"),
         ({"peft_layers_to_transform": [], "adapter": "lora"}, "no block is numbered"),
         ({"peft_layers_to_transform": 1, "lora_target_modules": ".*q", "adapter": "lora"}, "already says which blocks"),
-        ({"peft_init_lora_weights": "pissa", "adapter": "lora"}, "must be"),
+        ({"peft_init_lora_weights": "pissa", "adapter": "lora"}, "this start of an adapter. Write true or gaussian"),
     ):
         with pytest.raises(RecipeError, match=message):
             load(write_recipe(**keys))

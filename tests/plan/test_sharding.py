@@ -80,7 +80,7 @@ def test_both_spellings_of_fsdp_config_are_one_recipe(write_recipe):
         ({"fsdp": ["full_shard", "no_shard"]}, "names 2 strategies: full_shard, no_shard"),
         ({"fsdp": ["no_shard", "offload"]}, "cannot be offloaded"),
         (FSDP | {"fsdp_config": {"sharding_strategy": "SHARD_GRAD_OP"}}, "fsdp says full_shard"),
-        (FSDP | {"fsdp_config": {"backward_prefetch": "NO_PREFETCH"}}, "must be BACKWARD_PRE|must be one of"),
+        (FSDP | {"fsdp_config": {"backward_prefetch": "SIDEWAYS"}}, "must be BACKWARD_PRE|must be one of"),
         (FSDP | {"fsdp_config": {"fsdp_offload_parms": True}}, "Did you mean 'offload_params'"),
         (FSDP | {"fsdp_config": {"auto_wrap_policy": "NO_WRAP"}}, "gathers the whole model at once"),
         (FSDP | {"fsdp_config": {"version": 2}, "fsdp_version": 1}, "fsdp_version is 1, fsdp_config.version is 2"),

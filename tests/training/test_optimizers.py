@@ -286,7 +286,7 @@ def test_a_run_with_rates_of_its_own_logs_the_schedules_and_resumes_bitwise(writ
         ({"optimizer": "lion_8bit", "adam_epsilon": 0.1}, "adam_epsilon has no effect"),
         ({"optimizer": "muon", "fsdp": ["full_shard"]}, "muon is not supported under FSDP: it needs whole matrices"),
         ({"optimizer": "adafactor", "deepspeed": {"zero_optimization": {"stage": 1}}}, "under DeepSpeed"),
-        ({"optimizer": "lion_32bit", "fsdp_config": {}}, "kernels cannot work on FSDP's shards"),
+        ({"optimizer": "lion_32bit", "fsdp_config": {"version": 2}}, "kernels cannot work on FSDP's shards"),
     ],
 )
 def test_arguments_that_an_optimizer_does_not_take_are_refused_before_anything_is_loaded(keys, message, write_recipe):

@@ -27,7 +27,9 @@ _AS_IT_IS = ("deepspeed", "model_config", "overrides_of_model_config")
 
 def reword_before(translation: "Translation", own: Mapping[str, Foreign] | None) -> None:
     """Rewrite what must be read before single keys are. `own`: Axolotl's keys, if the recipe is one of Axolotl's."""
-    drop_empty_values(translation.document.values)
+    for key in drop_empty_values(translation.document.values):
+        where = translation.document.origin((key,), of_key=True)
+        translation.notes.append(Note((key,), "is empty, so nothing is sharded. FSDP is `fsdp: [full_shard]`", where))
     drop_fsdp_prefix(translation.document)  # a conversion begins here; a run did so before its overrides
     if own is not None:
         _other_defaults(translation, own)
@@ -45,14 +47,19 @@ def reword_after(translation: "Translation") -> None:
     _keys_of_no_adapter(translation)
 
 
-def drop_empty_values(values: dict[str, Any]) -> None:
-    """Let `key:` with nothing behind it mean the default inside blocks too, and an engine's empty block no engine."""
+def drop_empty_values(values: dict[str, Any]) -> list[str]:
+    """Let `key:` with nothing behind it mean the default inside blocks too, and an engine's empty block no engine.
+
+    Returns the engines' keys whose block was written empty.
+    """
+    empty_blocks = [key for key in ("fsdp_config", "deepspeed") if values.get(key) == {}]
     for key, value in values.items():
         if key not in _AS_IT_IS:
             _drop_nulls(value)
     for key in _OFF_WHEN_EMPTY:
         if values.get(key) in (([], {}) if key in _TEXTS else ("", [], {})):
             values[key] = None
+    return empty_blocks
 
 
 def _drop_nulls(value: Any) -> None:

@@ -1,8 +1,8 @@
 """Rules about keys that were written although they can have no effect; leaving them out would be no mistake.
 
 Where `adapter` is missing beside keys of an adapter, it was probably forgotten; where it is written and empty, they are
-the boilerplate of a template, which recipe/foreign/rewordings.py leaves out. How often to evaluate is boilerplate in any
-case, and noted.
+the boilerplate of a template, which recipe/foreign/rewordings.py leaves out. How often to evaluate is boilerplate
+in any case, and noted.
 """
 
 from collections.abc import Iterator, Mapping
