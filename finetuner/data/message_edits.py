@@ -32,7 +32,7 @@ class MessageEdits:
     def split(self, message: Message) -> Message:
         """Return an answer with the thought in its text as its reasoning_content."""
         content = message["content"].lstrip()
-        if not self.splits_thoughts or message["role"] != "assistant":
+        if message["role"] != "assistant":
             return message
         for begin, end in _THOUGHTS:
             if content.startswith(begin) and end in content:

@@ -126,10 +126,12 @@ class MessageReader:
                     trained.append(role in to_train and i >= num_untrained)
                     continue
             message, is_trained = self._message(i, one, given)
-            messages.append(self.edits.split(message))
+            messages.append(message)
             if is_trained is None:
                 is_trained = message["role"] in self.roles_to_train and i >= num_untrained
             trained.append(is_trained)
+        if self.edits.splits_thoughts:
+            messages = [self.edits.split(message) for message in messages]
         if self.system_column is not None and row.get(self.system_column) not in (None, ""):
             self._put_system_text(row, messages, trained)
         if self.edits.drops_system and messages[0]["role"] == "system":

@@ -88,3 +88,11 @@ def test_the_counts_come_back_from_json() -> None:
     counts = RowCounts(num_rows=3, num_used=2)
     counts.reasons["longer than sequence_len"] = 1
     assert RowCounts.from_json(json.loads(json.dumps(counts.as_json()))) == counts
+
+
+def test_the_turns_of_chats_are_counted_by_role(prepare: Prepare) -> None:
+    messages = [{"role": role, "content": "so be it"} for role in ("system", "user", "assistant", "user", "assistant")]
+    prepared = prepare([{"messages": messages, "id": 7}], "chat_template")
+    (counts,) = prepared.row_counts
+    assert counts.roles == {"user": 2, "assistant": 2, "system": 1}
+    assert counts.ignored == {"id": 1}
