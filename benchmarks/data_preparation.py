@@ -37,7 +37,7 @@ MARKED = (
 
 def write_rows(folder: Path, alpaca: Path, copies: int, chats: int) -> None:
     rows = json.loads(alpaca.read_text(encoding="utf-8")) * copies
-    prompts = [{**row, "prompt": _prompt(row), "completion": row["output"]} for row in rows]
+    prompts = [{"prompt": _prompt(row), "completion": row["output"]} for row in rows]
     _write(folder / "single.jsonl", prompts)
     chosen = random.Random(0)
 
