@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from finetuner.console import quiet_imports
 from finetuner.errors import FinetunerError
 from finetuner.redaction import without_secrets
 from finetuner.world import launched_rank
@@ -75,6 +76,7 @@ app = LazyCommands(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped: start it again."""
+    quiet_imports()
     try:
         app(arguments)
     except FinetunerError as error:

@@ -101,6 +101,14 @@ class WorkProgress:
         self.at(done // scale, total // scale)
 
 
+def quiet_imports() -> None:
+    """Let libraries say errors alone while they are imported. Called before any of them is."""
+    # transformers imports torchao wherever it is installed, which lists the kernels that this machine cannot load, and
+    # registers what torch no longer needs to be told.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def quiet_libraries(screen: Screen) -> None:
     """Let libraries say errors alone: our own lines say what a user needs."""
     import datasets
