@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
     """Return the renderer of a prompt and its completion, whose end is trained on too."""
     of_texts = ColumnCheck.of(entry, used=frozenset(entry.required_columns))
+    chat_keys = entry.chat_keys_set
     chats: list[ChatRows] = []  # made for the first row of messages: rows of texts need no chat template
 
     def render(row: Row) -> Rendered:
@@ -30,8 +31,8 @@ def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTo
             if not chats:
                 chats.append(ChatRows(entry, section, tokenizer))
             return chats[0].render(row, chats[0].reader.read_messages(row, [*prompt, *completion], len(prompt)))
-        if entry.chat_keys_set:
-            raise DataError(f"prompt and completion are texts: `{entry.chat_keys_set[0]}` is for messages. Remove it")
+        if chat_keys:
+            raise DataError(f"prompt and completion are texts: `{chat_keys[0]}` is for messages. Remove it")
         require_no_placeholder(row, ("prompt",), entry)
         rendered = answered(text_of(row, "prompt"), text_of(row, "completion"))
         of_texts.find_ignored(row, rendered)
