@@ -177,10 +177,14 @@ def _renderer(
     render = load_format(entry.row_format)(entry, section, tokenizer)
 
     def render_checked(row: Row) -> Rendered:
-        columns.require_supported(row)
+        knows_all = columns.knows_all(row)
+        if not knows_all:
+            columns.require_supported(row)
         rendered = render(row)
         if section.train_on_inputs:
             rendered = replace(rendered, spans=((0, len(rendered.text)),))
+        if knows_all:
+            return rendered
         if not columns.is_trained(row):
             rendered = replace(rendered, spans=())
         ignored = columns.find_ignored(row, rendered)

@@ -22,6 +22,8 @@ def find_placeholder(text: str) -> str | None:
     """Return the placeholder of a picture, video or sound with which a question begins or ends; None if it has none."""
     if text[:1] not in EDGES and text[-1:] not in EDGES:  # nearly all
         return None
+    if not text.lstrip().startswith("<") and not text.rstrip().endswith(">"):
+        return None
     found = _AT_BEGIN.match(text) or _AT_END.search(text, max(0, len(text) - 200))
     return None if found is None else found[1]
 

@@ -40,25 +40,34 @@ class RowCounts:
         self.num_rows += len(made.documents)
         self.reasons.update(outcome.reason for outcome in made.outcomes)
         for text, documents in zip(made.texts, made.documents, strict=True):
-            if isinstance(text, Rendered) and text.ignored:
-                self.ignored.update(text.ignored)
-            if documents:
-                self._use(text, documents, 1)
+            if isinstance(text, Rendered):
+                if text.ignored:
+                    self.ignored.update(text.ignored)
+                if documents and text.roles:
+                    self._use_turns(text, 1)
+        self._use([documents for documents in made.documents if documents], 1)
 
     def take_duplicate_out(self, text: Rendered | Document | None, documents: Sequence[Document]) -> None:
         """Count a row that `add` has counted as one that is left out, since an equal row came before."""
         self.reasons[DUPLICATE] += 1
-        self._use(text, documents, -1)
-
-    def _use(self, text: Rendered | Document | None, documents: Sequence[Document], rows: int) -> None:
-        self.num_used += rows
-        for ids, labels in documents:
-            self.num_tokens += rows * len(ids)
-            self.num_trained += rows * int(np.count_nonzero(labels[1:] != IGNORE_INDEX))
         if isinstance(text, Rendered):
-            self.num_lost_thoughts += rows * text.left_out_thoughts
-            for role in text.roles:
-                self.roles[role] += rows
+            self._use_turns(text, -1)
+        self._use([documents], -1)
+
+    def _use_turns(self, text: Rendered, times: int) -> None:
+        self.num_lost_thoughts += times * text.left_out_thoughts
+        for role in text.roles:
+            self.roles[role] += times
+
+    def _use(self, rows: Sequence[Sequence[Document]], times: int) -> None:
+        """Count the documents of rows, `times` each."""
+        self.num_used += times * len(rows)
+        labels = [labels for documents in rows for _, labels in documents]
+        if labels:
+            joined = np.concatenate(labels)  # the first token of a document has no position that predicts it
+            num_first = sum(int(one[0]) != IGNORE_INDEX for one in labels)
+            self.num_tokens += times * len(joined)
+            self.num_trained += times * (int(np.count_nonzero(joined != IGNORE_INDEX)) - num_first)
 
     @property
     def num_unaccounted(self) -> int:

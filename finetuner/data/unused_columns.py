@@ -36,6 +36,11 @@ class _Plan(NamedTuple):
     suspicious: tuple[str, ...]
     not_yet: tuple[str, ...]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the type reads every column."""
+        return not (self.inert or self.flags or self.suspicious)
+
 
 @dataclass(frozen=True)
 class ColumnCheck:
@@ -63,6 +68,10 @@ class ColumnCheck:
             ignores_all=entry.unused_columns == "ignore",
             is_chat=entry.type in ("chat_template", "prompt_completion", "instruction_chat"),
         )
+
+    def knows_all(self, row: Row) -> bool:
+        """Return whether the type reads every column of the row, so that there is nothing else to look at."""
+        return self._plan(row).is_empty
 
     def is_trained(self, row: Row) -> bool:
         """Return whether the row is trained on, as far as a column of it says so; see `training_flags`."""

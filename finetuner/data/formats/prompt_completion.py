@@ -35,7 +35,8 @@ def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTo
             raise DataError(f"prompt and completion are texts: `{chat_keys[0]}` is for messages. Remove it")
         require_no_placeholder(row, ("prompt",), entry)
         rendered = answered(text_of(row, "prompt"), text_of(row, "completion"))
-        of_texts.find_ignored(row, rendered)
+        if not of_texts.knows_all(row):
+            of_texts.find_ignored(row, rendered)
         return rendered
 
     return render
