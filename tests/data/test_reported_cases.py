@@ -104,7 +104,8 @@ def test_questions_that_are_learned_are_learned_without_the_templates_words(
         "Capital?<|end|>",
         "Why?<|end|>",
     ]
-    last = {"roles_to_train": ["user", "assistant"], "message_field_training": "learn"}
+    assert learned(tokenizer, tmp_path, ROUNDS, entry=both | {"train_on_last_turn": True}) == [answers[1]]
+    last = both | {"message_field_training": "learn"}
     flagged = [message | {"learn": number == 3} for number, message in enumerate(ROUNDS)]
     assert learned(tokenizer, tmp_path, flagged, entry=last) == [answers[1]]
 
