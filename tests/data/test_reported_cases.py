@@ -145,6 +145,22 @@ def test_a_call_that_ends_a_row_with_an_unnamed_token_is_told_which(
     assert learned(tokenizer, tmp_path, CALLED[:2], eot_tokens=["<turn|>", "<|result>"]) == [call]
 
 
+def test_a_system_text_that_a_template_writes_before_a_last_question_alone_can_be_left_out_on_purpose(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Some public templates of Mistral write it before the very last message, which an answer never is."""
+    tokenizer.chat_template = (
+        "{%- for m in messages if m.role != 'system' -%}{%- if m.role == 'user' -%}"
+        "[INST]{{ messages[0].content if loop.last and messages[0].role == 'system' }}{{ m.content }}[/INST]"
+        "{%- else -%}{{ m.content + eos_token }}{%- endif -%}{%- endfor -%}"
+    )
+    row = [{"role": "system", "content": "Be brief."}, *PLAIN]
+    with pytest.raises(DataError, match=r"message 0 \(system\): it leaves it out.*`drop_system_message: true`"):
+        learned(tokenizer, tmp_path, row)
+    texts = learned(tokenizer, tmp_path, row, entry={"drop_system_message": True})
+    assert texts == learned(tokenizer, tmp_path, PLAIN) == ["Lima.<|endoftext|>", "So it is.<|endoftext|>"]
+
+
 # --- the same rows prepared, packed and streamed ---
 
 
