@@ -149,6 +149,8 @@ class AnswerFinder:
             return _plan(k, stop, named, added=True)
         if self._goes_on(shape, turn, k, region, stop):
             return _plan(k, begin + len(region.rstrip()))
+        if is_last and (run.last is None or has_calls):  # the literal begins before the calls
+            return _plan(k, stop, no_ending=self._no_ending(shape, turn, "", ends_with=region))
         following = literal[begin if is_last or stop == len(literal) else stop :]
         return _plan(k, stop, no_ending=self._no_ending(shape, turn, following))
 
@@ -243,19 +245,30 @@ class AnswerFinder:
                 return begin + size, False
         raise DataError(f"{_UNTOLD.format(f'where message {turn} ends')}. {MARK_ANSWERS}")
 
-    def _no_ending(self, shape: Shape, turn: int, following: str) -> str:
-        """Return the error for a template that ends a trained turn with no token."""
+    def _no_ending(self, shape: Shape, turn: int, following: str, *, ends_with: str = "") -> str:
+        """Return the error for a template that ends a trained turn with no token.
+
+        `ends_with`: the turn's own text, if it is the last one and has no texts of the row behind which to look.
+        """
         is_last = turn == len(shape.messages) - 1
-        next_turn = self.tails.next_turn(shape, "user") if is_last else None
-        behind = following if not is_last or next_turn is None else next_turn
-        token = self.endings.added_at_beginning(behind)
-        named = ", ".join(repr(one) for one in sorted({*self.endings.named, token}))
+        token = self.endings.added_at_end(ends_with)
         written = f"the chat template writes {following[:30]!r} after message {turn}, "
+        begins = "but no token that ends the turn"
         if token:
-            text = f"and the next turn begins with {token!r}, " if is_last else "the beginning of the next turn, "
+            written = f"the chat template ends message {turn} with {token!r}, "
+            begins = "which is none of the tokens that end a turn (`eot_tokens`)"
+        elif is_last and (next_turn := self.tails.next_turn(shape, "user")) is not None:
+            literal = shape.written.literals[-1] if ends_with else ""
+            token = self.endings.added_at_beginning(next_turn.removeprefix(literal))
+            begins = f"and the next turn begins with {token!r}, {begins}"
+        else:
+            token = self.endings.added_at_beginning(following)
+            begins = f"the beginning of the next turn, {begins}"
+        if token and token not in self.endings.named:
+            named = ", ".join(repr(one) for one in sorted({*self.endings.named, token}))
             return (
-                f"{written}{text}but no token that ends the turn: a model trained on it would not learn where to stop. "
-                f"If {token!r} is what ends it, say so, and it is learned: `eot_tokens: [{named}]`"
+                f"{written}{begins}: a model trained on it would not learn where to stop. If {token!r} is what ends "
+                f"it, say so, and it is learned: `eot_tokens: [{named}]`"
             )
         return (
             f"{written}which does not begin with a token that ends a turn: a model trained on it would not learn where "

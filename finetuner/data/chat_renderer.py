@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 MAX_CACHED_OUTLINES = 2048
 # Variables by which public templates let a caller have thoughts written.
-_SWITCHES = ("enable_thinking", "preserve_thinking", "keep_thinking", "clear_thinking", "truncate_history_thinking")
+_SWITCHES = (
+    "enable_thinking", "preserve_thinking", "keep_thinking", "clear_thinking", "truncate_history_thinking",
+    "skip_think", "thinking",
+)  # fmt: skip
 
 
 class _Program:

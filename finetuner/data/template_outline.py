@@ -140,9 +140,10 @@ def _left_out_text(turn: int, message: dict[str, Any]) -> str:
     if role not in USUAL_ROLES:
         return _left_out_role(turn, role)
     beside = " beside its tool calls" if message.get("tool_calls") else ""
+    without = ", or train without it: `drop_system_message: true`" if turn == 0 and role == "system" else ""
     return (
         f"the chat template does not write the text of message {turn} ({role}){beside}: it leaves it out, or changes "
-        "it. Take a template that writes it as it is (`chat_template`, `chat_template_jinja`)"
+        f"it. Take a template that writes it as it is (`chat_template`, `chat_template_jinja`){without}"
     )
 
 

@@ -69,6 +69,10 @@ class TurnEndings:
         """Return the token of the vocabulary with which a text begins, not counting white space; "" if none does."""
         return max((token for token in self.added if text.lstrip().startswith(token)), key=len, default="")
 
+    def added_at_end(self, text: str) -> str:
+        """Return the token of the vocabulary with which a text ends, not counting white space; "" if none does."""
+        return max((token for token in self.added if token and text.rstrip().endswith(token)), key=len, default="")
+
     def num_shared(self, one: str, other: str) -> int:
         """Length of the longest common beginning of two texts, in characters, which ends within no token of either."""
         size = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -9,6 +9,7 @@ from finetuner.recipe.problems import KeyPath, Origin, Problem
 from finetuner.recipe.yaml_document import YamlDocument, end_of_value, parse_value
 
 _INDEX = re.compile("[0-9]{1,6}")
+_LISTS = {"pretraining_dataset": "datasets"}  # lists of other tools that become one of ours
 
 
 def apply_override(document: YamlDocument, number: int, override: str) -> None:
@@ -33,8 +34,14 @@ def apply_override(document: YamlDocument, number: int, override: str) -> None:
     path: KeyPath = tuple(int(part) if _INDEX.fullmatch(part) else part for part in key.split("."))
     if len(path) == 1:
         _drop_other_names(document, path[0])
+    first = path[0]
+    is_new = document.values.get(first) is None if isinstance(first, str) else False
     if not _write(_container(document.values, path), path[-1], value):
-        document.problems.append(Problem(f"the recipe has no place '{key}' to write to.", origin))
+        message = f"the recipe has no place '{key}' to write to."
+        if is_new:  # what was made on the way would be an error of its own
+            document.values.pop(str(first), None)
+            message += _what_to_write(str(first), path)
+        document.problems.append(Problem(message, origin))
         return
     _note_origin(document, path, origin)
 
@@ -62,6 +69,14 @@ def _drop_other_names(document: YamlDocument, key: Any) -> None:
     ours = ALIASES.get(key, key)
     for name in [name for name in document.values if name != key and ALIASES.get(name, name) == ours]:
         del document.values[name]
+
+
+def _what_to_write(first: str, path: KeyPath) -> str:
+    """What to write for a path into a key that the recipe does not have, as a further sentence."""
+    ours = _LISTS.get(first) or ALIASES.get(first)
+    if ours is not None:
+        return f" '{first}' is called {ours} here: {'.'.join(map(str, (ours, *path[1:])))}=..."
+    return f" It has no list '{first}': write it whole ({first}='[...]')."
 
 
 def _container(values: dict[str, Any], path: KeyPath) -> Any:

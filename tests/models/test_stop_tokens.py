@@ -40,6 +40,26 @@ def test_stop_tokens_are_those_of_the_config_the_tokenizer_and_the_template_each
     assert stop_token_ids(tokenizer) == [end_of_text]
 
 
+ROLE = "{{ '<|' ~ ('u' if message.role == 'user' else 'a') ~ '|>' }}{{ message.content }}"
+
+
+@pytest.mark.parametrize(
+    ("behind_answers", "end"),
+    [
+        pytest.param("", "<|u|>", id="the next question's token closes an answer"),
+        pytest.param("{{ '<|e|>' if not loop.last }}", "<|e|>", id="only an answer that is not the last one is ended"),
+        pytest.param("{{ '<|r|>' if loop.last else '<|e|>' }}", "<|r|>", id="the last answer has an end of its own"),
+        pytest.param("{{ ' so.' }}", None, id="a word is no end"),
+    ],
+)
+def test_a_token_that_stands_behind_answers_stops_them_also_if_it_begins_the_next_turn(behind_answers, end, tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|u|>", "<|a|>", "<|e|>", "<|r|>"]})
+    answer = f"{{% if message.role == 'assistant' %}}{behind_answers}{{% endif %}}"
+    tokenizer.chat_template = f"{{% for message in messages %}}{ROLE}{answer}{{% endfor %}}"
+    ends = ["<|endoftext|>"] + ([] if end is None else [end])
+    assert stop_token_ids(tokenizer) == tokenizer.convert_tokens_to_ids(ends)
+
+
 def test_samples_in_training_and_the_generate_command_stop_at_the_end_of_a_turn(tiny_model, tokenizer, tmp_path):
     model = always_writing(tiny_model, tokenizer.convert_tokens_to_ids("<|im_end|>"))
     calls: list[int] = []

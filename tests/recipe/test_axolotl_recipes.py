@@ -357,7 +357,7 @@ def test_an_override_by_another_tools_key_is_taken_or_is_told_ours(read, refusal
         assert read(ALPACA, override).recipe == read(ALPACA).recipe
         return
     said = refusal(ALPACA, override)
-    assert "<override 1>" in said and "pretraining_dataset" in said
+    assert "<override 1>" in said and "pretraining_dataset" in said and "called datasets" in said
 
 
 def test_two_keys_that_say_what_to_train_on_are_an_error_that_names_ours(refusal) -> None:

@@ -443,6 +443,7 @@ def test_an_override_replaces_the_key_whichever_of_its_names_the_file_has(
         ("datasets.0.tpye=a", "unknown key 'datasets.0.tpye'. Did you mean 'type'?"),
         ("datasets=null", "'datasets' is missing."),
         ("0=3", "the recipe has no place '0' to write to."),
+        ("lora_target_modules.3=q_proj", "It has no list 'lora_target_modules': write it whole"),
     ],
 )
 def test_a_wrong_override_is_reported_as_the_override(refusal: Callable[..., str], override: str, message: str) -> None:

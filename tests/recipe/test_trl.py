@@ -187,6 +187,22 @@ def test_the_first_row_says_the_type_and_trl_which_tokens_are_learned(
         assert (entry.field_messages, entry.message_property_mappings.role) == ("conversations", "from")
 
 
+def test_columns_that_mean_something_here_alone_are_left_out_by_name(tmp_path: Path) -> None:
+    path = rows(tmp_path, {**CHAT, "system": "Be kind.", "loss_mask": 0, "source": "web"})
+    (entry,) = ours(tmp_path, dataset_name=path)["datasets"]
+    assert entry.unused_columns == ("loss_mask", "system")
+    said = remarks(converted(tmp_path, dataset_name=path))
+    assert "TRL does not read the columns loss_mask, system of the rows" in said
+    (entry,) = ours(tmp_path, dataset_name=rows(tmp_path, {**CHAT, "tools": [], "chat_template_kwargs": {}}))[
+        "datasets"
+    ]
+    assert entry.unused_columns == "refuse", "TRL reads both"
+    chosen = {"datasets": [{"path": path, "columns": ["messages"]}]}
+    rows(tmp_path, {**CHAT, "tools": [], "source": "web"})
+    (entry,) = ours(tmp_path, dataset_name=..., dataset_mixture=chosen)["datasets"]
+    assert entry.unused_columns == ("source", "tools"), "columns that are not chosen are not read"
+
+
 @pytest.mark.parametrize(
     ("row", "keys", "says"),
     [

@@ -20,6 +20,11 @@ FROM_VALUE: Entry = {
 }
 # Columns that the recipe chooses leave the others out.
 _CHOSEN_COLUMNS: Entry = {"unused_columns": "ignore"}
+_OF_MESSAGES = ("chat_template", "prompt_completion")
+# Columns beside messages that mean something here and nothing to TRL: a system text, tools, whether a row is learned.
+_READ_HERE_ALONE = frozenset(
+    ("system", "functions", "weight", "train", "loss", "loss_mask", "loss_weight", "trainable")
+)
 _SOURCES = ("datasets", "dataset_mixture", "dataset_mixer", "dataset_name")
 
 
@@ -182,12 +187,7 @@ def _say_kinds(rewriting: Rewriting, entries: list[Entry]) -> bool:
             kind = {}
         else:
             kind = assumed.setdefault(entry["path"], _kind_by_keys(rewriting))
-        if columns is not None and "chat_template_kwargs" in columns:
-            raise UnreadableRowsError(
-                "arguments of the chat template in each row (chat_template_kwargs) are not supported yet. Take the "
-                "column out, and write chat_template_kwargs in the converted recipe."
-            )
-        entry |= kind if columns is None else kind | _CHOSEN_COLUMNS
+        entry |= kind | _left_out(rewriting, row or {}, columns, kind)
     if assumed:
         kind = next(iter(assumed.values()))
         kinds = {one: _IN_WORDS[one] for one in _IN_WORDS if one != kind["type"]}
@@ -198,6 +198,23 @@ def _say_kinds(rewriting: Rewriting, entries: list[Entry]) -> bool:
             + "; train_on_inputs is true for chats of which TRL learns every token, and for no others"
         )
     return has_messages
+
+
+def _left_out(rewriting: Rewriting, row: Mapping[str, Any], columns: Any, kind: Entry) -> Entry:
+    """Return the key that leaves out what TRL does not read of chats, and say so of columns that are read here."""
+    unread = set(row) - set(columns) if columns is not None else set(row) & _READ_HERE_ALONE
+    read_here = (
+        sorted(unread & (_READ_HERE_ALONE | {"tools", "chat_template_kwargs"}))
+        if kind.get("type") in _OF_MESSAGES
+        else []
+    )
+    if not read_here:
+        return {} if columns is None else _CHOSEN_COLUMNS
+    rewriting.remark(
+        f"TRL does not read the column{'s' if read_here[1:] else ''} {', '.join(read_here)} of the rows; nor are they "
+        "read here. Take them out of unused_columns to have them read"
+    )
+    return {"unused_columns": read_here if columns is None else sorted(unread)}
 
 
 def _say_roles(rewriting: Rewriting, row: Mapping[str, Any]) -> None:
