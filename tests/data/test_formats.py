@@ -349,7 +349,7 @@ def test_a_role_that_the_template_leaves_out_is_an_error_that_names_it(
     ("messages", "message"),
     [
         (None, "column 'messages' holds nothing, but must be a list of messages"),
-        ([], "column 'messages' holds list"),
+        ([], "column 'messages' holds an empty list"),
         ("hi", "column 'messages' holds str 'hi'"),
         ([{"role": "user", "content": None}], "message 0 of column 'messages' must have text in 'role' and 'content'"),
         (
