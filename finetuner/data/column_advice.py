@@ -23,7 +23,7 @@ SYSTEM_COLUMNS = frozenset({
 def column_advice(entry: DatasetEntry, columns: list[str]) -> str:
     """Return what to write in the recipe for rows with these columns, in full sentences."""
     lower = {name.lower(): name for name in columns}
-    if any(name.startswith(("chosen", "rejected")) for name in lower):
+    if any(name.startswith(("chosen", "rejected", "preferred_", "non_preferred")) for name in lower):
         return "They look like pairs of preference learning (DPO), which is not supported yet."
     output = next((lower[name] for name in _OUTPUTS if name in lower), None)
     question = next((lower[name] for name in _INSTRUCTIONS if name in lower and lower[name] != output), None)

@@ -28,6 +28,13 @@ def conversation_in(row: Mapping[str, Any]) -> str | None:
             "They are trees of messages, of which each path from 'prompt' along 'replies' is a conversation.\n"
             "Write each path that is to be learned as a row of its own, {messages: [{role, content}, ...]}"
         )
+    asked = row.get("prompt")
+    if isinstance(asked, list) and asked and isinstance(asked[0], Mapping) and "completion" not in row:
+        return (
+            "Column 'prompt' holds messages without an answer, as reinforcement learning (GRPO) has them, which is not "
+            "supported yet.\n"
+            "To learn an answer: write it as the last message, and `field_messages: prompt`"
+        )
     if isinstance(row.get("role"), str) and "parent_id" in row:
         return (
             "A row is one message of a tree, and a row must be a conversation.\n"

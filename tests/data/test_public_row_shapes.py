@@ -228,6 +228,7 @@ def test_messages_with_other_keys_are_read_by_the_keys_that_are_named(
     [
         ({"prompt": {"text": "a", "replies": [{"text": "b", "replies": []}]}, "tree_state": "x"}, "trees of messages"),
         ({"message_id": "1", "parent_id": None, "text": "a", "role": "prompter"}, "one message of a tree"),
+        ({"prompt": [{"role": "user", "content": "a"}], "solution": "3"}, "messages without an answer"),
         ({"system": "s", "chat": "USER: a\n\nASSISTANT: b"}, "a conversation as one text"),
         ({"conversation": [{"message": "a", "is_human": True}]}, "It does not say who speaks"),
     ],
