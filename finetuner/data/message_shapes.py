@@ -95,6 +95,15 @@ def shape_advice(given: Any, column: str, role_key: str = "role") -> str:
     return f".\nWrite `message_property_mappings: {{{listed}}}` beside `field_messages`"
 
 
+def columns_advice(cell: Any, column: str) -> str:
+    """Return what to write for messages as a table holds them, {"role": [...], "content": [...]}; "" for others."""
+    if not isinstance(cell, Mapping) or not cell or not all(isinstance(inner, list) for inner in cell.values()):
+        return ""
+    made = "[to_entries | [.[].key] as $keys | [.[].value] | transpose[] | [$keys, .] | transpose | "
+    made += "map({key: .[0], value: .[1]}) | from_entries]"
+    return _command("It is a list for each key", column, made)
+
+
 def _find(element: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     return next((name for name in names if element.get(name) is not None), None)
 

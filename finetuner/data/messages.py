@@ -8,7 +8,7 @@ from finetuner.data.content_pieces import PIECE_KEYS, is_text_piece, joined_piec
 from finetuner.data.formats.base import cell_of, kind_of
 from finetuner.data.media import EDGES, find_placeholder, placeholder_message
 from finetuner.data.message_edits import MessageEdits
-from finetuner.data.message_shapes import shape_advice
+from finetuner.data.message_shapes import columns_advice, shape_advice
 from finetuner.data.roles import CALL_ROLES, RoleNames, unknown_role, words_in_quotes
 from finetuner.data.row_files import Row
 from finetuner.data.tool_calls import (
@@ -296,7 +296,7 @@ def _message_list(cell: Any, column: str) -> list[Any]:
         cell = parsed_json(cell, f"column '{column}'")
     if not isinstance(cell, list) or not cell:
         what = "an empty list" if cell == [] else kind_of(cell)
-        raise DataError(f"column '{column}' holds {what}, but must be a list of messages")
+        raise DataError(f"column '{column}' holds {what}, but must be a list of messages{columns_advice(cell, column)}")
     return cell
 
 

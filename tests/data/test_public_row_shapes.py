@@ -188,6 +188,12 @@ def test_a_list_of_texts_becomes_messages_by_the_command_that_is_named(tokenizer
     assert made.roles == ("user", "assistant") * 2 and trained_parts(made) == [f"So.{END}", f"Then.{END}"]
 
 
+def test_messages_by_columns_become_messages_by_the_command_that_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}}
+    made = follow_jq(refusal_of(tokenizer, row), row)
+    assert made == chat("a", "b")
+
+
 @pytest.mark.parametrize(("asked", "answered"), [("input", "output"), ("human", "assistant"), ("question", "answer")])
 def test_pairs_of_question_and_answer_become_messages_by_the_command_that_is_named(
     tokenizer: PreTrainedTokenizerBase, asked: str, answered: str
