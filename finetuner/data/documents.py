@@ -37,7 +37,8 @@ OWN_ENDS = "with the begin or end of text that is added anyway: it is there once
 # The rows that max_dropped_fraction bounds: cut and split rows are trained on, blank lines of a text are none, and
 # equal rows are left out because the recipe says so.
 DROPPED = (TOO_LONG, TOO_SHORT, UNTRAINED, BAD)
-NOTED = (OWN_ENDS, WORDS)  # rows that are trained on; they are counted and not listed
+CHAT_WORDS = "with words like special tokens in their messages, such as an end of turn, which are learned as words"
+NOTED = (OWN_ENDS, WORDS, CHAT_WORDS)  # rows that are trained on; they are counted and not listed
 
 
 class Outcome(NamedTuple):
@@ -118,8 +119,9 @@ class DocumentMaker:
         ]
         marked = self.encoder.tokenize_and_mark([text for _, text in rows])
         for (placed, text), (_, has_words) in zip(rows, marked, strict=True):
-            if has_words and text.wraps:
-                texts.outcomes.append(Outcome(placed.file, placed.number, WORDS, 0))
+            if has_words:
+                said = WORDS if text.wraps else CHAT_WORDS
+                texts.outcomes.append(Outcome(placed.file, placed.number, said, 0))
         return [document for document, _ in marked]
 
     def fit_to_length(self, texts: Texts, tokenized: Sequence[Document]) -> MadeDocuments:

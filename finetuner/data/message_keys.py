@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from finetuner.data.inert_names import OTHER_THOUGHTS, in_yaml_list, is_empty, is_inert
+from finetuner.data.inert_names import OTHER_THOUGHTS, in_yaml_list, is_empty, is_inert, snake_case
 from finetuner.data.media import NOT_YET, is_media
 from finetuner.data.messages import Conversation, Messages
 from finetuner.data.template_sandbox import ChatTemplate, compile_template
@@ -19,7 +19,24 @@ _WHOLE_MESSAGES = re.compile(
     r"\b(messages?|msg|m)(\[[^]]*\])?\s*(\|\s*(tojson|string|items|dictsort)|\.(items|keys|values)\()"
 )
 # Inert in a message where the template does not read them: who spoke, which call is answered, a chat log's facts.
-_INERT = frozenset({"name", "tool_call_id", "state", "header", "turn_identifier", "status", "role_name", "parent"})
+_INERT = frozenset(
+    {
+        "name",
+        "tool_call_id",
+        "state",
+        "header",
+        "turn_identifier",
+        "status",
+        "role_name",
+        "parent",
+        "token_counter",
+    }
+)
+
+
+# Switches that are off in a message that has not them.
+_OPPOSITE = re.compile(r"mask|ignore|skip|exclude|omit|no_|not_|disable")
+_SWITCHES = frozenset({"prefix", "partial", "is_error"})
 
 
 @dataclass(frozen=True)
@@ -41,7 +58,11 @@ class MessageKeys:
         messages, text = conversation.messages, str(self.tokenizer.get_chat_template(tools=conversation.tools))
         unknown, ignored = set(), []
         for key in sorted(conversation.extras):
-            says_something = [i for i, message in enumerate(messages) if not is_empty(message.get(key))]
+            says_something = [
+                i
+                for i, one in enumerate(messages)
+                if not is_empty(one.get(key)) and not (key in _SWITCHES and one[key] is False)
+            ]
             if says_something and is_media(key) and not self.ignores_all:
                 raise DataError(_refusal(says_something[0], key, messages[says_something[0]][key]))
             can_go = self.ignores_all or key in _INERT or is_inert(key)
@@ -93,10 +114,15 @@ class MessageKeys:
 
 def _refusal(turn: int, key: str, value: Any) -> str:
     advice = ""
+    snake = snake_case(key)
     if is_media(key):
         advice = f"{NOT_YET[0].upper()}{NOT_YET[1:]}. "
     elif _THOUGHTS.fullmatch(key):
         advice = f"A thought: `message_property_mappings: {{reasoning_content: {key}}}` gives it to the template. "
+    elif isinstance(value, bool | int) and value in (0, 1) and not _OPPOSITE.search(snake):
+        advice = f"If it says whether the message is trained on: `message_field_training: {key}`. "
+    elif isinstance(value, bool | int) and value in (0, 1):
+        advice = "If it says that the message is not trained on, write `train: false` in its place. "
     return (
         f"message {turn} has the key '{key}' ({value!r:.60}), which the chat template does not write, so it would be "
         f"left out. {advice}To train without: `unused_columns: {in_yaml_list([key])}` beside `path`"

@@ -4,12 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from finetuner.data.content_pieces import PIECE_KEYS, is_text_piece, joined_pieces, system_text
 from finetuner.data.formats.base import cell_of, kind_of
-from finetuner.data.media import EDGES, NOT_YET, find_placeholder, is_media, placeholder_message
+from finetuner.data.media import EDGES, find_placeholder, placeholder_message
 from finetuner.data.message_edits import MessageEdits
+from finetuner.data.message_shapes import columns_advice, shape_advice
 from finetuner.data.roles import CALL_ROLES, RoleNames, unknown_role, words_in_quotes
 from finetuner.data.row_files import Row
-from finetuner.data.tool_calls import call_list, calls_in_text, calls_of_function_call, require_inert, tool_list
+from finetuner.data.tool_calls import (
+    call_list,
+    calls_in_text,
+    calls_of_function_call,
+    parsed_json,
+    require_inert,
+    tool_list,
+)
 from finetuner.data.training_flags import FLAGS, read_flag
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DatasetEntry
@@ -20,8 +29,6 @@ THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what messages call 
 FUNCTIONS = "functions"  # OpenAI's older column of tools
 # Keys of a message as a template takes it that are the reader's own; all others are `extras`.
 _OWN_KEYS = frozenset({"role", "content", "reasoning_content", "tool_calls"})
-TEXT_PIECES = ("text", "reasoning", "thinking", "tool_call")  # types of parts of a content
-_PIECE_KEYS = ("type", "text", "value", "content", "thinking", "reasoning", "cache_control", "signature")
 _PLAIN_KEYS = frozenset({"role", "content", "name"})
 
 
@@ -115,8 +122,9 @@ class MessageReader:
         messages: Messages = []
         trained: list[bool] = []
         known, role_key, content_key, to_train = self.roles.known, self.role_key, self.content_key, self.roles_to_train
+        num_plain = 0 if self.edits.splits_thoughts else 2
         for i, one in enumerate(given):
-            if isinstance(one, dict) and len(one) == 2:  # nearly all messages: a role and a text
+            if isinstance(one, dict) and len(one) == num_plain:  # nearly all messages: a role and a text
                 name, content = one.get(role_key), one.get(content_key)
                 if isinstance(name, str) and isinstance(content, str) and name in known:
                     role = known[name]
@@ -210,11 +218,11 @@ class MessageReader:
         if content is None and message.get("tool_calls"):
             content = ""
         if isinstance(content, list):
-            content = _joined(self._known_pieces(content, i), message, i)
+            content = joined_pieces(self._known_pieces(content, i), message, i)
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(
                 f"message {i} of column '{self.column}' must have text in '{self.role_key}' and '{self.content_key}'; "
-                f"it is {given!r:.150}{_other_names(given)}"
+                f"it is {given!r:.150}{shape_advice(given, self.column, self.role_key)}"
             )
         for key, read in (("role", self.role_key), ("content", self.content_key)):
             if key in message:
@@ -230,9 +238,9 @@ class MessageReader:
     def _known_pieces(self, pieces: list[Any], i: int) -> list[Any]:
         """Return the pieces of a content. Raises DataError for one of text that says more than its text."""
         for piece in pieces:
-            if isinstance(piece, dict) and piece.get("type") in TEXT_PIECES:
+            if isinstance(piece, dict) and is_text_piece(piece):
                 cells = {key: value for key, value in piece.items() if not self._leaves_out(key)}
-                require_inert(cells, _PIECE_KEYS, f"a part of the content of message {i}")
+                require_inert(cells, PIECE_KEYS, f"a part of the content of message {i}")
         return pieces
 
     def _take_thoughts(self, i: int, message: dict[str, Any]) -> None:
@@ -255,7 +263,7 @@ class MessageReader:
 
     def _put_system_text(self, row: Row, messages: Messages, trained: list[bool]) -> None:
         """Put the row's system text before its messages, unless they begin with it."""
-        text = row[self.system_column or ""]
+        text = system_text(row[self.system_column or ""])
         if not isinstance(text, str):
             raise DataError(f"column '{self.system_column}' holds {kind_of(text)}, but must be the system text")
         if not text.strip():
@@ -286,8 +294,11 @@ class MessageReader:
 
 
 def _message_list(cell: Any, column: str) -> list[Any]:
+    if isinstance(cell, str) and cell.lstrip()[:1] == "[":  # as CSV and some tables hold them
+        cell = parsed_json(cell, f"column '{column}'")
     if not isinstance(cell, list) or not cell:
-        raise DataError(f"column '{column}' holds {kind_of(cell)}, but must be a list of messages")
+        what = "an empty list" if cell == [] else kind_of(cell)
+        raise DataError(f"column '{column}' holds {what}, but must be a list of messages{columns_advice(cell, column)}")
     return cell
 
 
@@ -302,45 +313,3 @@ def _require_own_place(turn: int, message: dict[str, Any], role: str, given: Any
                 f"message {turn} of the role '{role}' has '{key}', which only answers have: it would be left out. "
                 f"Remove it, or write `unused_columns: [{key}]`"
             )
-
-
-def _other_names(given: Any) -> str:
-    """A hint for a message in ShareGPT's words."""
-    if isinstance(given, dict) and isinstance(given.get("from"), str) and isinstance(given.get("value"), str):
-        return ".\nWrite `message_property_mappings: {role: from, content: value}` beside `field_messages`"
-    return ""
-
-
-def _joined(pieces: list[Any], message: dict[str, Any], turn: int) -> str:
-    """The text of a content in pieces; thoughts and tool calls among them become keys of the message."""
-    texts, thoughts, calls = [], [], []
-    for piece in pieces:
-        kind, value = _kind_and_text(piece, turn)
-        if kind == "text":
-            texts.append(value)
-        elif kind == "tool_call":
-            calls += calls_in_text(value, turn)
-        else:
-            thoughts.append(value)
-    for key, values in (("reasoning_content", thoughts), ("tool_calls", calls)):
-        if values and message.get(key):
-            raise DataError(f"message {turn} has '{key}' both as a key and among the pieces of its content. Remove one")
-    if thoughts:
-        message["reasoning_content"] = "".join(thoughts)
-    if calls:
-        message["tool_calls"] = calls
-    return "".join(texts)
-
-
-def _kind_and_text(piece: Any, turn: int) -> tuple[str, str]:
-    """Return type and text of a piece of a content. Raises DataError if it is no text, such as an image."""
-    if isinstance(piece, str):
-        return "text", piece
-    kind = piece.get("type") if isinstance(piece, dict) else None
-    if kind in TEXT_PIECES:
-        named = [piece[key] for key in ("text", "value", "content", "thinking", "reasoning") if piece.get(key)]
-        if len(named) <= 1 and all(isinstance(value, str) for value in named):
-            return kind, "".join(named)
-    if isinstance(kind, str) and is_media(kind.removeprefix("input_")):
-        raise DataError(f"message {turn}: a part of its content is of the type '{kind}', and {NOT_YET}: {piece!r:.100}")
-    raise DataError(f"message {turn}: this part of its content is not text: {piece!r:.150}")

@@ -36,6 +36,7 @@ from finetuner.data.token_store_writer import FileWriter, MemoryWriter, TokenSto
 from finetuner.errors import DataError
 from finetuner.recipe.rules import looks_local
 from finetuner.recipe.sections import DataSection, DatasetEntry
+from finetuner.recipe.sections.datasets import CHATS
 from finetuner.storage.progress import ProgressReport, no_progress
 
 if TYPE_CHECKING:
@@ -239,12 +240,21 @@ def source_names(entries: Sequence[DatasetEntry]) -> list[str]:
     return names
 
 
+def _answer_advice(section: DataSection) -> str:
+    trained = sorted({role for entry in section.datasets if entry.type in CHATS for role in entry.roles_to_train})
+    if trained in ([], ["assistant"]):
+        return (
+            "Rows need an answer: a message with role 'assistant', or an output, of which nothing says `train: false`"
+        )
+    return f"Rows need a message of a role in roles_to_train: {', '.join(trained)}"
+
+
 def _require_documents(prepared: PreparedData, section: DataSection, held_out: NDArray[np.bool_]) -> None:
     """Raise DataError if no document is left to train on, or none is held out although the recipe asks for some."""
     dropped = "; ".join(prepared.notes)
     advice = f"Raise sequence_len (it is {section.sequence_len})"
     if not any(prepared.counts[reason] for reason in (TOO_LONG, CUT, SPLIT)):
-        advice = "Rows need an answer: a message with role 'assistant', or an output"
+        advice = _answer_advice(section)
     if len(prepared.train) == 0 and section.datasets:
         if held_out.all():
             raise DataError(

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetuner.data.inert_names import in_yaml_list
 from finetuner.errors import DataError
 
 USUAL_ROLES = ("system", "user", "assistant", "tool")
@@ -84,6 +85,6 @@ def unknown_role(turn: int, name: str, seen: Iterable[Any]) -> DataError:
     listed = ", ".join(dict.fromkeys(str(one) for one in seen))
     return DataError(
         f"message {turn} has the role '{name}', which neither finetuner nor the chat template knows. The row's roles "
-        f"are: {listed}. Say what it is: `roles: {{user: [{name}]}}`, or system or tool for other texts that the model "
-        "reads, or assistant if the model is to write them"
+        f"are: {listed}. Say what it is: `roles: {{user: {in_yaml_list([name])}}}`, or system or tool for other texts "
+        "that the model reads, or assistant if the model is to write them"
     )

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from finetuner.data.inert_names import snake_case
+from finetuner.data.message_shapes import CHAT_COLUMNS, conversation_in
 from finetuner.recipe.sections import DatasetEntry
 
 _AS_LINES = "df.to_json(FILE, orient='records', lines=True) in pandas"
@@ -20,6 +22,9 @@ def layout_problem(entry: DatasetEntry, rows: Sequence[Mapping[str, Any]]) -> st
     names = dict.fromkeys(name for row in rows for name in row)
     if all(name in names for name in needed):
         return _table_by_columns(entry, first) if len(rows) == 1 else None
+    chat = conversation_in(first) if entry.type == "chat_template" else None
+    if chat is not None:
+        return chat
     under_a_key = _table_of_pandas(first) or _rows_under_a_key(first) if len(rows) == 1 else None
     return under_a_key or _one_column(names) or _messages(first)
 
@@ -52,7 +57,7 @@ def _table_of_pandas(row: Mapping[str, Any]) -> str | None:
 def _rows_under_a_key(row: Mapping[str, Any]) -> str | None:
     for key, value in row.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value[:10]):
-            if _messages(value[0]) is not None:
+            if _messages(value[0]) is not None or snake_case(key) in CHAT_COLUMNS:
                 return None
             inner = ", ".join(list(value[0])[:8])
             return (

@@ -237,5 +237,8 @@ def first_split(entry: DatasetEntry) -> str:
 def require_split(entry: DatasetEntry, name: str, splits: Mapping[str, _T]) -> _T:
     """Return the files of a split. Raises DataError if there is no split of this name."""
     if name not in splits:
-        raise DataError(f"'{entry.path}' has no split '{name}'. Its splits are: {', '.join(splits)}.")
+        raise DataError(
+            f"'{entry.path}' has no split '{name}'. Its splits are: {', '.join(splits)}.\n"
+            f"Choose one: `split: {next(iter(splits), name)}`."
+        )
     return splits[name]

@@ -1,6 +1,7 @@
 """Tool calls and tools of a row, in the form in which chat templates take them."""
 
 import json
+import re
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from finetuner.data.formats.base import kind_of
 from finetuner.data.inert_names import in_yaml_list, is_empty, is_inert
 from finetuner.errors import DataError
 
+_PRINTED = re.compile(r"\s*[\[{]+\s*'")  # a list or dict as Python prints it
 _WRITTEN = ("type", "name")  # what templates write of a call, beside its arguments
 _ARGUMENTS = ("arguments", "parameters")  # the second in Llama 3's form
 
@@ -74,12 +76,14 @@ def tool_list(cell: Any, column: str) -> list[Any] | None:
     if cell is not None and not isinstance(cell, list):
         raise DataError(f"column '{column}' holds {kind_of(cell)}, but must be a list of tools")
     tools = [parsed_json(tool, f"column '{column}'") if isinstance(tool, str) else tool for tool in cell or ()]
-    return [
-        {"type": "function", "function": {k: v for k, v in tool.items() if (k, v) != ("type", "function")}}
-        if isinstance(tool, dict) and "function" not in tool
-        else tool
-        for tool in tools
-    ] or None
+    return [_tool(tool) if isinstance(tool, dict) and "function" not in tool else tool for tool in tools] or None
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool in OpenAI's form. Anthropic's name for its parameters is `input_schema`."""
+    renamed = "input_schema" if "parameters" not in tool else ""
+    given = {"parameters" if k == renamed else k: v for k, v in tool.items() if (k, v) != ("type", "function")}
+    return {"type": "function", "function": given}
 
 
 def parsed_json(text: str, what: str) -> Any:
@@ -87,4 +91,5 @@ def parsed_json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise DataError(f"{what} is not JSON ({error}): {text!r:.80}") from None
+        hint = ". It looks like what Python prints of a value: write it with json.dumps" if _PRINTED.match(text) else ""
+        raise DataError(f"{what} is not JSON ({error}): {text!r:.80}{hint}") from None

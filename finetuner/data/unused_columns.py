@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from finetuner.data.column_advice import SYSTEM_COLUMNS
 from finetuner.data.formats.base import Rendered
-from finetuner.data.inert_names import OTHER_THOUGHTS, in_yaml_list, is_empty, is_inert, snake_case
+from finetuner.data.inert_names import OTHER_THOUGHTS, in_yaml_list, is_empty, is_inert, is_prose, snake_case
 from finetuner.data.media import NOT_YET, is_media
 from finetuner.data.messages import FUNCTIONS
 from finetuner.data.row_files import Row
@@ -17,10 +18,23 @@ from finetuner.errors import DataError
 from finetuner.recipe.sections import DatasetEntry, InstructionFormat
 
 MAX_CACHED_PLANS = 1024
+_TRAINED = re.compile(r"train|learn")
 _PREFERENCES = re.compile(r"(chosen|rejected|kto_tag|preferred|dispreferred)(_(messages|response|answer|text))?")
 _THOUGHTS = re.compile(r"(reasoning_content|thinking|reasoning|" + OTHER_THOUGHTS + ")")
-_SYSTEM = frozenset({"system", "system_prompt", "system_message", "system_text", "system_instruction", "sys_prompt"})
 _TOOLS = frozenset({"tools", "functions", "tool_list", "available_tools", "tool_definitions", "function_list", "apis"})
+# Types that make conversations -> the keys that name a column of a system text, and of tools.
+_COLUMN_KEYS = {
+    "chat_template": ("field_system: {}", "field_tools: {}"),
+    "prompt_completion": ("field_system: {}", "field_tools: {}"),
+    "instruction_chat": ("instruction_columns: {{system: {}}}", "instruction_columns: {{tools: {}}}"),
+}
+_TARGETS = frozenset({"target", "targets", "tgt"})
+_NAMES_OF_TEXTS = frozenset(
+    {"source", "sources", "src", "origin", "title", "topic", "topics", "meta", "metadata", "file"}
+)
+_MARKS = frozenset({"custom_instruction", "synthetic", "stream", "store"})
+_SWITCHES = frozenset({"on", "off", "true", "false", "yes", "no", "low", "medium", "high"})  # of how much is thought
+_CHOICES = frozenset({"tool_choice", "function_call"})  # settings of a request, which say something if they name a tool
 _TOKENS, _BLOCK = "rows of tokens", "the `type` block"
 _MANY_CHARACTERS = 24  # a text as long as this does not stand in another one by chance
 
@@ -55,18 +69,26 @@ class ColumnCheck:
     left_out: frozenset[str]
     ignores_all: bool
     is_chat: bool = False
+    has_input: bool = False  # a `type` block whose field_input names a column
+    key_for_system: str = ""  # what the recipe writes to have a system text or tools read, "{}" for the column
+    key_for_tools: str = ""
     _plans: dict[tuple[str, ...], _Plan] = field(default_factory=dict)
 
     @classmethod
     def of(cls, entry: DatasetEntry, used: frozenset[str] | None = None) -> "ColumnCheck":
         """Return the check for an entry. `used`: the columns that are read, if not those of its type."""
+        is_chat = entry.type in _COLUMN_KEYS and used is None  # other columns: its rows of texts
+        keys = _COLUMN_KEYS[str(entry.type)] if is_chat else ("", "")
         by = _TOKENS if entry.type is None else f"`type: {entry.type}`"
         return cls(
             used=(columns_of_type(entry) if used is None else used) - set(entry.unused_names),
             used_by=_BLOCK if isinstance(entry.type, InstructionFormat) else by,
             left_out=frozenset(entry.unused_names),
             ignores_all=entry.unused_columns == "ignore",
-            is_chat=entry.type in ("chat_template", "prompt_completion", "instruction_chat"),
+            is_chat=is_chat,
+            has_input=isinstance(entry.type, InstructionFormat) and "field_input" in entry.type.model_fields_set,
+            key_for_system=keys[0],
+            key_for_tools=keys[1],
         )
 
     def knows_all(self, row: Row) -> bool:
@@ -94,14 +116,19 @@ class ColumnCheck:
         Raises DataError if there is another column that the type does not use.
         """
         plan = self._plan(row)
-        if not plan.suspicious:
+        refused = [
+            name
+            for name in plan.inert
+            if name in _NAMES_OF_TEXTS and is_prose(row[name]) and not self._leaves_out(name)
+        ]
+        if not plan.suspicious and not refused:
             return plan.inert
-        ignored, refused = list(plan.inert), []
+        ignored = list(plan.inert)
         for name in plan.suspicious:
             value = row[name]
             if is_empty(value):
                 continue
-            if self._leaves_out(name) or _is_written(value, rendered):
+            if self._leaves_out(name) or _is_written(value, rendered) or _is_setting(name, value):
                 ignored.append(name)
             else:
                 refused.append(name)
@@ -118,6 +145,8 @@ class ColumnCheck:
             unused = [name for name in names if name not in self.used]
             flags = [name for name in unused if name in FLAGS and name not in self.left_out]
             inert = [name for name in unused if is_inert(name) and name not in flags]
+            if not _TARGETS.isdisjoint(names):  # a source is then the text that the target was made from
+                inert = [name for name in inert if snake_case(name) not in ("source", "src")]
             others = [name for name in unused if name not in flags and name not in inert]
             not_yet = [
                 name for name in others if is_media(snake_case(name)) or _PREFERENCES.fullmatch(snake_case(name))
@@ -129,35 +158,55 @@ class ColumnCheck:
         first = names[0]
         listed = ", ".join(f"'{name}'" for name in names)
         many = len(names) > 1
-        advice = next((text for name in names if (text := self._advice(name))), "")
+        advice = next((text for name in names if (text := self._advice(name, row))), "") or self._prompt_advice(
+            row, names
+        )
         return (
             f"column{'s' * many} {listed} {'are' if many else 'is'} not used by {self.used_by}, so what "
             f"{'they say' if many else 'it says'} would be left out ('{first}': {row[first]!r:.60}). {advice}"
             f"To train without: `unused_columns: {in_yaml_list(names)}` beside `path`, or `unused_columns: ignore`"
         )
 
-    def _advice(self, name: str) -> str:
+    def _advice(self, name: str, row: Row) -> str:
         """Return what to write for a column whose meaning is known, ending in a blank; "" for others."""
-        snake = snake_case(name)
+        snake, cell = snake_case(name), row[name]
         if is_media(snake):
             return f"{NOT_YET[0].upper()}{NOT_YET[1:]}. "
-        if _PREFERENCES.fullmatch(snake) or (snake == "label" and self.is_chat):
+        if _PREFERENCES.fullmatch(snake) or (snake == "label" and self.used_by != _BLOCK and isinstance(cell, bool)):
             return "That is preference learning (DPO, KTO), which is not supported yet. "
-        if self.is_chat and snake in _SYSTEM:
-            return f"A system text: `field_system: {name}`. "
-        if self.is_chat and snake in _TOOLS:
-            return f"Tools: `field_tools: {name}`. "
+        if snake in SYSTEM_COLUMNS and (self.key_for_system or self.used_by == _BLOCK):
+            return f"A system text: `{(self.key_for_system or 'field_system: {}').format(name)}`. "
+        if self.key_for_tools and snake in _TOOLS:
+            return f"Tools: `{self.key_for_tools.format(name)}`. "
         if snake == "history":
             return "Earlier turns: `type: alpaca` reads them. "
-        if snake == "messages" or snake == "conversations":
+        if snake in ("messages", "conversations"):
             return f"Messages: `type: chat_template` with `field_messages: {name}`. "
-        if _THOUGHTS.fullmatch(snake):
-            return "A thought: write it into its message, as `reasoning_content`. "
-        if self.is_chat or self.used_by == _TOKENS:
+        if isinstance(cell, bool) and _TRAINED.search(snake):
+            return "If it says whether the row is trained on: name it `train`. "
+        if _THOUGHTS.fullmatch(snake) and isinstance(cell, str) and cell.lower() not in _SWITCHES:
+            if self.is_chat:
+                return "A thought: write it into its message, as `reasoning_content`. "
+            return "A thought: only messages (`type: chat_template`) have a place for it, as `reasoning_content`. "
+        return ""
+
+    def _prompt_advice(self, row: Row, names: list[str]) -> str:
+        """Return how one of these columns gets into the prompt, ending in a blank; "" if that takes other rows."""
+        texts = [name for name in names if isinstance(row[name], str)]
+        if self.is_chat or self.used_by == _TOKENS or not texts:
             return ""
-        if self.used_by == _BLOCK:
-            return f"To put it into the prompt: `field_input: {name}`. "
-        return "A `type` block names the columns of a prompt (field_instruction, field_input). "
+        if self.used_by != _BLOCK:
+            return "A `type` block names the columns of a prompt (field_instruction, field_input). "
+        return (
+            ""
+            if self.has_input or not is_empty(row.get("input"))
+            else f"To put it into the prompt: `field_input: {texts[0]}`. "
+        )
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    """Whether a cell is a setting or a mark that holds no text of its own: tool_choice "auto", deleted false."""
+    return (name in _CHOICES and value in ("auto", "none")) or (name in _MARKS and isinstance(value, bool))
 
 
 def columns_of_type(entry: DatasetEntry) -> frozenset[str]:

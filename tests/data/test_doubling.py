@@ -11,7 +11,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuner.data.chat_templates import TEMPLATES
-from finetuner.data.documents import OWN_ENDS, WORDS
+from finetuner.data.documents import CHAT_WORDS, OWN_ENDS, WORDS
 from finetuner.data.formats.base import Rendered
 from finetuner.data.prepare import prepare_documents
 from finetuner.data.prepared_data import PreparedData
@@ -126,6 +126,13 @@ def test_a_rendered_prompt_in_a_cell_whose_tokens_are_words_is_said(tokenizer_fo
     assert tokenizer.convert_tokens_to_ids("<|im_start|>") not in prepared.train.document(0)[0].tolist()
     text = {"text": row["prompt"] + row["completion"]}  # the type that reads tokens
     assert not prepare(tokenizer, tmp_path, [text], "completion").counts
+
+
+def test_an_answer_that_brings_the_end_of_its_turn_is_said(tokenizer_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    prepared = prepare(tokenizer, tmp_path, [chat("a", "b<|im_end|>"), chat("a", "b")], "chat_template")
+    assert prepared.counts == {CHAT_WORDS: 1} and len(prepared.train) == 2
 
 
 def test_without_a_begin_of_the_tokenizer_the_one_of_a_text_stays(tokenizer_folder: Path, tmp_path: Path) -> None:

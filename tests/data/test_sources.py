@@ -276,7 +276,8 @@ def test_bad_rows_are_skipped_and_listed_with_their_file_and_row(
         "line 2 is broken JSON: unterminated string starting at at character 22",
         "column 'output' holds nothing, but must be text",
         "it has no column 'instruction'; its columns are: output",
-        "column 'instruction' holds int 5, but must be text",
+        "column 'instruction' holds int 5, but must be text. Write it as the words that are to be learned, "
+        """or as it is: jq -c '.["instruction"] |= tostring' FILE > NEW""",
         "line 4 is not UTF-8 text: byte 0xff at 0",
     ]
     assert len(prepared.train) == 6

@@ -276,7 +276,7 @@ def test_rows_that_are_not_learned_are_listed_once_and_counted_always(
     whole = [json.loads(line) for line in listed.read_text().splitlines()]
     assert [(one["row"], one["reason"]) for one in whole] == [(i, BAD) for i in range(0, 40, 7)]
     assert {one["source"] for one in whole} == {str(path)}
-    assert whole[1]["detail"] == "column 'text' holds int 7, but must be text"
+    assert whole[1]["detail"].startswith("column 'text' holds int 7, but must be text. ")
     assert unbroken.next.counts[BAD] > len(whole), "a second pass loses them again"
     assert unbroken.notes == [f"{unbroken.next.counts[BAD]} rows {BAD}"]
     assert unbroken.num_read == unbroken.next.counts["read"]

@@ -813,6 +813,11 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"datasets": [CHAT | {"unused_columns": ["messages"]}]},
         {"datasets": [CHAT | {"unused_columns": ["persona"]}]},
     ),
+    (
+        "roles",
+        {"datasets": [CHAT | {"roles": {"user": ["x"], "assistant": ["x"]}}]},
+        {"datasets": [CHAT | {"roles": {"user": ["x"], "assistant": ["y"]}}]},
+    ),
     ("shards_idx", {"datasets": [CHAT | {"shards_idx": 1}]}, {"datasets": [CHAT | {"shards_idx": 1, "shards": 2}]}),
     (
         "format",

@@ -3,6 +3,7 @@
 A format knows nothing of tokens; data/encoding.py tokenizes what it renders.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -54,8 +55,21 @@ def text_of(row: Row, column: str) -> str:
     """The text in a cell. Raises DataError if the row has no such column, or something else in it."""
     value = cell_of(row, column)
     if not isinstance(value, str):
-        raise DataError(f"column '{column}' holds {kind_of(value)}, but must be text")
+        raise DataError(f"column '{column}' holds {kind_of(value)}, but must be text{_text_advice(value, column)}")
     return value
+
+
+def _text_advice(value: Any, column: str) -> str:
+    """Return how a cell of another kind becomes a text, after a full stop; "" if that is not plain."""
+    if isinstance(value, float) and math.isnan(value):
+        return ". NaN is an empty cell of a table: write null, or leave the key out"
+    inner = value.get("text") if isinstance(value, dict) else value
+    at = f'.["{column}"]' + ".text" * isinstance(value, dict)
+    if isinstance(inner, list) and inner and all(isinstance(text, str) for text in inner):
+        return f". To take the first of its texts: jq -c '.[\"{column}\"] = {at}[0]' FILE > NEW"
+    if isinstance(value, int | float):
+        return f". Write it as the words that are to be learned, or as it is: jq -c '{at} |= tostring' FILE > NEW"
+    return ""
 
 
 def cell_of(row: Row, column: str) -> Any:

@@ -86,12 +86,24 @@ class ChatRows:
         for name in _NOT_FOR_ROWS:
             if name in given:
                 raise DataError(f"column '{KWARGS}' has '{name}', which is not the row's to say. Remove it")
+        self._require_read(given)
         key = json.dumps(given, sort_keys=True, default=repr)
         if key not in self.forms:
             if len(self.forms) >= MAX_CACHED_FORMS:
                 self.forms.clear()
             self.forms[key] = self._form(given)
         return self.forms[key], tuple(f"{KWARGS}.{name}" for name in given if name not in self.text)
+
+    def _require_read(self, given: Mapping[str, Any]) -> None:
+        """Raise DataError for a text or a list among a row's variables of which the template knows nothing."""
+        for name, value in given.items():
+            says_something = isinstance(value, str | list | dict) and not is_empty(value)
+            leaves_out = self.entry.unused_columns == "ignore" or name in self.entry.unused_names
+            if says_something and name not in self.text and not leaves_out:
+                raise DataError(
+                    f"column '{KWARGS}' has '{name}' ({value!r:.60}), which the chat template does not know, so it "
+                    f"would be left out. Take a template that does, or write `unused_columns: [{name}]` beside `path`"
+                )
 
 
 def _template_text(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -24,7 +24,9 @@ def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTo
 
 
 def _conversation(row: Row, entry: DatasetEntry, reader: MessageReader) -> Conversation:
-    columns = entry.instruction_columns
+    columns, left_out = entry.instruction_columns, entry.unused_names
+    if left_out:
+        row = {name: cell for name, cell in row.items() if name not in left_out}
     system, asked = _text(row, columns.system), text_of(row, columns.instruction)
     question = "\n".join(text for text in (asked, _text(row, columns.input)) if text)
     messages: Messages = [{"role": "system", "content": system}] if system else []

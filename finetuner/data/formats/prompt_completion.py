@@ -34,6 +34,11 @@ def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTo
         if chat_keys:
             raise DataError(f"prompt and completion are texts: `{chat_keys[0]}` is for messages. Remove it")
         require_no_placeholder(row, ("prompt",), entry)
+        for name, cell in (("prompt", prompt), ("completion", completion)):
+            if isinstance(cell, dict):
+                raise DataError(
+                    f"column '{name}' holds {kind_of(cell)}, but must be text, or a list of messages: [{{...}}]"
+                )
         rendered = answered(text_of(row, "prompt"), text_of(row, "completion"))
         if not of_texts.knows_all(row):
             of_texts.find_ignored(row, rendered)

@@ -124,6 +124,16 @@ def _unused_columns_that_are_not_needed(values: Values) -> Iterator[Finding]:
                 yield Finding((key, i, "unused_columns"), message)
 
 
+def _one_role_a_name(values: Values) -> Iterator[Finding]:
+    for key, i, entry in _entries(values):
+        found: dict[str, str] = {}
+        for role, names in entry.roles.items():
+            for name in names:
+                other = found.setdefault(name.strip().lower(), role)
+                if other != role:
+                    yield Finding((key, i, "roles"), f"'{name}' is under '{other}' and under '{role}'. Leave one.")
+
+
 def _one_chat_template(values: Values) -> Iterator[Finding]:
     """A trained model answers in one form, and its tokenizer is saved with one template: all datasets must agree."""
     default = values["chat_template"], values["chat_template_jinja"]
@@ -199,6 +209,7 @@ RULES: tuple[Rule, ...] = (
     (_SOURCES, _placeholders_of_a_format),
     (_SOURCES, _each_column_once),
     (_SOURCES, _unused_columns_that_are_not_needed),
+    (_SOURCES, _one_role_a_name),
     ((*_SOURCES, "chat_template", "chat_template_jinja"), _one_chat_template),
     ((*_SOURCES, "chat_template"), _a_template_of_that_name),
     ((*_SOURCES, "chat_template", "chat_template_jinja"), _template_and_its_text),
