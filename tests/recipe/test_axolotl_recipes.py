@@ -277,6 +277,17 @@ def test_the_conversation_chatml_is_the_chat_template_of_that_name_and_others_ar
     assert "Remove it" in refusal(ALPACA + "    conversation: chatml\n")
 
 
+def test_fastchats_llama_3_is_the_chat_template_llama3(read, refusal) -> None:
+    loaded = read(chats("type: sharegpt\n    conversation: llama-3"))
+    assert entry_of(loaded).chat_template == "llama3"
+    assert not any("You are a helpful assistant" in note.message for note in loaded.notes)
+    older = read(chats("type: sharegpt\n    conversation: llama3"))
+    assert entry_of(older).chat_template == "llama3"
+    assert any("'You are a helpful assistant.'" in note.message for note in older.notes)
+    both = "type: chat_template\n    chat_template: chatml\n    conversation: llama-3"
+    assert "FastChat's conversation 'llama-3'" in refusal(chats(both))
+
+
 def test_the_conversation_of_alpaca_chat_names_its_style(read, refusal) -> None:
     styled = entry_of(read(chats("type: alpaca_chat.load\n    conversation: chatml")))
     assert styled.type.no_input_format.endswith("<|im_start|>assistant\n")

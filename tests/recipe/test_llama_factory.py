@@ -271,8 +271,7 @@ def test_the_token_that_ends_a_templates_answers_is_the_tokenizers_end(here: Pat
 @pytest.mark.parametrize(
     ("said", "capability"),
     [
-        ("stage: dpo", "preference and reinforcement learning"), ("use_dft_loss: true", "the DFT loss"),
-        ("use_eaft_loss: true", "the EAFT loss"), ("use_asft_loss: true", "the ASFT loss"),
+        ("stage: dpo", "preference and reinforcement learning"), ("use_asft_loss: true", "the ASFT loss"),
         ("use_galore: true", "GaLore"), ("use_apollo: true", "APOLLO"), ("use_badam: true", "BAdam"),
         ("use_adam_mini: true", "Adam-mini"), ("pissa_init: true", "PiSSA"), ("use_llama_pro: true", "LLaMA Pro"),
         ("finetuning_type: freeze", "unfrozen_parameters"), ("finetuning_type: oft", "'oft' is not supported yet"),

@@ -1,7 +1,7 @@
 """A chat template that writes the same text as one of LLaMA-Factory's templates, and marks what that trains on.
 
-Text and marks: hiyouga/LLaMA-Factory 0.9.5, its data/template, converter, tool_utils and processor/supervised. A row that it would skip, since its turns are not a question and an answer in turn, is
-refused here.
+Text and marks: hiyouga/LLaMA-Factory 0.9.5, its data/template, converter, tool_utils and processor/supervised. A row
+that it would skip, since its turns are not a question and an answer in turn, is refused here.
 """
 
 import json

@@ -34,6 +34,7 @@ def rewrite_llama_factory(rewriting: Rewriting) -> None:
     _packing(rewriting, is_text=is_text)
     _adapter(rewriting)
     _earlier_adapter(rewriting)
+    _loss(rewriting, is_text=is_text)
     _new_tokens(rewriting)
     if rewriting.get("fp16") is not True:
         rewriting.defaults["bf16"] = False
@@ -202,6 +203,23 @@ def _earlier_adapter(rewriting: Rewriting) -> None:
             "adapter_name_or_path: training a new adapter on top of others is not supported yet. Merge them into the "
             "model first (finetuner merge), and name the merged model.",
         )
+
+
+def _loss(rewriting: Rewriting, *, is_text: bool) -> None:
+    switches = {"use_dft_loss": "probability", "use_eaft_loss": "entropy"}
+    asked = [key for key in (*switches, "use_asft_loss") if rewriting.get(key) is True]
+    if is_text:
+        for key in asked:
+            rewriting.ignore(key, "LLaMA-Factory weighs the tokens of stage sft alone", loud=True)
+    elif len(asked) > 1:
+        rewriting.refuse(asked[1], f"{asked[0]} and {asked[1]} are two losses, of which one is taken. Remove one.")
+    if asked == ["use_eaft_loss"] and not is_text:
+        rewriting.put("loss_weighting_exponent", rewriting.take("eaft_alpha", 1.0), of="use_eaft_loss", quiet=True)
+    rewriting.ignore("eaft_alpha", "it belongs to use_eaft_loss, which is not on")
+    for key, weighting in switches.items():
+        if rewriting.take(key) is True:
+            rewriting.put("loss_weighting", weighting, of=key)
+            rewriting.remark("the held-out loss is that of the tokens, without their weights; LLaMA-Factory's has them")
 
 
 def _new_tokens(rewriting: Rewriting) -> None:

@@ -40,6 +40,7 @@ def rewrite_trl(rewriting: Rewriting) -> None:
     _template(rewriting)
     _length_and_packing(rewriting)
     _adapter(rewriting)
+    _loss(rewriting)
     rewrite_precision(rewriting)
     if rewriting.get("fp16") is not True and rewriting.get("bf16") is None:
         rewriting.defaults["bf16"] = True
@@ -51,6 +52,14 @@ def rewrite_trl(rewriting: Rewriting) -> None:
     rewriting.ignore("overwrite_output_dir", reason, loud=True)
     _resume(rewriting)
     _older_keys(rewriting)
+
+
+def _loss(rewriting: Rewriting) -> None:
+    """Rewrite DFT, a weight on each token's loss; a loss of preference learning is left, and refused."""
+    if rewriting.get("loss_type") == "dft":
+        rewriting.take("loss_type")
+        rewriting.put("loss_weighting", "probability", of="loss_type")
+        rewriting.remark("the held-out loss is that of the tokens, without their weights; TRL's has them")
 
 
 def _attention(rewriting: Rewriting) -> None:
