@@ -282,6 +282,9 @@ def test_the_token_that_ends_a_templates_answers_is_the_tokenizers_end(here: Pat
         ("adapter_name_or_path: a\ncreate_new_adapter: true", "Merge them into the model first"),
         ("predict_with_generate: true", "generating during evaluation"), ("use_unsloth: true", "Unsloth"),
         ("mask_history: true\ntrain_on_prompt: true", "contradict each other"),
+        ("default_system: 3.5", "default_system must be text"),
+        ("mask_history: yes", "mask_history is the text 'yes', but must be true or false"),
+        ("use_dft_loss: 1", "use_dft_loss is 1, but must be true or false"),
         ("tensor_model_parallel_size: 2", "Megatron"), ("train_from_scratch: true", "from-scratch"),
     ],
 )  # fmt: skip

@@ -419,6 +419,13 @@ def test_options_of_the_schedule_may_be_json_and_kernels_of_flash_attention_are_
     assert ours(tmp_path, attn_implementation="kernels-community/flash-attn2")["attn_implementation"] == "auto"
 
 
+@pytest.mark.parametrize("key", ["use_peft", "assistant_only_loss", "packing", "push_to_hub", "load_in_4bit"])
+def test_a_switch_that_is_neither_true_nor_false_is_not_dropped(tmp_path: Path, key: str) -> None:
+    for word in ("yes", 1):
+        assert f"{key} is " in refusal(tmp_path, **{key: word})
+        assert "must be true or false" in refusal(tmp_path, **{key: word})
+
+
 def test_dft_weighs_tokens_by_their_probability(tmp_path: Path) -> None:
     assert ours(tmp_path, loss_type="dft")["loss_weighting"] == "probability"
     assert "without their weights; TRL's has them" in remarks(converted(tmp_path, loss_type="dft"))

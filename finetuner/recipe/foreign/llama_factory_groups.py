@@ -14,9 +14,16 @@ from finetuner.recipe.problems import did_you_mean
 
 _OWN_TEMPLATE = "Write `chat_template: tokenizer_default` in its place for the tokenizer's own, or chat_template_jinja."
 
+_SWITCHES = (
+    "mask_history train_on_prompt packing neat_packing double_quantization create_new_adapter use_dft_loss "
+    "use_eaft_loss use_asft_loss enable_thinking preserve_thinking push_to_hub do_train do_eval do_predict streaming "
+    "overwrite_output_dir bf16 fp16"
+)
+
 
 def rewrite_llama_factory(rewriting: Rewriting) -> None:
     """Rewrite all of LLaMA-Factory's keys that depend on one another; the others mean something by themselves."""
+    rewriting.require_truth(_SWITCHES)
     is_text = rewriting.get("stage") == "pt"
     if is_text:
         rewriting.take("stage", into="datasets.type")
@@ -53,6 +60,8 @@ def _no_template(rewriting: Rewriting) -> None:
 
 def _template(rewriting: Rewriting, *, masks_history: bool, merges_results: bool) -> None:
     name, given = rewriting.get("template"), rewriting.document.values
+    if not isinstance(rewriting.get("default_system", ""), str):
+        rewriting.refuse("default_system", "default_system must be text: the system turn of rows that have none.")
     settings = Settings(
         default_system=rewriting.get("default_system"),
         enable_thinking=given.get("enable_thinking", True),

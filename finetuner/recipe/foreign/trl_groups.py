@@ -31,9 +31,15 @@ _OLDER_KEYS = {
 }  # fmt: skip
 _FOUR_BIT_KEYS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
+_SWITCHES = (
+    "use_peft load_in_4bit load_in_8bit use_bnb_nested_quant packing assistant_only_loss completion_only_loss "
+    "push_to_hub dataset_streaming overwrite_output_dir bf16 fp16 eval_packing padding_free"
+)
+
 
 def rewrite_trl(rewriting: Rewriting) -> None:
     """Rewrite all of TRL's keys that depend on one another; those that are left mean something by themselves."""
+    rewriting.require_truth(_SWITCHES)
     _model_arguments(rewriting)
     _attention(rewriting)
     rewrite_rows(rewriting)
