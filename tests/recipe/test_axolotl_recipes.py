@@ -277,6 +277,12 @@ def test_the_conversation_chatml_is_the_chat_template_of_that_name_and_others_ar
     assert "Remove it" in refusal(ALPACA + "    conversation: chatml\n")
 
 
+@pytest.mark.parametrize("line", ["bfloat16: off", "flash_attention: No", "use_eaft: no", "sdp_attention: yes"])
+def test_a_word_of_yaml_1_1_is_no_switch(refusal, line: str) -> None:
+    key, _, word = line.partition(": ")
+    assert f"{key} is the text '{word}', but must be true or false." in refusal(f"{ALPACA}{line}\n")
+
+
 def test_fastchats_llama_3_is_the_chat_template_llama3(read, refusal) -> None:
     loaded = read(chats("type: sharegpt\n    conversation: llama-3"))
     assert entry_of(loaded).chat_template == "llama3"
