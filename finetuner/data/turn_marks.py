@@ -18,7 +18,8 @@ _OF_THOUGHTS = re.compile(r"think|thought|reason", re.IGNORECASE)
 def turn_marks(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) -> tuple[str, ...]:
     """Return those of `tokens` that the tokenizer's chat template writes around short plain messages.
 
-    Marks of thoughts are none: a template may write them into an answer without thoughts, and rows hold them as text.
+    Words are none ("assistant" is also written in sentences), nor are marks of thoughts: a template may write them into an
+    answer without thoughts, and rows hold them as text.
     A template that refuses such messages has none either; its rows say why.
     """
     own = tokenizer.chat_template
@@ -30,4 +31,11 @@ def turn_marks(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) -> t
             written += compile_template(str(template), tokenizer.special_tokens_map).render(messages, None, prompt=True)
         except DataError:
             continue
-    return tuple(token for token in tokens if token in written and not _OF_THOUGHTS.search(token))
+    return tuple(token for token in tokens if token in written and _is_mark(token))
+
+
+def _is_mark(token: str) -> bool:
+    """Whether a token is a word between signs, such as <|im_end|> or [INST], and not one about thoughts."""
+    word = token.strip()
+    has_word = any(c.isalnum() for c in word)
+    return has_word and not word[0].isalnum() and not word[-1].isalnum() and not _OF_THOUGHTS.search(word)

@@ -62,9 +62,10 @@ def test_a_special_token_that_is_added_again_stays_special_and_a_rows_text_stays
 
 
 def test_new_tokens_with_which_the_template_marks_turns_become_special(documents_of, plain_tokenizer, tmp_path):
-    keys = {"tokenizer": str(plain_tokenizer), "tokens": [*MARKS, "<term>"]}
+    keys = {"tokenizer": str(plain_tokenizer), "tokens": [*MARKS, "<term>", "assistant", "  "]}
     tokenizer, ids = documents_of(ROW, **keys)
-    assert set(MARKS) <= special_tokens(tokenizer) and "<term>" not in special_tokens(tokenizer)
+    assert set(MARKS) <= special_tokens(tokenizer)
+    assert not {"<term>", "assistant", "  "} & special_tokens(tokenizer)
     assert count(tokenizer, ids) == [2, 2]
     tokenizer.save_pretrained(tmp_path / "saved")
     assert set(MARKS) <= special_tokens(AutoTokenizer.from_pretrained(tmp_path / "saved"))
