@@ -18,7 +18,7 @@ _OF_THOUGHTS = re.compile(r"think|thought|reason", re.IGNORECASE)
 def turn_marks(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) -> tuple[str, ...]:
     """Return those of `tokens` that the tokenizer's chat template writes around short plain messages.
 
-    Words are none ("assistant" is also written in sentences), nor are marks of thoughts: a template may write them into an
+    Words are none ("assistant" stands in sentences too), nor are marks of thoughts: a template may write them into an
     answer without thoughts, and rows hold them as text.
     A template that refuses such messages has none either; its rows say why.
     """
