@@ -133,7 +133,7 @@ def _written(
 
 def _in_one_line(text: str) -> str:
     """A comment's text: a value of the file that it quotes must not go on in a line of its own, as keys."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
 def _lines_of_the_file(document: YamlDocument, given: list[str], defaults: Mapping[str, Any]) -> Iterator[str]:
