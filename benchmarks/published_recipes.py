@@ -1,4 +1,11 @@
-"""How many published recipes load or convert here: python benchmarks/published_recipes.py FOLDER [--text-sft]
+r"""How many published recipes load or convert here: python benchmarks/published_recipes.py FOLDER ... [--text-sft]
+
+The figures of RESULTS.md, from the folders of the tools' sdists and of two repositories:
+
+    python benchmarks/published_recipes.py --text-sft --from WORK \
+        axolotl/examples llamafactory/examples alignment-handbook/recipes open-r1/recipes
+
+WORK holds LLaMA-Factory's folder `data`, which its recipes name by a relative path.
 
 A recipe of Axolotl's is loaded as `finetuner check` does, one of LLaMA-Factory's or TRL's is converted as `finetuner
 convert` does, and what comes out is loaded. It is *accepted* if that finds no mistake (notes are allowed). Otherwise it
@@ -10,10 +17,11 @@ counted by reason, are those that ask for what has issues of its own: preference
 energy-based and diffusion training), pictures and sound, and options of mixtures of experts: how their weights are
 stored, quantized, adapted or spread, and the loss of their router (a mixture trained without such an option counts).
 Precision, kernels, several GPUs for one sequence and the like count, and are refused. The reason is judged from the
-keys alone, whatever else is wrong with the file; one that cannot be read counts.
+keys alone, whatever else is wrong with the file; one that cannot be read counts. Files that train nothing (exporting,
+generating, datasets for another tool) are left out as well.
 
---sample N prints N accepted recipes, the same for the same N, each with all its notes, to be read by hand for a changed
-meaning. --from FOLDER reads as if started there, for recipes that name files by relative paths.
+--sample N prints N accepted recipes of each folder, the same for the same N, each with all its notes, to be read by
+hand for a changed meaning. --from FOLDER reads as if started there, for recipes that name files by relative paths.
 """
 
 import argparse
@@ -87,6 +95,8 @@ def left_out(path: Path, values: dict[str, Any]) -> str | None:
     is_trl = "model_name_or_path" in values and not {"finetuning_type", "dataset", "template"} & set(values)
     if values and not {"learning_rate", "stage"} & set(values):
         return "no training"
+    if values.get("do_predict") is True and not values.get("do_train"):
+        return "no training"
     if any(values.get(key) for key in PREFERENCE) or stage in PREFERENCE_STAGES:
         return "preference and reward"
     if any(str(entry.get("type")).startswith(PREFERENCE_ROWS) for entry in entries):
@@ -139,15 +149,21 @@ def outcomes(folder: Path, why: Counter[str], *, text_sft: bool) -> Iterator[Out
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--text-sft", action="store_true", help="leave out preference, pictures, options of experts")
     parser.add_argument("--list", action="store_true", help="every recipe with its problems")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="N accepted recipes with all their notes")
     parser.add_argument("--from", dest="start", type=Path, help="read as if started in this folder")
     options = parser.parse_args(arguments)
-    folder = options.folder.resolve()
+    folders = [folder.resolve() for folder in options.folders]
     if options.start is not None:
         os.chdir(options.start)
+    for folder in folders:
+        measure(folder, options)
+
+
+def measure(folder: Path, options: argparse.Namespace) -> None:
+    """Print the figures of one folder."""
     why: Counter[str] = Counter()
     found = list(outcomes(folder, why, text_sft=options.text_sft))
     capabilities: Counter[str] = Counter()
@@ -161,9 +177,13 @@ def main(arguments: list[str]) -> None:
     for outcome in random.Random(options.sample).sample(accepted, min(options.sample, len(accepted))):
         print(f"\n== {outcome.path.relative_to(folder)}")
         print("".join(f"    {note}\n" for note in outcome.notes), end="")
-    print(f"{len(found)} recipes", *(f"; {count} left out: {reason}" for reason, count in why.most_common()), sep="")
+    print(
+        f"{folder}: {len(found)} recipes",
+        *(f"; {count} left out: {reason}" for reason, count in why.most_common()),
+        sep="",
+    )
     for kind, count in Counter(outcome.kind for outcome in found).most_common():
-        print(f"{kind:<16} {count:>4}  {count / len(found):.1%}")
+        print(f"{kind:<16} {count:>4}  {count / max(1, len(found)):.1%}")
     print("".join(f"  {count:>4} {capability}\n" for capability, count in capabilities.most_common()), end="")
 
 

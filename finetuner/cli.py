@@ -40,6 +40,7 @@ COMMANDS = {
     "tokenizer": "Make the recipe's tokenizer, and say how much text its tokens stand for.",
     "import-gguf": "Turn a GGUF file into an ordinary safetensors model folder.",
 }
+HELP = {"help_option_names": ["-h", "--help"]}
 SECONDS_FOR_RANK_0 = 15  # in which its launcher ends the other ranks; a busy node takes its time
 
 
@@ -61,7 +62,7 @@ def load_command(name: str) -> Any:
     function_name = name.replace("-", "_")
     function = vars(importlib.import_module(f"finetuner.commands.{function_name}"))[function_name]
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    single.command(name, help=COMMANDS[name])(function)
+    single.command(name, help=COMMANDS[name], context_settings=HELP)(function)
     return typer.main.get_command(single)
 
 
@@ -71,6 +72,7 @@ app = LazyCommands(
     commands={name: TyperCommand(name, help=text, callback=None) for name, text in COMMANDS.items()},
     no_args_is_help=True,
     rich_markup_mode=None,
+    context_settings=HELP,
 )
 
 

@@ -4,8 +4,9 @@ from finetuner.console import Screen
 from finetuner.data.cache import prepare_once
 from finetuner.data.chat_templates import choose_template
 from finetuner.data.prepared_data import PreparedData, held_out_only
-from finetuner.data.tokenizer import Vocabulary, load_tokenizer
+from finetuner.data.tokenizer import Vocabulary, load_tokenizer, make_special
 from finetuner.data.tokenizer_source import resolve_tokenizer
+from finetuner.data.turn_marks import turn_marks
 from finetuner.recipe.sections import DataSection, ModelSection, PackingSection, TokenizerSection
 from finetuner.storage.progress import ProgressReport, no_progress
 from finetuner.world import World
@@ -48,4 +49,7 @@ def build_tokenizer(
     tokenizer = vocabulary.tokenizer
     if not section.tokenizer_use_mistral_common:
         tokenizer.chat_template = choose_template(data, tokenizer.chat_template)  # saved with the result
+    if section.tokens and any(entry.type == "chat_template" for entry in entries):
+        # `tokens: ["<|im_start|>"]`: a row's own text could otherwise begin a turn
+        make_special(tokenizer, turn_marks(tokenizer, section.tokens))
     return vocabulary

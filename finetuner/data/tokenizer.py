@@ -34,6 +34,7 @@ def load_tokenizer(
     `spaced_template`: chats are written by a template that puts spaces behind special tokens itself, which a tokenizer
     that is made of a SentencePiece file then does not.
     Added tokens among `ends`, which end turns, become special tokens, so that the same word in a row is ordinary text.
+    One that the tokenizer has as a special token stays what it is.
     Raises ModelError if there is no tokenizer, or none that can say which characters a token stands for.
     """
     from transformers import AddedToken
@@ -48,10 +49,21 @@ def load_tokenizer(
     roles = {role: token for role, token in section.special_tokens.model_dump().items() if token is not None}
     if roles:
         tokenizer.add_special_tokens(roles)
-    if section.tokens:
-        tokenizer.add_tokens([AddedToken(one, normalized=False, special=one in ends) for one in section.tokens])
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    # Adding a special token again would make it an ordinary one, with which a row's text could end a turn.
+    tokens = [one for one in section.tokens if one not in special]
+    if tokens:
+        tokenizer.add_tokens([AddedToken(one, normalized=False, special=one in ends) for one in tokens])
     tokenizer.padding_side = "right"
     return Vocabulary(tokenizer, tuple(range(before, len(tokenizer))))
+
+
+def make_special(tokenizer: "PreTrainedTokenizerBase", tokens: tuple[str, ...]) -> None:
+    """Make special tokens of tokens that the tokenizer has, so that the same words in a row are ordinary text."""
+    from transformers import AddedToken
+
+    if tokens:
+        tokenizer.add_tokens([AddedToken(one, normalized=False, special=True) for one in tokens], special_tokens=True)
 
 
 def _tokenizer_of(name: str, trust_remote_code: bool, spaced_template: bool) -> "PreTrainedTokenizerBase":

@@ -1,8 +1,8 @@
-"""Next token: the negative log-likelihood of every trained token, with what training adds to it."""
+"""Next token: the negative log-likelihood of every trained token, with what training changes about it."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch.nn import functional as F  # noqa: N812  (its usual name)
@@ -17,16 +17,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Weighting:
+    """The weight of each token's loss, through which no gradient flows.
+
+    by "probability": p(target)^exponent; exponent 1 is DFT (arXiv:2508.05629). by "entropy": (H / unit)^exponent, H
+    being the entropy in nats of the `top_k` likeliest tokens among themselves (EAFT).
+    """
+
+    by: Literal["probability", "entropy"]
+    exponent: float = 1.0
+    top_k: int = 20
+    unit: float = 3.0
+
+    @torch.no_grad()
+    def of(self, logits: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+        """Return (trained,) weights from fp32 logits (trained, vocabulary) and -log p(target) (trained,)."""
+        if self.by == "probability":
+            return losses.mul(-self.exponent).exp()
+        log_p = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values.log_softmax(dim=-1)
+        return log_p.exp().mul(log_p).sum(dim=-1).neg().div(self.unit).clamp(min=0.0).pow(self.exponent)
+
+
+@dataclass(frozen=True)
 class Regularization:
-    """Additions to the loss that training has and evaluation does not.
+    """Changes of the loss that training has and evaluation does not.
 
     `label_smoothing` e: (1 - e) (-log p(target)) + e mean(-log p) (arXiv:1512.00567). `z_loss` c: c log(Z)^2, Z being
-    the sum of exp(logits) (arXiv:2204.02311, section 5). `noise_alpha`: see models/neftune.py.
+    the sum of exp(logits) (arXiv:2204.02311, section 5). `noise_alpha`: see models/neftune.py. `weighting`: of the
+    cross entropy alone, whose sum is still divided by the number of trained tokens.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     noise_alpha: float = 0.0
+    weighting: Weighting | None = None
 
 
 NONE = Regularization()
@@ -49,6 +73,7 @@ class NextToken:
                 label_smoothing=section.label_smoothing_factor,
                 z_loss=section.z_loss_coefficient,
                 noise_alpha=section.neftune_noise_alpha or 0.0,
+                weighting=_weighting(section),
             )
         )
 
@@ -72,7 +97,20 @@ class NextToken:
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor, added: Regularization) -> torch.Tensor:
     """Return (1,): the summed cross entropy of fp32 logits (trained, vocabulary) and targets (trained,), with what is
     added to it."""
-    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=added.label_smoothing)
+    if added.weighting is None:
+        loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=added.label_smoothing)
+    else:
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        loss = (losses * added.weighting.of(logits, losses)).sum()
     if added.z_loss:
         loss = loss + added.z_loss * logits.logsumexp(dim=-1).square().sum()
     return torch.stack([loss])  # not a view: FSDP2 hooks what its root module returns
+
+
+def _weighting(section: RegularizationSection) -> Weighting | None:
+    by = section.loss_weighting
+    if by is None:
+        return None
+    return Weighting(
+        by, section.loss_weighting_exponent, section.loss_weighting_top_k, section.loss_weighting_entropy_unit
+    )

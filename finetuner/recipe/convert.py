@@ -19,6 +19,7 @@ from finetuner.recipe.problems import Note, render_problems
 from finetuner.recipe.schema import FACTS
 from finetuner.recipe.yaml_document import YamlDocument, parse_yaml
 
+_WITH_OTHERS = "is read with other keys, or says what holds anyway"
 SCHEMA_LINE = "# yaml-language-server: $schema=recipe.schema.json"  # finetuner schema > recipe.schema.json
 
 
@@ -109,8 +110,11 @@ def _written(
     remarks: list[str],
 ) -> str:
     """The text of the converted recipe. `given`: the keys of the file; `defaults`: what the tool does in silence."""
-    lines = [SCHEMA_LINE, f"# {name}, a recipe of {tool.name}, converted. Check it: finetuner check THIS_FILE"]
-    lines += [f"# NOTE: {remark}." for remark in remarks]
+    lines = [
+        SCHEMA_LINE,
+        f"# {_in_one_line(name)}, a recipe of {tool.name}, converted. Check it: finetuner check THIS_FILE",
+    ]
+    lines += [f"# NOTE: {_in_one_line(remark)}." for remark in remarks]
     lines.append("")
     lines += _lines_of_the_file(document, given, defaults)
     if defaults:
@@ -120,9 +124,16 @@ def _written(
     of_key = {key: note for note in notes for key in note.keys}
     dropped = [(key, of_key[key].message) for key in given if key in of_key and key not in document.values]
     dropped = [(key, message) for key, message in dropped if not message.startswith("is read as")]
+    said = {line.removeprefix("# ").partition(":")[0] for line in lines} | {key for key, _ in dropped}
+    dropped += [(key, _WITH_OTHERS) for key in given if key not in said]  # no key is dropped without a word
     if dropped:
-        lines += ["", "# left out", *(f"# {key}: {message}" for key, message in dropped)]
+        lines += ["", "# left out", *(f"# {key}: {_in_one_line(message)}" for key, message in dropped)]
     return "\n".join(lines) + "\n"
+
+
+def _in_one_line(text: str) -> str:
+    """A comment's text: a value of the file that it quotes must not go on in a line of its own, as keys."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
 def _lines_of_the_file(document: YamlDocument, given: list[str], defaults: Mapping[str, Any]) -> Iterator[str]:
@@ -135,7 +146,7 @@ def _lines_of_the_file(document: YamlDocument, given: list[str], defaults: Mappi
         line = origin.text.strip() if origin is not None else key
         written = line.partition(":")[0] if origin is not None and origin.line else key
         if key not in given or written != key:
-            yield f"# {line}"
+            yield f"# {_in_one_line(line)}"
         yield from _yaml({key: value})
 
 

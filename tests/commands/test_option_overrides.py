@@ -57,6 +57,13 @@ def test_an_option_is_an_override(given: list[str], expected: list[str]) -> None
     assert read(*given) == expected
 
 
+def test_help_has_a_short_name_behind_a_recipe_too(
+    write_recipe: RecipeWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_of("train", str(write_recipe()), "--bf16", "-h") == 0
+    assert "Train as the recipe says" in capsys.readouterr().out
+
+
 def test_a_commands_own_options_stay_its_own() -> None:
     assert read("r.yml", "--verbose", "--max_steps=2", command="check") == ["--verbose", "r.yml", "max_steps=2"]
     assert read("m", "--prompt", "--x", "--seed=3", "--lr", "1", command="generate") == [

@@ -277,6 +277,23 @@ def test_the_conversation_chatml_is_the_chat_template_of_that_name_and_others_ar
     assert "Remove it" in refusal(ALPACA + "    conversation: chatml\n")
 
 
+@pytest.mark.parametrize("line", ["bfloat16: off", "flash_attention: No", "use_eaft: no", "sdp_attention: yes"])
+def test_a_word_of_yaml_1_1_is_no_switch(refusal, line: str) -> None:
+    key, _, word = line.partition(": ")
+    assert f"{key} is the text '{word}', but must be true or false." in refusal(f"{ALPACA}{line}\n")
+
+
+def test_fastchats_llama_3_is_the_chat_template_llama3(read, refusal) -> None:
+    loaded = read(chats("type: sharegpt\n    conversation: llama-3"))
+    assert entry_of(loaded).chat_template == "llama3"
+    assert not any("You are a helpful assistant" in note.message for note in loaded.notes)
+    older = read(chats("type: sharegpt\n    conversation: llama3"))
+    assert entry_of(older).chat_template == "llama3"
+    assert any("'You are a helpful assistant.'" in note.message for note in older.notes)
+    both = "type: chat_template\n    chat_template: chatml\n    conversation: llama-3"
+    assert "FastChat's conversation 'llama-3'" in refusal(chats(both))
+
+
 def test_the_conversation_of_alpaca_chat_names_its_style(read, refusal) -> None:
     styled = entry_of(read(chats("type: alpaca_chat.load\n    conversation: chatml")))
     assert styled.type.no_input_format.endswith("<|im_start|>assistant\n")

@@ -271,8 +271,7 @@ def test_the_token_that_ends_a_templates_answers_is_the_tokenizers_end(here: Pat
 @pytest.mark.parametrize(
     ("said", "capability"),
     [
-        ("stage: dpo", "preference and reinforcement learning"), ("use_dft_loss: true", "the DFT loss"),
-        ("use_eaft_loss: true", "the EAFT loss"), ("use_asft_loss: true", "the ASFT loss"),
+        ("stage: dpo", "preference and reinforcement learning"), ("use_asft_loss: true", "the ASFT loss"),
         ("use_galore: true", "GaLore"), ("use_apollo: true", "APOLLO"), ("use_badam: true", "BAdam"),
         ("use_adam_mini: true", "Adam-mini"), ("pissa_init: true", "PiSSA"), ("use_llama_pro: true", "LLaMA Pro"),
         ("finetuning_type: freeze", "unfrozen_parameters"), ("finetuning_type: oft", "'oft' is not supported yet"),
@@ -283,6 +282,9 @@ def test_the_token_that_ends_a_templates_answers_is_the_tokenizers_end(here: Pat
         ("adapter_name_or_path: a\ncreate_new_adapter: true", "Merge them into the model first"),
         ("predict_with_generate: true", "generating during evaluation"), ("use_unsloth: true", "Unsloth"),
         ("mask_history: true\ntrain_on_prompt: true", "contradict each other"),
+        ("default_system: 3.5", "default_system must be text"),
+        ("mask_history: yes", "mask_history is the text 'yes', but must be true or false"),
+        ("use_dft_loss: 1", "use_dft_loss is 1, but must be true or false"),
         ("tensor_model_parallel_size: 2", "Megatron"), ("train_from_scratch: true", "from-scratch"),
     ],
 )  # fmt: skip

@@ -643,6 +643,11 @@ RULE_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("warmup_ratio", {"warmup_steps": 5, "warmup_ratio": 0.1}, {"warmup_steps": 5}),
     (
+        "label_smoothing_factor",
+        {"loss_weighting": "probability", "label_smoothing_factor": 0.1},
+        {"loss_weighting": "probability"},
+    ),
+    (
         "evals_per_epoch",
         {"val_set_size": 1, "eval_steps": 5, "evals_per_epoch": 2},
         {"val_set_size": 1, "eval_steps": 5},

@@ -435,6 +435,19 @@ def test_options_of_the_schedule_may_be_json_and_kernels_of_flash_attention_are_
     assert ours(tmp_path, attn_implementation="kernels-community/flash-attn2")["attn_implementation"] == "auto"
 
 
+@pytest.mark.parametrize("key", ["use_peft", "assistant_only_loss", "packing", "push_to_hub", "load_in_4bit"])
+def test_a_switch_that_is_neither_true_nor_false_is_not_dropped(tmp_path: Path, key: str) -> None:
+    for word in ("yes", 1):
+        assert f"{key} is " in refusal(tmp_path, **{key: word})
+        assert "must be true or false" in refusal(tmp_path, **{key: word})
+
+
+def test_dft_weighs_tokens_by_their_probability(tmp_path: Path) -> None:
+    assert ours(tmp_path, loss_type="dft")["loss_weighting"] == "probability"
+    assert "without their weights; TRL's has them" in remarks(converted(tmp_path, loss_type="dft"))
+    assert ours(tmp_path, loss_type="nll")["loss_weighting"] is None
+
+
 def test_an_earlier_run_is_not_deleted_for_a_key_that_deletes_nothing_there(tmp_path: Path) -> None:
     assert ours(tmp_path, overwrite_output_dir=True)["overwrite_output_dir"] is False
     assert "would delete an earlier run" in remarks(converted(tmp_path, overwrite_output_dir=True))
@@ -447,10 +460,9 @@ def test_an_earlier_run_is_not_deleted_for_a_key_that_deletes_nothing_there(tmp_
         {"loss_type": "apo_zero"},
         {"reward_funcs": ["accuracy"], "num_generations": 16, "use_vllm": True},
         {"desirable_weight": 1.0},
-        {"loss_type": "dft"},
     ],
 )
-def test_preference_learning_and_other_losses_are_refused_by_name(tmp_path: Path, keys: dict[str, Any]) -> None:
+def test_preference_learning_and_its_losses_are_refused_by_name(tmp_path: Path, keys: dict[str, Any]) -> None:
     message = refusal(tmp_path, **keys)
     assert "unknown key" not in message
     assert "preference" in message

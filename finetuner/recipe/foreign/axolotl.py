@@ -251,7 +251,11 @@ AXOLOTL: dict[str, Foreign] = {
         blocked("one rank's model on several devices", "Use fsdp or deepspeed to shard it."),
     ),
     "overrides_of_model_kwargs": blocked("free-form arguments of from_pretrained"),
-    "cls_model_config": blocked("a config class of your own", "Remove it: the model's config names its class."),
+    "cls_model_config": ignored("the model's own config says which class it is", loud=True),
+    # its entropy weighs in nats, LLaMA-Factory's in units of 3
+    "use_eaft": translated(lambda on: {"loss_weighting": "entropy", "loss_weighting_entropy_unit": 1.0} if on else {}),
+    "eaft_alpha": translated(lambda alpha: {"loss_weighting_exponent": alpha}),
+    "eaft_k": translated(lambda tokens: {"loss_weighting_top_k": tokens}),
     "added_tokens_overrides": blocked("renaming reserved tokens", "Add tokens with `tokens`."),
     "fix_untrained_tokens": blocked("mending untrained tokens"),
     "peft": blocked("LoftQ and torchao adapters", "Remove it; `adapter: qlora` quantizes with bitsandbytes."),
@@ -290,7 +294,7 @@ AXOLOTL: dict[str, Foreign] = {
     ),
     **same(
         "use_dsv4_kernels use_glm_dsa_kernels dsv4_fp4_grouped_mode "
-        "use_eaft eaft_alpha eaft_k ple_cpu_offload nvfp4_merge_aware llmcompressor "
+        "ple_cpu_offload nvfp4_merge_aware llmcompressor "
         "use_onebitllms reinit_weights",
         blocked("this way of training or computing"),
     ),
@@ -329,7 +333,7 @@ DATASET: dict[str, Foreign] = {
     **same("step_separator max_completion_length train_on_last_step_only", blocked(_RL)),
     "logprobs_field": blocked("distillation"),
     "temperature": blocked("distillation"),
-    "trust_remote_code": blocked("dataset scripts", "Convert the dataset to parquet or jsonl."),
+    "trust_remote_code": blocked("dataset scripts", "Remove it if the dataset is files, else convert it to jsonl."),
 }
 
 

@@ -32,6 +32,10 @@ RARE: dict[str, Foreign] = {
     ),
     **same("landmark_attention xpos_rope", blocked("other attention than the model's own")),
     **same("log_sweep_min_lr log_sweep_max_lr", blocked("a sweep of the learning rate")),
+    **same(
+        "spectrum_top_fraction spectrum_model_name",
+        blocked("choosing layers by their signal (Spectrum)", "Name them in unfrozen_parameters."),
+    ),
     "trainer_cls": blocked("trainers by the names of their classes"),
     "eval_sequence_len": blocked("another length for held-out rows"),
     **same("lora_rank_pattern lora_alpha_pattern", blocked("ranks by the names of layers")),

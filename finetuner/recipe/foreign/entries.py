@@ -1,7 +1,7 @@
 """Rewrites the entries of `datasets` and `test_datasets` from Axolotl's keys and row types into ours."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetuner.recipe.foreign.axolotl import DATASET, UNSUPPORTED_ROW_TYPES
 from finetuner.recipe.foreign.prompt_styles import STYLES, refusal_of, style_of
@@ -148,16 +148,18 @@ class _Entry:
             self.entry["roles"] = roles
 
     def conversation(self, kind: Any) -> None:
-        """Read FastChat's name of a conversation's words: chatml is the chat template of that name."""
+        """Read FastChat's name of a conversation's words, where it is a chat template of ours."""
         given = self.entry.get("conversation")
         if given is None:
             self.entry.pop("conversation", None)
             return
         is_chat = isinstance(kind, str) and (kind.startswith("sharegpt") or kind == "chat_template")
         template = self.entry.get("chat_template")
-        if given == "chatml" and is_chat and template in (None, "chatml"):
-            self.note("conversation", _CHATML)
+        known = _CONVERSATIONS.get(given) if isinstance(given, str) else None
+        if known is not None and is_chat and template in (None, known.template):
+            self.note("conversation", f"is read as `chat_template: {known.template}`{known.without_system}")
             self.move(("conversation",), ("chat_template",), silently=True)
+            self.entry["chat_template"] = known.template
             return
         del self.entry["conversation"]
         instead = f"Write chat_template: {', '.join(CHAT_TEMPLATES)}" if is_chat else "Remove it: it belongs to chats"
@@ -199,10 +201,25 @@ class _Entry:
 _NO_CONVERSATION = (
     "; the words around them are the chat template's (versions of 2023 took Vicuna's where no `conversation` was given)"
 )
-_CHATML = (
-    "is read as `chat_template: chatml`, without a system text for conversations that have none: versions of 2023 and "
-    "2024 wrote 'You are a helpful assistant.' there"
+
+
+class _Conversation(NamedTuple):
+    """A chat template of ours, and how FastChat's words differ where a conversation has no system text."""
+
+    template: str
+    without_system: str = ""
+
+
+_HELPFUL = (
+    ", without a system text for conversations that have none: versions of 2023 and 2024 wrote 'You are a helpful "
+    "assistant.' there"
 )
+# Names of 2023 and 2024: FastChat 0.2.36, its module conversation, and Axolotl 0.4, prompt_strategies.sharegpt.
+_CONVERSATIONS = {
+    "chatml": _Conversation("chatml", _HELPFUL),
+    "llama-3": _Conversation("llama3"),
+    "llama3": _Conversation("llama3", _HELPFUL),
+}
 
 
 def _unsupported_rows(kind: str) -> str | None:

@@ -136,11 +136,8 @@ _METHOD: dict[str, Foreign] = {
     ),
     "use_adam_mini": blocked("the Adam-mini optimizer"),
     "use_muon": translated(lambda on: _MUON if on else {}),
-    "use_dft_loss": blocked("the DFT loss (tokens weighted by their probability)"),
     "use_asft_loss": blocked("the ASFT loss (DFT with a penalty for leaving the model)"),
     "asft_alpha": ignored("it belongs to use_asft_loss, which is not on"),
-    "use_eaft_loss": blocked("the EAFT loss (tokens weighted by entropy)"),
-    "eaft_alpha": ignored("it belongs to use_eaft_loss, which is not on"),
     "use_mca": blocked("training with Megatron"),
     "use_hyper_parallel": blocked("training with HyperParallel"),
     "hyper_parallel_args": ignored("it belongs to use_hyper_parallel, which is not on"),
@@ -212,6 +209,7 @@ TAKEN_TOGETHER = (
     "template", "default_system", "enable_thinking", "preserve_thinking", "tool_format", "mask_history", "packing",
     "neat_packing", "finetuning_type", "quantization_bit", "quantization_type", "double_quantization",
     "create_new_adapter", "add_tokens", "add_special_tokens", "report_to", "push_to_hub", "overwrite_output_dir",
+    "use_dft_loss", "use_eaft_loss", "eaft_alpha",
 )  # fmt: skip
 
 # LLaMA-Factory's defaults where ours are others, whatever else the recipe says.

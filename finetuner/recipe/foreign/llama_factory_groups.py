@@ -14,9 +14,16 @@ from finetuner.recipe.problems import did_you_mean
 
 _OWN_TEMPLATE = "Write `chat_template: tokenizer_default` in its place for the tokenizer's own, or chat_template_jinja."
 
+_SWITCHES = (
+    "mask_history train_on_prompt packing neat_packing double_quantization create_new_adapter use_dft_loss "
+    "use_eaft_loss use_asft_loss enable_thinking preserve_thinking push_to_hub do_train do_eval do_predict streaming "
+    "overwrite_output_dir bf16 fp16"
+)
+
 
 def rewrite_llama_factory(rewriting: Rewriting) -> None:
     """Rewrite all of LLaMA-Factory's keys that depend on one another; the others mean something by themselves."""
+    rewriting.require_truth(_SWITCHES)
     is_text = rewriting.get("stage") == "pt"
     if is_text:
         rewriting.take("stage", into="datasets.type")
@@ -34,6 +41,7 @@ def rewrite_llama_factory(rewriting: Rewriting) -> None:
     _packing(rewriting, is_text=is_text)
     _adapter(rewriting)
     _earlier_adapter(rewriting)
+    _loss(rewriting, is_text=is_text)
     _new_tokens(rewriting)
     if rewriting.get("fp16") is not True:
         rewriting.defaults["bf16"] = False
@@ -52,6 +60,8 @@ def _no_template(rewriting: Rewriting) -> None:
 
 def _template(rewriting: Rewriting, *, masks_history: bool, merges_results: bool) -> None:
     name, given = rewriting.get("template"), rewriting.document.values
+    if not isinstance(rewriting.get("default_system", ""), str):
+        rewriting.refuse("default_system", "default_system must be text: the system turn of rows that have none.")
     settings = Settings(
         default_system=rewriting.get("default_system"),
         enable_thinking=given.get("enable_thinking", True),
@@ -202,6 +212,23 @@ def _earlier_adapter(rewriting: Rewriting) -> None:
             "adapter_name_or_path: training a new adapter on top of others is not supported yet. Merge them into the "
             "model first (finetuner merge), and name the merged model.",
         )
+
+
+def _loss(rewriting: Rewriting, *, is_text: bool) -> None:
+    switches = {"use_dft_loss": "probability", "use_eaft_loss": "entropy"}
+    asked = [key for key in (*switches, "use_asft_loss") if rewriting.get(key) is True]
+    if is_text:
+        for key in asked:
+            rewriting.ignore(key, "LLaMA-Factory weighs the tokens of stage sft alone", loud=True)
+    elif len(asked) > 1:
+        rewriting.refuse(asked[1], f"{asked[0]} and {asked[1]} are two losses, of which one is taken. Remove one.")
+    if asked == ["use_eaft_loss"] and not is_text:
+        rewriting.put("loss_weighting_exponent", rewriting.take("eaft_alpha", 1.0), of="use_eaft_loss", quiet=True)
+    rewriting.ignore("eaft_alpha", "it belongs to use_eaft_loss, which is not on")
+    for key, weighting in switches.items():
+        if rewriting.take(key) is True:
+            rewriting.put("loss_weighting", weighting, of=key)
+            rewriting.remark("the held-out loss is that of the tokens, without their weights; LLaMA-Factory's has them")
 
 
 def _new_tokens(rewriting: Rewriting) -> None:

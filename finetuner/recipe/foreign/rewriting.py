@@ -75,6 +75,18 @@ class Rewriting:
         self.document.values.pop(key, None)
         self.document.problems.append(Problem(message, self.document.origin((key,), of_key=True)))
 
+    def require_truth(self, keys: str) -> None:
+        """Refuse those of the keys, written as one text, whose value is not true or false.
+
+        `use_peft: yes` is true to the parsers of other tools and a text in YAML 1.2; taken for false it would be
+        dropped without a word.
+        """
+        for key in keys.split():
+            value = self.get(key)
+            if value is not None and not isinstance(value, bool):
+                word = f"the text '{value}'" if isinstance(value, str) else f"{value!r:.40}"
+                self.refuse(key, f"{key} is {word}, but must be true or false.")
+
     def remark(self, text: str) -> None:
         """Say something that has to be known of the converted recipe, and is not about one of its keys."""
         self.remarks.append(text)

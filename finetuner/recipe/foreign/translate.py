@@ -99,6 +99,9 @@ def translate(document: YamlDocument, meanings: Mapping[str, Foreign] = MEANINGS
     return translation.notes
 
 
+_WORDS_OF_TRUTH = ("yes", "no", "on", "off")
+
+
 class Translation:
     """The rewriting of one document; `notes` grows as it goes."""
 
@@ -125,9 +128,11 @@ class Translation:
             return
         elif value is not None and meaning.translate is not None:
             try:
+                if isinstance(value, str) and value.lower() in _WORDS_OF_TRUTH:
+                    raise TypeError  # `bfloat16: off` is a text in YAML 1.2, which would be taken for true
                 meant = meaning.translate(value)
             except (AttributeError, KeyError, TypeError):  # a number where the other tool has text, or the like
-                self.document.problems.append(Problem(f"'{key}' has a value that its tool would not take.", origin))
+                self.document.problems.append(Problem(_wrong_value(key, value), origin))
             else:
                 del values[key]  # before ours are put in: `max_steps: -1` is a foreign key and one of ours
                 self._replace(path, meant)
@@ -274,3 +279,9 @@ class Translation:
             if origin is not None:
                 self.document.keys[(key,)] = self.document.places[(key,)] = origin
             self.notes.append(Note((str(path[-1]),), f"is read as `{said}`", origin))
+
+
+def _wrong_value(key: str, value: Any) -> str:
+    if isinstance(value, str) and value.lower() in _WORDS_OF_TRUTH:
+        return f"{key} is the text '{value}', but must be true or false."
+    return f"'{key}' has a value that its tool would not take."

@@ -81,8 +81,7 @@ TRL: dict[str, Foreign] = TRAINING_ARGUMENTS | {
     "system_prompt": ignored("open-r1 uses it for benchmarks alone in SFT", loud=True),
     # the loss
     "loss_type": Foreign(
-        unsupported="losses other than the mean over all trained tokens: dynamic fine-tuning (DFT), and those of "
-        "preference learning",
+        unsupported="losses other than those of the next token: those of preference learning",
         says_nothing=("nll", "chunked_nll"),
     ),
     # what alignment-handbook and open-r1 do besides training

@@ -31,15 +31,22 @@ _OLDER_KEYS = {
 }  # fmt: skip
 _FOUR_BIT_KEYS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
+_SWITCHES = (
+    "use_peft load_in_4bit load_in_8bit use_bnb_nested_quant packing assistant_only_loss completion_only_loss "
+    "push_to_hub dataset_streaming overwrite_output_dir bf16 fp16 eval_packing padding_free"
+)
+
 
 def rewrite_trl(rewriting: Rewriting) -> None:
     """Rewrite all of TRL's keys that depend on one another; those that are left mean something by themselves."""
+    rewriting.require_truth(_SWITCHES)
     _model_arguments(rewriting)
     _attention(rewriting)
     rewrite_rows(rewriting)
     _template(rewriting)
     _length_and_packing(rewriting)
     _adapter(rewriting)
+    _loss(rewriting)
     rewrite_precision(rewriting)
     if rewriting.get("fp16") is not True and rewriting.get("bf16") is None:
         rewriting.defaults["bf16"] = True
@@ -51,6 +58,14 @@ def rewrite_trl(rewriting: Rewriting) -> None:
     rewriting.ignore("overwrite_output_dir", reason, loud=True)
     _resume(rewriting)
     _older_keys(rewriting)
+
+
+def _loss(rewriting: Rewriting) -> None:
+    """Rewrite DFT, a weight on each token's loss; a loss of preference learning is left, and refused."""
+    if rewriting.get("loss_type") == "dft":
+        rewriting.take("loss_type")
+        rewriting.put("loss_weighting", "probability", of="loss_type")
+        rewriting.remark("the held-out loss is that of the tokens, without their weights; TRL's has them")
 
 
 def _attention(rewriting: Rewriting) -> None:

@@ -112,6 +112,20 @@ def _offloaded_are_recomputed(values: Values) -> Iterator[Finding]:
         yield Finding(("activation_offloading",), message)
 
 
+def _weighted_how(values: Values) -> Iterator[Finding]:
+    by = values["loss_weighting"]
+    if by is not None and values["label_smoothing_factor"]:
+        message = "loss_weighting weighs the loss of the target alone, and label_smoothing_factor mixes in others'. "
+        yield Finding(("label_smoothing_factor",), f"{message}Remove one.", (("loss_weighting",),))
+    if by is None and values["loss_weighting_exponent"] != 1.0:
+        message = "loss_weighting_exponent has no effect without loss_weighting. Add that, or remove this line."
+        yield Finding(("loss_weighting_exponent",), message)
+    for key, default in (("loss_weighting_top_k", 20), ("loss_weighting_entropy_unit", 3.0)):
+        if by != "entropy" and values[key] != default:
+            message = f"{key} has no effect without `loss_weighting: entropy`. Add that, or remove this line."
+            yield Finding((key,), message)
+
+
 def _private_where(values: Values) -> Iterator[Finding]:
     if not values["hub_private_repo"] and values["hub_model_id"] is None:
         message = "hub_private_repo has no effect without hub_model_id. Add that, or remove this line."
@@ -139,6 +153,16 @@ RULES: tuple[Rule, ...] = (
     (("generate_samples", "generate_prompt", "fsdp", "fsdp_config", "deepspeed"), _samples_need_the_full_model),
     (("torch_compile", "torch_compile_backend", "torch_compile_mode"), _compiled_how),
     (("hub_model_id", "hub_private_repo"), _private_where),
+    (
+        (
+            "loss_weighting",
+            "loss_weighting_exponent",
+            "loss_weighting_top_k",
+            "loss_weighting_entropy_unit",
+            "label_smoothing_factor",
+        ),
+        _weighted_how,
+    ),
     (("activation_offloading", "gradient_checkpointing", "fsdp_config"), _offloaded_are_recomputed),
     (("overwrite_output_dir", "resume_from_checkpoint"), _fresh_or_resumed),
 )

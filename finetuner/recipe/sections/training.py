@@ -20,6 +20,7 @@ from finetuner.recipe.sections.base import (
     Steps,
     StepsOrZero,
     TokenBudget,
+    Unit,
 )
 from finetuner.recipe.sections.facts import FREE, NOTED, ONLY_HERE, KeyFacts
 
@@ -159,6 +160,22 @@ class RegularizationSection(Section):
     z_loss_coefficient: Annotated[NonNegative, KeyFacts(resume="noted", axolotl=ONLY_HERE)] = Field(
         0.0,
         description="Times log(sum of exp(logits))^2, added to the loss: keeps logits in place; 1e-4 is usual.",
+    )
+    loss_weighting: Annotated[Literal["probability", "entropy"] | None, KeyFacts(resume="noted", axolotl=ONLY_HERE)] = (
+        Field(
+            None,
+            description="Weight of each token's loss, in training: its probability (DFT, arXiv:2508.05629), or the "
+            "entropy of the likeliest tokens (EAFT). The sum is divided by the number of trained tokens.",
+        )
+    )
+    loss_weighting_exponent: Annotated[Positive, KeyFacts(resume="noted", axolotl=ONLY_HERE)] = Field(
+        1.0, description="Power to which loss_weighting's weights are raised."
+    )
+    loss_weighting_top_k: Annotated[int, Field(ge=2), Unit("tokens"), KeyFacts(resume="noted", axolotl=ONLY_HERE)] = (
+        Field(20, description="How many of the likeliest tokens the entropy of loss_weighting is taken over.")
+    )
+    loss_weighting_entropy_unit: Annotated[Positive, Unit("nats"), KeyFacts(resume="noted", axolotl=ONLY_HERE)] = Field(
+        3.0, description="Entropy of a token that weighs 1; LLaMA-Factory has 3, Axolotl 1."
     )
 
 
