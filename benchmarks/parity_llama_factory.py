@@ -125,6 +125,8 @@ CASES: dict[str, Case] = {
     "lora_rslora_named": Case(
         plain_chats(), CHATS, {"lora_rank": 4, "use_rslora": True, "lora_target": "q_proj,down_proj", "lora_alpha": 5}
     ),
+    "dft": Case(instructions(), {}, {**FULL, "use_dft_loss": True}),
+    "eaft": Case(plain_chats(), CHATS, {**FULL, "use_eaft_loss": True, "eaft_alpha": 1.5}),
     "cosine_warmup_decay": Case(
         instructions(),
         {},

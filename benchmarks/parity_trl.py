@@ -118,6 +118,7 @@ CASES: dict[str, Case] = {
     "texts_begun": Case(texts(), begins=True),
     "pairs_begun": Case(pairs(), begins=True),
     "chats_begun": Case(chats(), template="{{ bos_token }}" + template(PLAIN), begins=True),
+    "dft": Case(chats(), {"loss_type": "dft"}),
     "lora": Case(chats(), LORA),
     "lora_rslora_named": Case(chats(), {**LORA, "use_rslora": True, "lora_target_modules": ["q_proj", "down_proj"]}),
     "cosine_warmup_decay": Case(

@@ -42,7 +42,7 @@ def test_a_conversion_makes_the_tokens_and_labels_that_llama_factory_made(
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "dft", "eaft"])  # whose rows are those of cases that are recorded
 def test_three_steps_by_llama_factory_and_by_its_conversion_have_the_same_losses(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
