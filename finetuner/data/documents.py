@@ -157,7 +157,8 @@ class DocumentMaker:
                     return None
                 return text
             return read_tokens(placed.row, self.vocab_size, self.columns)
-        except DataError as error:
+        except (DataError, RecursionError) as caught:
+            error = caught if isinstance(caught, DataError) else DataError("its values are nested too deep")
             if self.section.on_bad_row == "raise":
                 advice = "\n`on_bad_row: skip` leaves such rows out and lists them."
                 if isinstance(error, RowEncodingError):  # to skip them is to lose every row with an accent

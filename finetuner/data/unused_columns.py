@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from finetuner.data.column_advice import SYSTEM_COLUMNS
-from finetuner.data.formats.base import Rendered
+from finetuner.data.formats.base import Rendered, beginning_of
 from finetuner.data.inert_names import OTHER_THOUGHTS, in_yaml_list, is_empty, is_inert, is_prose, snake_case
 from finetuner.data.media import NOT_YET, is_media
 from finetuner.data.messages import FUNCTIONS
@@ -163,7 +163,7 @@ class ColumnCheck:
         )
         return (
             f"column{'s' * many} {listed} {'are' if many else 'is'} not used by {self.used_by}, so what "
-            f"{'they say' if many else 'it says'} would be left out ('{first}': {row[first]!r:.60}). {advice}"
+            f"{'they say' if many else 'it says'} would be left out ('{first}': {beginning_of(row[first])}). {advice}"
             f"To train without: `unused_columns: {in_yaml_list(names)}` beside `path`, or `unused_columns: ignore`"
         )
 

@@ -106,7 +106,7 @@ def test_an_empty_cell_of_a_table_says_nothing_and_deep_ones_are_no_traceback(
 ) -> None:
     assert is_empty(float("nan"))
     deep: Any = []
-    for _ in range(950):
+    for _ in range(980):
         deep = [deep]
     assert not is_empty(deep)
     assert "column 'x' is not used" in refusal_of(tokenizer, {"instruction": "a", "output": "b", "x": deep}, "alpaca")

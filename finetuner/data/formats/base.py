@@ -79,6 +79,14 @@ def cell_of(row: Row, column: str) -> Any:
     return row[column]
 
 
+def beginning_of(value: Any) -> str:
+    """The beginning of a value as Python writes it, for a message; one that is nested too deep has its type alone."""
+    try:
+        return f"{value!r:.60}"
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deep to show"
+
+
 def kind_of(value: Any) -> str:
     """A cell's type and the beginning of its value, in words for a message."""
-    return "nothing" if value is None else f"{type(value).__name__} {value!r:.60}"
+    return "nothing" if value is None else f"{type(value).__name__} {beginning_of(value)}"
