@@ -32,7 +32,7 @@ from finetuner.data.row_counts import RowCounts
 from finetuner.data.shuffling import held_out_rows
 from finetuner.data.sources import Source, SourceRow, load_source
 from finetuner.data.token_store import Document, TokenStore
-from finetuner.data.token_store_writer import FileWriter, MemoryWriter, TokenStoreWriter
+from finetuner.data.token_store_writer import FileWriter, MemoryWriter, TokenCounts, TokenStoreWriter
 from finetuner.errors import DataError
 from finetuner.recipe.rules import looks_local
 from finetuner.recipe.sections import DataSection, DatasetEntry
@@ -69,6 +69,13 @@ def prepare_documents(
     held_out = held_out_rows(seed, num_train_rows, section.val_set_size)
     num_rows = num_train_rows + num_test_rows
 
+    num_done = 0
+
+    def report_more(rows: int) -> None:
+        nonlocal num_done
+        num_done += rows
+        report(num_done, num_rows)
+
     def writer(name: str) -> TokenStoreWriter:
         return MemoryWriter() if into is None else FileWriter(into, name)
 
@@ -79,22 +86,9 @@ def prepare_documents(
         is_held_out = iter(np.concatenate([np.ones(num_test_rows, dtype=bool), held_out]))
         sizes: list[tuple[int, int]] = []
         row_counts: list[RowCounts] = []
-        num_done = 0
         for source in [*test_sources, *sources]:
             before = split.sizes
-            row_counts.append(RowCounts())
-            for rows, made in make_documents(source, section, tokenizer):
-                log.add(made.outcomes)
-                row_counts[-1].add(made)
-                for row, documents, text in zip(rows, made.documents, made.texts, strict=True):
-                    hold_out = bool(next(is_held_out))
-                    if section.dataset_exact_deduplication and documents and not log.is_new(documents):
-                        log.add([Outcome(row.file, row.number, DUPLICATE, sum(len(ids) for ids, _ in documents))])
-                        row_counts[-1].take_duplicate_out(text, documents)
-                    else:
-                        split.add(documents, hold_out=hold_out)
-                num_done += len(rows)
-                report(num_done, num_rows)
+            row_counts.append(_add_source(source, section, tokenizer, split, log, is_held_out, report_more))
             sizes.append((split.sizes[0] - before[0], split.sizes[1] - before[1]))
     entries = [*section.test_datasets, *section.datasets]
     shares = tuple(SourceShare(name, *size) for name, size in zip(source_names(entries), sizes, strict=True))
@@ -106,6 +100,33 @@ def prepare_documents(
     prepared = PreparedData(store, split.held_out.finish(), log.counts, num_rows, shares, tuple(row_counts))
     _require_documents(prepared, section, held_out)
     return prepared
+
+
+def _add_source(
+    source: Source,
+    section: DataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+    split: "_Split",
+    log: "OutcomeLog",
+    is_held_out: Iterator[bool],
+    report_more: Callable[[int], None],
+) -> RowCounts:
+    """Write the documents of a source's rows, and return what became of the rows."""
+    counts, before = RowCounts(), split.token_counts
+    for rows, made in make_documents(source, section, tokenizer):
+        log.add(made.outcomes)
+        counts.add(made)
+        for row, documents, text in zip(rows, made.documents, made.texts, strict=True):
+            hold_out = bool(next(is_held_out))
+            if section.dataset_exact_deduplication and documents and not log.is_new(documents):
+                log.add([Outcome(row.file, row.number, DUPLICATE, sum(len(ids) for ids, _ in documents))])
+                counts.take_duplicate_out(text)
+            else:
+                split.add(documents, hold_out=hold_out)
+        report_more(len(rows))
+    after = split.token_counts
+    counts.add_tokens(TokenCounts(after.tokens - before.tokens, after.trained - before.trained))
+    return counts
 
 
 def make_documents(
@@ -205,6 +226,12 @@ class _Split:
     def sizes(self) -> tuple[int, int]:
         """Documents so far: trained on, held out."""
         return len(self.train), len(self.held_out)
+
+    @property
+    def token_counts(self) -> TokenCounts:
+        """Tokens of all documents so far."""
+        train, held_out = self.train.token_counts(), self.held_out.token_counts()
+        return TokenCounts(train.tokens + held_out.tokens, train.trained + held_out.trained)
 
     def add(self, documents: list[Document], *, hold_out: bool) -> None:
         """Write the documents of a row."""

@@ -1,15 +1,14 @@
 """Counts of a source's rows, what they hold and what became of them: a line for each source at the start of a run."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from finetuner.data.documents import BLANK, CUT, DROPPED, DUPLICATE, NOTED, SPLIT, SPLIT_IN_PART, MadeDocuments
 from finetuner.data.formats.base import Rendered
-from finetuner.data.token_store import IGNORE_INDEX, Document
+from finetuner.data.token_store import Document
+from finetuner.data.token_store_writer import TokenCounts
 
 _CHANGED = (CUT, SPLIT, SPLIT_IN_PART, *NOTED)  # reasons of rows that are trained on, not as they are
 _LOST = (*DROPPED, BLANK, DUPLICATE)
@@ -36,38 +35,34 @@ class RowCounts:
     num_lost_thoughts: int = 0
 
     def add(self, made: MadeDocuments) -> None:
-        """Count rows that were prepared together."""
+        """Count rows that were prepared together, but for their tokens."""
         self.num_rows += len(made.documents)
         self.reasons.update(outcome.reason for outcome in made.outcomes)
         for text, documents in zip(made.texts, made.documents, strict=True):
+            if documents:
+                self.num_used += 1
             if isinstance(text, Rendered):
                 if text.ignored:
                     self.ignored.update(text.ignored)
                 if documents and text.roles:
                     self._use_turns(text, 1)
-        self._use([documents for documents in made.documents if documents], 1)
 
-    def take_duplicate_out(self, text: Rendered | Document | None, documents: Sequence[Document]) -> None:
+    def take_duplicate_out(self, text: Rendered | Document | None) -> None:
         """Count a row that `add` has counted as one that is left out, since an equal row came before."""
         self.reasons[DUPLICATE] += 1
+        self.num_used -= 1
         if isinstance(text, Rendered):
             self._use_turns(text, -1)
-        self._use([documents], -1)
+
+    def add_tokens(self, counts: TokenCounts) -> None:
+        """Count the tokens of documents."""
+        self.num_tokens += counts.tokens
+        self.num_trained += counts.trained
 
     def _use_turns(self, text: Rendered, times: int) -> None:
         self.num_lost_thoughts += times * text.left_out_thoughts
         for role in text.roles:
             self.roles[role] += times
-
-    def _use(self, rows: Sequence[Sequence[Document]], times: int) -> None:
-        """Count the documents of rows, `times` each."""
-        self.num_used += times * len(rows)
-        labels = [labels for documents in rows for _, labels in documents]
-        if labels:
-            joined = np.concatenate(labels)  # the first token of a document has no position that predicts it
-            num_first = sum(int(one[0]) != IGNORE_INDEX for one in labels)
-            self.num_tokens += times * len(joined)
-            self.num_trained += times * (int(np.count_nonzero(joined != IGNORE_INDEX)) - num_first)
 
     @property
     def num_unaccounted(self) -> int:

@@ -32,6 +32,7 @@ from finetuner.data.row_counts import RowCounts
 from finetuner.data.shuffling import derive_seed, row_order
 from finetuner.data.streaming_source import START, FileVersion, Position, StreamingSource
 from finetuner.data.token_store import Document, join_documents
+from finetuner.data.token_store_writer import count_tokens
 from finetuner.errors import DataError
 from finetuner.recipe.sections import DataSection
 
@@ -127,6 +128,7 @@ class _DocumentSource:
         taken = self.rows.take(_ROWS_AT_ONCE)
         made = self.maker.make([row for row, _ in taken])
         self.counts.add(made)
+        self.counts.add_tokens(count_tokens(one for documents in made.documents for one in documents))
         outcomes_of_row: dict[tuple[str, int], list[Outcome]] = {}
         for outcome in made.outcomes:
             outcomes_of_row.setdefault((outcome.source, outcome.row), []).append(outcome)

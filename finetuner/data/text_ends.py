@@ -18,6 +18,10 @@ def without_own_ends(rendered: Rendered, begin: str | None, end: str | None) -> 
     if not rendered.wraps:
         return rendered
     text = rendered.text
+    first, last = text[:1], text[-1:]
+    may_begin = begin and (first == begin[:1] or first.isspace())
+    if not may_begin and not (end and (last == end[-1:] or last.isspace())):  # nearly all
+        return rendered
     start, stop = 0, len(text)
     head, tail = text.lstrip(), text.rstrip()
     if begin and head.startswith(begin):

@@ -7,8 +7,9 @@
 import hashlib
 import os
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +19,22 @@ from finetuner.data.token_store import Document, Ids, TokenStore, combine_digest
 _BUFFERED_TOKENS = 1 << 17  # written in one call: documents are often too short to be worth a call each
 
 
+class TokenCounts(NamedTuple):
+    """Tokens of documents, and those of them that a loss counts."""
+
+    tokens: int = 0
+    trained: int = 0
+
+
 class TokenStoreWriter(Protocol):
     """A sink for documents, added one by one; `finish` returns the store of all of them."""
 
     def add(self, ids: Ids, labels: Ids) -> None: ...
 
     def __len__(self) -> int: ...
+
+    def token_counts(self) -> TokenCounts:
+        """Return the tokens of the documents so far, and those of them that a loss counts."""
 
     def finish(self) -> TokenStore: ...
 
@@ -39,6 +50,9 @@ class MemoryWriter:
 
     def __len__(self) -> int:
         return len(self.documents)
+
+    def token_counts(self) -> TokenCounts:
+        return count_tokens(self.documents)
 
     def finish(self) -> TokenStore:
         return TokenStore.of(self.documents)
@@ -66,6 +80,10 @@ class FileWriter:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def token_counts(self) -> TokenCounts:
+        self._flush()
+        return TokenCounts(self.num_written, self.num_trained)
+
     def finish(self) -> TokenStore:
         """Flush and fsync the files, and return them mapped."""
         self._flush()
@@ -92,6 +110,12 @@ class FileWriter:
         self.num_trained += store.num_trained
         self.num_written += store.num_tokens
         self.buffer.clear()
+
+
+def count_tokens(documents: Iterable[Document]) -> TokenCounts:
+    """Return the tokens of documents, and those of them that a loss counts."""
+    store = TokenStore.of(documents)
+    return TokenCounts(store.num_tokens, store.num_trained)
 
 
 def map_store(folder: Path, name: str, facts: dict[str, Any]) -> TokenStore:
