@@ -68,13 +68,15 @@ class Texts(NamedTuple):
     Rows that are left out are among the outcomes.
     """
 
-    rows: Sequence[SourceRow]
+    rows: list[SourceRow]
     texts: list[Rendered | Document | None]
     outcomes: list[Outcome]
 
-    def with_more(self, other: "Texts") -> "Texts":
-        """Return these rows and, after them, the others."""
-        return Texts([*self.rows, *other.rows], self.texts + other.texts, self.outcomes + other.outcomes)
+    def add(self, other: "Texts") -> None:
+        """Put the other rows after these."""
+        self.rows.extend(other.rows)
+        self.texts.extend(other.texts)
+        self.outcomes.extend(other.outcomes)
 
     @property
     def num_characters(self) -> int:
@@ -107,7 +109,7 @@ class DocumentMaker:
     def render(self, rows: Sequence[SourceRow]) -> Texts:
         """Return the texts of rows. Raises DataError as `make` does."""
         outcomes: list[Outcome] = []
-        return Texts(rows, [self._text(placed, outcomes) for placed in rows], outcomes)
+        return Texts(list(rows), [self._text(placed, outcomes) for placed in rows], outcomes)
 
     def tokenize(self, texts: Texts) -> list[Document]:
         """Return a document for each row that is a text, in their order.

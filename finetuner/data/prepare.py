@@ -167,13 +167,15 @@ def _render_batches(source: Source, maker: DocumentMaker) -> Iterator[Texts | Da
     Few long rows take no more memory than many short ones. The error is yielded, not raised, so that the rows before it
     can be tokenized first.
     """
-    batch = Texts([], [], [])
+    batch, num_characters = Texts([], [], []), 0
     try:
         for rows in source.batches(READ_ROWS):
-            batch = batch.with_more(maker.render(rows))
-            if len(batch.rows) >= BATCH_ROWS or batch.num_characters >= BATCH_CHARACTERS:
+            more = maker.render(rows)
+            batch.add(more)
+            num_characters += more.num_characters
+            if len(batch.rows) >= BATCH_ROWS or num_characters >= BATCH_CHARACTERS:
                 yield batch
-                batch = Texts([], [], [])
+                batch, num_characters = Texts([], [], []), 0
     except DataError as error:
         yield batch
         yield error

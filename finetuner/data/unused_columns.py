@@ -11,7 +11,6 @@ from finetuner.data.column_advice import SYSTEM_COLUMNS
 from finetuner.data.formats.base import Rendered, beginning_of
 from finetuner.data.inert_names import OTHER_THOUGHTS, in_yaml_list, is_empty, is_inert, is_prose, snake_case
 from finetuner.data.media import NOT_YET, is_media
-from finetuner.data.messages import FUNCTIONS
 from finetuner.data.row_files import Row
 from finetuner.data.training_flags import FLAGS, read_flag
 from finetuner.errors import DataError
@@ -81,7 +80,7 @@ class ColumnCheck:
         keys = _COLUMN_KEYS[str(entry.type)] if is_chat else ("", "")
         by = _TOKENS if entry.type is None else f"`type: {entry.type}`"
         return cls(
-            used=(columns_of_type(entry) if used is None else used) - set(entry.unused_names),
+            used=(entry.read_columns if used is None else used) - set(entry.unused_names),
             used_by=_BLOCK if isinstance(entry.type, InstructionFormat) else by,
             left_out=frozenset(entry.unused_names),
             ignores_all=entry.unused_columns == "ignore",
@@ -207,22 +206,6 @@ class ColumnCheck:
 def _is_setting(name: str, value: Any) -> bool:
     """Whether a cell is a setting or a mark that holds no text of its own: tool_choice "auto", deleted false."""
     return (name in _CHOICES and value in ("auto", "none")) or (name in _MARKS and isinstance(value, bool))
-
-
-def columns_of_type(entry: DatasetEntry) -> frozenset[str]:
-    """Return the columns that the entry's `type` reads, required or not."""
-    form = entry.type
-    if isinstance(form, InstructionFormat):
-        optional = {name for name in (form.system_column, form.input_column) if name is not None}
-        return frozenset({form.field_instruction, form.field_output} | optional)
-    more = {
-        None: {"attention_mask"},
-        "alpaca": {"input", "system", "history"},
-        "chat_template": {entry.field_tools, entry.field_system, FUNCTIONS, "chat_template_kwargs"},
-        "prompt_completion": {entry.field_tools, entry.field_system, FUNCTIONS, "chat_template_kwargs"},
-        "instruction_chat": {"chat_template_kwargs", *filter(None, dict(entry.instruction_columns).values())},
-    }
-    return frozenset(more.get(form, set())) | set(entry.required_columns)
 
 
 def _is_written(value: Any, rendered: Rendered | None) -> bool:

@@ -21,13 +21,17 @@ class RowTypeFacts:
     """Facts of one `type` of rows.
 
     meaning: its rows, in the words of the reference. columns: those that a row must have. column_key: the key of the
-    entry that names such a column. keys: keys of an entry that other types do not read; column_key is among them.
+    entry that names such a column. optional: columns that are read where a row has them. optional_keys: keys of the
+    entry that name such columns. Every other column that says something is an error. keys: keys of an entry that other
+    types do not read; column_key is among them.
     is_plain_text: a row is one text, all of it trained on, so that rows may be joined and cut.
     """
 
     meaning: str
     columns: tuple[str, ...] = ()
     column_key: str | None = None
+    optional: tuple[str, ...] = ()
+    optional_keys: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     is_plain_text: bool = False
 
@@ -38,18 +42,33 @@ _CHAT_KEYS = (
     "train_on_last_turn", "train_on_eos", "train_on_eot", "chat_template", "chat_template_jinja",
     "drop_system_message", "split_thinking",
 )  # fmt: skip
+_CHAT_COLUMNS = ("functions", "chat_template_kwargs")  # the first is OpenAI's older name of tools
+_CHAT_COLUMN_KEYS = ("field_tools", "field_system")
 ROW_TYPES: dict[str, RowTypeFacts] = {
-    "alpaca": RowTypeFacts("instruction, input (may be missing), output", ("instruction", "output")),
+    "alpaca": RowTypeFacts(
+        "instruction, input (may be missing), output",
+        ("instruction", "output"),
+        optional=("input", "system", "history"),
+    ),
     "completion": RowTypeFacts("plain text", column_key="field", keys=("field",), is_plain_text=True),
     "chat_template": RowTypeFacts(
         "a list of messages",
         column_key="field_messages",
+        optional=_CHAT_COLUMNS,
+        optional_keys=_CHAT_COLUMN_KEYS,
         keys=("field_messages", *_CHAT_KEYS),
     ),
     "input_output": RowTypeFacts("segments of text with a label", ("segments",)),
-    "prompt_completion": RowTypeFacts("two texts, or two lists of messages", ("prompt", "completion"), keys=_CHAT_KEYS),
+    "prompt_completion": RowTypeFacts(
+        "two texts, or two lists of messages",
+        ("prompt", "completion"),
+        optional=_CHAT_COLUMNS,
+        optional_keys=_CHAT_COLUMN_KEYS,
+        keys=_CHAT_KEYS,
+    ),
     "instruction_chat": RowTypeFacts(
         "instruction, input, output, system and history as messages of the chat template",
+        optional=("chat_template_kwargs",),
         keys=(
             "instruction_columns", "roles_to_train", "train_on_last_turn", "train_on_eos", "train_on_eot",
             "chat_template", "chat_template_jinja", "drop_system_message", "split_thinking",
@@ -242,6 +261,21 @@ class DatasetEntry(Section):
         row_type = ROW_TYPES[self.type]
         named = (dict(self)[row_type.column_key],) if row_type.column_key is not None else ()
         return (*named, *row_type.columns)
+
+    @property
+    def read_columns(self) -> frozenset[str]:
+        """Columns that the type reads, required or not."""
+        required = frozenset(self.required_columns)
+        if self.type is None:
+            return required | {"attention_mask"}
+        if isinstance(self.type, InstructionFormat):
+            optional = (self.type.system_column, self.type.input_column)
+            return required | {name for name in optional if name is not None}
+        row_type = ROW_TYPES[self.type]
+        named = [dict(self)[key] for key in row_type.optional_keys]
+        if self.type == "instruction_chat":
+            named += [column for column in dict(self.instruction_columns).values() if column]
+        return required | {*row_type.optional, *named}
 
     @property
     def chat_keys_set(self) -> tuple[str, ...]:
