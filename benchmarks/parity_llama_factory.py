@@ -31,6 +31,7 @@ from finetuner.data.chat_templates import choose_template
 from finetuner.data.first_row import first_row_at_hand
 from finetuner.data.prepare import prepare_documents
 from finetuner.data.shuffling import row_order
+from finetuner.data.token_store import IGNORE_INDEX
 from finetuner.data.tokenizer import load_tokenizer
 from finetuner.recipe import load_recipe
 from finetuner.recipe.convert import convert
@@ -39,6 +40,7 @@ from finetuner.training.metrics import read_metrics
 
 WORKER = Path(__file__).with_name("parity_llama_factory_worker.py")
 TOLERANCE = 1e-4
+ROWS_A_STEP = 4
 SPECIAL = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -211,7 +213,8 @@ def compare(name: str, python: str, folder: Path, steps: int = 3) -> Compared:
     converted = convert("lf.yml", first_row=first_row_at_hand).text
     Path("ours.yml").write_text(converted + "dataset_prepared_path: prepared\n")
     made = our_rows("ours.yml")
-    Path("order.json").write_text(json.dumps(row_order(42, 0, len(made)).tolist()))
+    order = row_order(42, 0, len(made)).tolist()
+    Path("order.json").write_text(json.dumps(order))
     adapter = [] if case.keys.get("finetuning_type") == "full" else ["adapter"]
     command = [python, str(WORKER), "lf.yml", "order.json", "result.json", *adapter]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -223,7 +226,22 @@ def compare(name: str, python: str, folder: Path, steps: int = 3) -> Compared:
         state._reset_state()
     run.train(load_recipe("ours.yml", overrides), "ours.yml")
     losses = [row["loss"] for row in read_metrics(Path("run") / "metrics.jsonl") if "loss" in row]
-    return Compared(theirs["version"], (theirs["rows"], made), (theirs["losses"], losses))
+    means = [loss * share for loss, share in zip(theirs["losses"], first_token_shares(made, order), strict=False)]
+    return Compared(theirs["version"], (theirs["rows"], made), (means, losses))
+
+
+def first_token_shares(rows: list[Any], order: list[int]) -> list[float]:
+    """Return by how much LLaMA-Factory's loss of each step is too small.
+
+    Its Trainer divides by all labels, a row's first one among them, which no position predicts: with train_on_prompt
+    the loss is not the mean over the tokens that it sums.
+    """
+    shares = []
+    for start in range(0, len(order), ROWS_A_STEP):
+        labels = [rows[i][1] for i in order[start : start + ROWS_A_STEP]]
+        counted = sum(label != IGNORE_INDEX for of_row in labels for label in of_row)
+        shares.append(counted / (counted - sum(of_row[0] != IGNORE_INDEX for of_row in labels)))
+    return shares
 
 
 def main() -> None:

@@ -430,3 +430,8 @@ HPARAMS = {
         profiler_profile_memory profiler_with_stack profile_modules overwrite_output_dir
     """,
 }
+
+
+def test_the_tokens_that_a_loss_is_divided_by_are_spoken_of_where_they_differ(here: Path) -> None:
+    assert "first token of each row" in remarks(converted(BARE + "train_on_prompt: true\n")[0])
+    assert "first token of each row" not in remarks(converted(BARE)[0])

@@ -32,6 +32,11 @@ def rewrite_llama_factory(rewriting: Rewriting) -> None:
         rewriting.refuse(
             "train_on_prompt", "mask_history and train_on_prompt contradict each other, there as well. Remove one."
         )
+    elif rewriting.get("train_on_prompt") is True:
+        rewriting.remark(
+            "with train_on_prompt LLaMA-Factory divides the loss by the first token of each row too, which no position "
+            "predicts: its losses and gradients are smaller by that share; here it is the mean over what is learned"
+        )
     is_named = rewriting.get("template") is not None and rewriting.get("chat_template") is None
     merges_results = rewrite_datasets(rewriting, is_text=is_text, only_last_turn=masks_history and not is_named)
     if is_text:
