@@ -19,7 +19,7 @@ _Value = TypeVar("_Value")
 
 
 class ConversationTails:
-    """What one template writes behind conversations. `endings`: the tokens that end turns."""
+    """Finds the text that one template writes behind conversations. `endings`: the tokens that end turns."""
 
     def __init__(self, template: ChatTemplate, endings: TurnEndings) -> None:
         self.template, self.endings = template, endings

@@ -32,12 +32,12 @@ SPLIT_IN_PART = "split, with parts left out that have nothing to learn or are to
 DUPLICATE = "equal to an earlier row"
 BY_WEIGHT = "left out by the weights of the datasets"
 WORDS = "with words like special tokens in their cells, which stay words (`type: completion` reads tokens)"
+CHAT_WORDS = "with words like special tokens in their messages, such as an end of turn, which are learned as words"
 OWN_ENDS = "with the begin or end of text that is added anyway: it is there once"
 
 # The rows that max_dropped_fraction bounds: cut and split rows are trained on, blank lines of a text are none, and
 # equal rows are left out because the recipe says so.
 DROPPED = (TOO_LONG, TOO_SHORT, UNTRAINED, BAD)
-CHAT_WORDS = "with words like special tokens in their messages, such as an end of turn, which are learned as words"
 NOTED = (OWN_ENDS, WORDS, CHAT_WORDS)  # rows that are trained on; they are counted and not listed
 
 

@@ -36,7 +36,7 @@ class Border(NamedTuple):
 
 @dataclass(frozen=True)
 class TurnPlan:
-    """Where a turn stands, and the text that ends it, which follows the last of its segments.
+    """Segments of a turn in the written text, and the text that ends it, which follows the last of them.
 
     A turn has several segments if results of its tool calls stand within it. `added`: the ending is not in the
     template's text: the next turn would begin with it, and there is none. `problem`: why the turn cannot be trained on;
@@ -52,7 +52,7 @@ class TurnPlan:
 
 @dataclass(frozen=True)
 class Outline:
-    """What a template writes around the texts of messages of one shape, and the plan of each turn.
+    """Literals that a template writes around the texts of messages of one shape, and the plan of each turn.
 
     `left_out`: numbers of the messages whose thought it does not write. `left_out_calls`: the error if it leaves out a
     tool call; "" if not.

@@ -48,7 +48,7 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
 
 
 def _text_behind_answer(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> str | None:
-    """What the chat template writes behind ANSWER; None if there is no template, or it refuses the messages."""
+    """Return the text that the chat template writes behind ANSWER; None without one, or if it refuses the messages."""
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:

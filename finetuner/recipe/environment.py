@@ -93,7 +93,7 @@ class _Filling:
 
 
 def _other_variable(text: str, path: KeyPath) -> str | None:
-    """What to write in the place of the first variable in a text that is not `${env:NAME}`; None if there is none."""
+    """Return the error for the first variable in a text that is not `${env:NAME}`; None if there is none."""
     key = ".".join(map(str, path))
     braced = _BRACED.search(text)
     if braced is not None:

@@ -40,7 +40,7 @@ def apply_override(document: YamlDocument, number: int, override: str) -> None:
         message = f"the recipe has no place '{key}' to write to."
         if is_new:  # what was made on the way would be an error of its own
             document.values.pop(str(first), None)
-            message += _what_to_write(str(first), path)
+            message += _advice(str(first), path)
         document.problems.append(Problem(message, origin))
         return
     _note_origin(document, path, origin)
@@ -71,8 +71,8 @@ def _drop_other_names(document: YamlDocument, key: Any) -> None:
         del document.values[name]
 
 
-def _what_to_write(first: str, path: KeyPath) -> str:
-    """What to write for a path into a key that the recipe does not have, as a further sentence."""
+def _advice(first: str, path: KeyPath) -> str:
+    """Return a further sentence that says what to write for a path into a key that the recipe does not have."""
     ours = _LISTS.get(first) or ALIASES.get(first)
     if ours is not None:
         return f" '{first}' is called {ours} here: {'.'.join(map(str, (ours, *path[1:])))}=..."

@@ -31,7 +31,7 @@ def renderer(entry: DatasetEntry, section: DataSection, tokenizer: "PreTrainedTo
 
 
 class _Form(NamedTuple):
-    """How conversations are rendered with certain variables of the template."""
+    """Renderer of conversations with certain variables of the template, and the message keys that it writes."""
 
     chat: ChatRenderer
     keys: MessageKeys
